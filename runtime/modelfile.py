@@ -1,0 +1,331 @@
+"""The model file: a safetensors file with a fixed layout, read without copying (docs/format.md).
+
+`read_model_file` checks every name, type, shape, offset and size against the model description and the
+file's real length before anything is used. `ModelFileWriter` writes one, streaming, under a temporary name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvrun import _core
+from kvrun.description import ModelDescription, strict_json
+from kvrun.errors import KvrunError, ModelFileError, TokenizerError
+
+FORMAT = "kvrun"
+VERSION = 1
+ALIGNMENT = 64
+MAX_HEADER = 100_000_000
+TOKENIZER_KINDS = ("tokenizer.json", "tokenizer.model", "none")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+_REQUIRED = ("format", "version", "model", "weights", "tokenizer", "stop_ids", "sampling", "source",
+             "checksums", "header_checksum")
+_OPTIONAL = ("chat_template",)
+_CHUNK = 16 << 20
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """A packed matrix [rows, cols]; `data` is uint8 [n], read-only, 64-byte aligned, in the core's layout."""
+
+    type: str
+    rows: int
+    cols: int
+    data: np.ndarray
+
+
+class ModelFile:
+    """An open model file. Its arrays are views of a read-only memory map, which lives as long as they do."""
+
+    def __init__(self, path: str, mapping: mmap.mmap, header: dict[str, Any], data_start: int) -> None:
+        meta = _Metadata(path, header.pop("__metadata__", None))
+        self.path = path
+        self.nbytes = len(mapping)
+        self.description: ModelDescription = meta.description
+        self.weights: dict[str, WeightTensor] = {}
+        self.vectors: dict[str, np.ndarray] = {}
+        self.tokenizer_info: dict[str, Any] = meta.tokenizer
+        self.stop_ids: list[int] = meta.stop_ids
+        self.chat_template: str | None = meta.chat_template
+        self.sampling: dict[str, float] = meta.sampling
+        self.source: dict[str, Any] = meta.source
+        self.fingerprint: str = hashlib.sha256(memoryview(mapping)[:data_start]).hexdigest()
+        self._checksums = meta.checksums
+        self._spans: dict[str, memoryview] = {}
+        buffer = memoryview(mapping)
+        for name, start, end in _checked_layout(path, header, meta, self.nbytes - data_start):
+            self._spans[name] = buffer[data_start + start : data_start + end]
+            self._add(name, meta)
+
+    def _add(self, name: str, meta: _Metadata) -> None:
+        shape = meta.shapes.get(name)
+        if shape is None:
+            return
+        if len(shape) == 1:
+            self.vectors[name] = np.frombuffer(self._spans[name], dtype="<f4")
+        else:
+            data = np.frombuffer(self._spans[name], dtype=np.uint8)
+            self.weights[name] = WeightTensor(meta.types[name], shape[0], shape[1], data)
+
+    @property
+    def tensor_nbytes(self) -> dict[str, int]:
+        """Size in bytes of every stored tensor, the tokenizer included, in file order."""
+        return {name: len(span) for name, span in self._spans.items()}
+
+    def tokenizer_bytes(self) -> memoryview:
+        """The tokenizer file as it was in the checkpoint; `tokenizer_info["kind"]` says which."""
+        kind = self.tokenizer_info["kind"]
+        if kind == "none":
+            raise TokenizerError(f"{self.path}: the model was converted without a tokenizer")
+        return self._spans[kind]
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read all data and compare checksums. ModelFileError names the first tensor that is damaged."""
+        for name, span in self._spans.items():
+            digest = hashlib.sha256()
+            for start in range(0, len(span), _CHUNK):
+                part = span[start : start + _CHUNK]
+                digest.update(part)
+                if progress:
+                    progress(len(part))
+            if digest.hexdigest() != self._checksums[name]:
+                raise ModelFileError(
+                    f"{self.path}: tensor {name} is damaged (checksum differs); copy or convert the file again"
+                )
+
+
+def read_model_file(path: str | os.PathLike[str], verify: bool = False) -> ModelFile:
+    """Map a model file and check its header; with `verify` also every checksum. ModelFileError if unusable."""
+    path = os.fspath(path)
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            size = os.fstat(file.fileno()).st_size
+            header, data_start = _read_header(path, file, size)
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the path, a file that is empty by now
+        raise ModelFileError(f"{path!r}: cannot read: {error}") from None
+    if len(mapping) < size:
+        raise ModelFileError(f"{path}: the file shrank while it was opened")
+    model = ModelFile(path, mapping, header, data_start)
+    if verify:
+        model.verify()
+    return model
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # Without O_NONBLOCK a named pipe would block here for ever.
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "not a regular file")
+    return fd
+
+
+def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:
+    """The parsed header and the offset at which tensor data starts."""
+    start = file.read(16)
+    if start[:4] == b"GGUF":
+        raise ModelFileError(f"{path}: a GGUF file; convert it first: kvrun convert {path} -o MODEL")
+    length = int.from_bytes(start[:8], "little")
+    if size < 10 or not 2 <= length <= MAX_HEADER or start[8:9] != b"{":
+        raise ModelFileError(f"{path}: not a kvrun model file")
+    if 8 + length > size:
+        raise ModelFileError(f"{path}: truncated: the header has {length} bytes, the file {size}")
+    text = start[8 : 8 + length] + file.read(max(0, length - 8))
+    try:
+        header = strict_json(text.decode("utf-8"))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: damaged header: {error}") from None
+    if not isinstance(header, dict):
+        raise ModelFileError(f"{path}: not a kvrun model file")
+    meta = header.get("__metadata__")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ModelFileError(f"{path}: a safetensors file, but not a kvrun model; kvrun convert makes one "
+                             "from a checkpoint folder")
+    if (8 + length) % ALIGNMENT:
+        raise ModelFileError(f"{path}: damaged header: data does not start on a {ALIGNMENT}-byte boundary")
+    return header, 8 + length
+
+
+class _Metadata:
+    """The checked contents of `__metadata__`."""
+
+    def __init__(self, path: str, meta: Any) -> None:
+        self._path = path
+        self._check_strings(meta)
+        self._meta: dict[str, str] = meta
+        if header_checksum(meta) != meta["header_checksum"]:
+            raise ModelFileError(f"{path}: damaged header (checksum differs); copy or convert the file again")
+        try:
+            self.description = ModelDescription.from_json(meta["model"])
+        except ModelFileError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+        self.shapes = self.description.tensor_shapes()
+        self.types = self._weight_types()
+        self.tokenizer = self._tokenizer()
+        self.stop_ids = self._stop_ids()
+        self.chat_template = meta.get("chat_template")
+        self.sampling = self._sampling()
+        self.source = self._object("source")
+        self.checksums = self._object("checksums")
+        self.sizes = tensor_sizes(self.description, self.types)
+
+    def _fail(self, field: str, reason: str) -> None:
+        raise ModelFileError(f"{self._path}: metadata field {field}: {reason}")
+
+    def _check_strings(self, meta: dict[str, Any]) -> None:
+        version = meta.get("version")
+        if not isinstance(version, str) or not version.isascii() or not version.isdigit() or len(version) > 9:
+            self._fail("version", "missing or not a number")
+        if int(version) > VERSION:
+            raise ModelFileError(f"{self._path}: format version {version} is newer than this kvrun reads "
+                                 f"({VERSION}); upgrade kvrun")
+        if int(version) != VERSION:
+            self._fail("version", f"{version} was never published")
+        for name in _REQUIRED:
+            if name not in meta:
+                self._fail(name, "missing")
+        for name, value in meta.items():
+            if name not in _REQUIRED and name not in _OPTIONAL:
+                self._fail(repr(name)[:60], "unknown")
+            if not isinstance(value, str):
+                self._fail(name, "not a string")
+
+    def _json(self, field: str) -> Any:
+        try:
+            return strict_json(self._meta[field])
+        except ValueError as error:
+            self._fail(field, f"not valid JSON ({error})")
+
+    def _object(self, field: str) -> dict[str, Any]:
+        value = self._json(field)
+        if not isinstance(value, dict):
+            self._fail(field, "not a JSON object")
+        return value
+
+    def _weight_types(self) -> dict[str, str]:
+        entries = self._object("weights")
+        matrices = {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
+        for name in entries:
+            if name not in matrices:
+                self._fail("weights", f"{name[:80]} is no matrix of this model")
+        types = {}
+        for name, shape in matrices.items():
+            entry = entries.get(name)
+            if not isinstance(entry, dict) or set(entry) != {"type", "shape"}:
+                self._fail("weights", f"{name} is missing or has other fields than type and shape")
+            if not _is_shape(entry["shape"], shape):
+                self._fail("weights", f"{name} has shape {str(entry['shape'])[:60]}, not {list(shape)}")
+            if not isinstance(entry["type"], str) or entry["type"] not in _core.WEIGHT_TYPES:
+                self._fail("weights", f"{name} has the unknown type {str(entry['type'])[:60]}")
+            types[name] = entry["type"]
+        return types
+
+    def _tokenizer(self) -> dict[str, Any]:
+        info = self._object("tokenizer")
+        if info.get("kind") not in TOKENIZER_KINDS:
+            self._fail("tokenizer", f"kind is not one of {', '.join(TOKENIZER_KINDS)}")
+        for key in ("add_bos", "add_eos"):
+            if not isinstance(info.get(key), bool):
+                self._fail("tokenizer", f"{key} is not true or false")
+        for key in ("bos_id", "eos_id", "pad_id", "unk_id"):
+            if key not in info or not (info[key] is None or self._is_token(info[key])):
+                self._fail("tokenizer", f"{key} is neither null nor a token of the vocabulary")
+        return info
+
+    def _stop_ids(self) -> list[int]:
+        ids = self._json("stop_ids")
+        if not isinstance(ids, list) or not all(self._is_token(i) for i in ids):
+            self._fail("stop_ids", "not a list of tokens of the vocabulary")
+        return ids
+
+    def _is_token(self, value: Any) -> bool:
+        return type(value) is int and 0 <= value < self.description.vocab_size
+
+    def _sampling(self) -> dict[str, float]:
+        values = self._object("sampling")
+        for key, value in values.items():
+            if key not in SAMPLING_KEYS or type(value) not in (int, float) or not 0 <= value < 1e9:
+                self._fail("sampling", f"{key[:60]} is unknown or not a number of 0 or more")
+        return values
+
+
+def _is_shape(value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, list) and value == list(shape) and all(type(n) is int for n in value)
+
+
+def header_checksum(meta: Mapping[str, str]) -> str:
+    """sha256 over key, NUL, value, NUL of all metadata but `header_checksum`, in the order of the keys."""
+    digest = hashlib.sha256()
+    for key in sorted(meta):
+        if key != "header_checksum":
+            digest.update(f"{key}\0{meta[key]}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def tensor_sizes(description: ModelDescription, types: Mapping[str, str]) -> dict[str, int]:
+    """Bytes of every tensor in file order, without the tokenizer."""
+    return {
+        name: 4 * shape[0] if len(shape) == 1 else _core.packed_size(types[name], shape[0], shape[1])
+        for name, shape in description.tensor_shapes().items()
+    }
+
+
+def _checked_layout(
+    path: str, entries: dict[str, Any], meta: _Metadata, available: int
+) -> Iterable[tuple[str, int, int]]:
+    """Yield (name, start, end) in file order. The description leaves the file no choice of layout."""
+    expected: dict[str, int | None] = dict(meta.sizes)
+    if meta.tokenizer["kind"] != "none":
+        expected[meta.tokenizer["kind"]] = None
+    for name in entries:
+        if name not in expected:
+            raise ModelFileError(f"{path}: tensor {name[:80]} is not part of this model")
+    position = 0
+    for name, size in expected.items():
+        if name not in entries:
+            raise ModelFileError(f"{path}: tensor {name} is missing")
+        end = _checked_entry(path, name, entries[name], position, size, len(meta.shapes.get(name, ())) == 1)
+        if end > available:
+            raise ModelFileError(f"{path}: truncated: tensor {name} ends at data byte {end} of {available}")
+        if not isinstance(meta.checksums.get(name), str):
+            raise ModelFileError(f"{path}: metadata field checksums: {name} is missing")
+        yield name, position, end
+        position = end
+    if position != available:
+        raise ModelFileError(f"{path}: {available - position} bytes too many after the last tensor")
+
+
+def _checked_entry(path: str, name: str, entry: Any, start: int, size: int | None, vector: bool) -> int:
+    """Check one tensor of the header, which must start at `start` and have `size` bytes; its end."""
+    where = f"{path}: tensor {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ModelFileError(f"{where}: its header entry has not exactly dtype, shape and data_offsets")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+        raise ModelFileError(f"{where}: data_offsets are not two integers")
+    if offsets[0] != start:
+        raise ModelFileError(f"{where}: starts at data byte {offsets[0]}, not at {start}")
+    nbytes = offsets[1] - offsets[0]
+    if nbytes < 1 or size not in (None, nbytes):
+        raise ModelFileError(f"{where}: has {nbytes} bytes, not {size or 'one or more'}")
+    dtype, shape = ("F32", (nbytes // 4,)) if vector else ("U8", (nbytes,))
+    if entry["dtype"] != dtype or not _is_shape(entry["shape"], shape):
+        raise ModelFileError(f"{where}: is not {dtype} {list(shape)}")
+    return offsets[1]
