@@ -1,0 +1,57 @@
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+
+cdef extern from "kernels.h":
+    enum:
+        KV_PANEL
+        KV_BLOCK
+        KV_TILE
+        KV_WEIGHT_TYPES
+        KV_FORMATS
+        KV_Q8_0
+        KV_FORMAT_F32
+        KV_FORMAT_F16
+
+    ctypedef struct kv_input:
+        const float* f
+        const int8_t* q
+        const float* scale
+        const int32_t* sum
+        int64_t ld
+        int64_t blocks
+
+    ctypedef void (*kv_matmul_fn)(const uint8_t*, int64_t, int64_t, const kv_input*, int64_t, float*, int64_t,
+                                  int) noexcept nogil
+
+    ctypedef struct kv_format:
+        const char* name
+        double bits
+        int64_t (*k_bytes)(int64_t) noexcept nogil
+        int64_t (*v_bytes)(int64_t) noexcept nogil
+        void (*pack_k)(const float*, int64_t, void*) noexcept nogil
+        void (*pack_v)(const float*, int64_t, void*) noexcept nogil
+        void (*unpack_k)(const void*, int64_t, float*) noexcept nogil
+        void (*unpack_v)(const void*, int64_t, float*) noexcept nogil
+        void (*put_k)(void*, int64_t, int64_t, const float*) noexcept nogil
+        void (*put_v)(void*, int64_t, int64_t, const float*) noexcept nogil
+        void (*k_dot)(const void*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*) noexcept nogil
+        void (*v_accumulate)(const void*, int64_t, const float*, int64_t, int64_t, float*) noexcept nogil
+
+    ctypedef struct kv_kernels:
+        const char* name
+        kv_matmul_fn* matmul
+        kv_format* format
+        void (*rms_norm)(const float*, const float*, int64_t, float, float*) noexcept nogil
+        void (*quantize)(const float*, int64_t, int8_t*, float*, int32_t*) noexcept nogil
+        void (*rope)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil
+        void (*silu_mul)(const float*, const float*, int64_t, float*) noexcept nogil
+        void (*softmax_step)(float*, const int32_t*, int64_t, int64_t, float*, float*, float*) noexcept nogil
+
+    int kv_kernels_find(const char* level, kv_kernels* table) noexcept nogil
+    int64_t kv_raw_row_bytes(int, int64_t) noexcept nogil
+    int64_t kv_packed_bytes(int, int64_t, int64_t) noexcept nogil
+    void kv_quantize_row(int, const float*, int64_t, uint8_t*) noexcept nogil
+    void kv_pack_panel(int, const uint8_t*, int64_t, int64_t, uint8_t*) noexcept nogil
+    void kv_unpack_row(int, const uint8_t*, int64_t, int64_t, float*) noexcept nogil
+
+cdef const kv_kernels* kernels() noexcept nogil
+cdef const kv_kernels* kernels_of(str level) except NULL

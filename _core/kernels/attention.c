@@ -1,0 +1,157 @@
+/* Cache formats and the softmax step of the attention driver. */
+#include "f16.h"
+#include "gemm.h"
+
+static int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+/* f32: exact, the reference for the others. */
+static int64_t f32_k_bytes(int64_t head_dim) { return head_dim * KV_TILE * 4; }
+static int64_t f32_v_bytes(int64_t head_dim) { return padded(head_dim) * KV_TILE * 4; }
+static void f32_pack_k(const float *k, int64_t head_dim, void *tile) { memcpy(tile, k, (size_t)f32_k_bytes(head_dim)); }
+static void f32_pack_v(const float *v, int64_t head_dim, void *tile) { memcpy(tile, v, (size_t)f32_v_bytes(head_dim)); }
+static void f32_unpack_k(const void *tile, int64_t head_dim, float *k) { memcpy(k, tile, (size_t)f32_k_bytes(head_dim)); }
+static void f32_unpack_v(const void *tile, int64_t head_dim, float *v) { memcpy(v, tile, (size_t)f32_v_bytes(head_dim)); }
+
+static void f32_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k)
+{
+    float *to = (float *)tile + lane;
+    for (int64_t i = 0; i < head_dim; i++)
+        to[i * KV_TILE] = k[i];
+}
+
+static void f32_put_v(void *tile, int64_t head_dim, int64_t lane, const float *v)
+{
+    memcpy((float *)tile + lane * padded(head_dim), v, (size_t)head_dim * sizeof(float));
+}
+
+static void f32_k_dot(const void *tile, int64_t stride, int64_t head_dim, const float *q, int64_t ld_q, int64_t rows,
+                      int64_t lanes, float *scores)
+{
+    gemm_f32(rows, q, ld_q, tile, stride, head_dim, lanes, scores, KV_TILE, 0);
+}
+
+static void f32_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens, float *acc)
+{
+    int64_t width = padded(head_dim);
+    gemm_f32(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);
+}
+
+/* f16 */
+static int64_t f16_k_bytes(int64_t head_dim) { return head_dim * KV_TILE * 2; }
+static int64_t f16_v_bytes(int64_t head_dim) { return padded(head_dim) * KV_TILE * 2; }
+
+static void to_f16(const float *x, int64_t n, uint16_t *h)
+{
+    for (int64_t i = 0; i < n; i += 16)
+        vf_store_f16(h + i, vf_load(x + i));
+}
+
+static void from_f16(const uint16_t *h, int64_t n, float *x)
+{
+    for (int64_t i = 0; i < n; i += 16)
+        vf_store(x + i, vf_load_f16(h + i));
+}
+
+static void f16_pack_k(const float *k, int64_t head_dim, void *tile) { to_f16(k, head_dim * KV_TILE, tile); }
+static void f16_pack_v(const float *v, int64_t head_dim, void *tile) { to_f16(v, padded(head_dim) * KV_TILE, tile); }
+static void f16_unpack_k(const void *tile, int64_t head_dim, float *k) { from_f16(tile, head_dim * KV_TILE, k); }
+static void f16_unpack_v(const void *tile, int64_t head_dim, float *v) { from_f16(tile, padded(head_dim) * KV_TILE, v); }
+
+static void f16_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k)
+{
+    uint16_t *to = (uint16_t *)tile + lane, part[16];
+    for (int64_t i = 0; i < head_dim; i += 16) {
+        int64_t n = head_dim - i < 16 ? head_dim - i : 16;
+        vf_store_f16(part, n == 16 ? vf_load(k + i) : vf_load_part(k + i, n));
+        for (int64_t j = 0; j < n; j++)
+            to[(i + j) * KV_TILE] = part[j];
+    }
+}
+
+static void f16_put_v(void *tile, int64_t head_dim, int64_t lane, const float *v)
+{
+    uint16_t *to = (uint16_t *)tile + lane * padded(head_dim);
+    for (int64_t i = 0; i < head_dim; i += 16)
+        vf_store_f16(to + i, head_dim - i >= 16 ? vf_load(v + i) : vf_load_part(v + i, head_dim - i));
+}
+
+static void f16_k_dot(const void *tile, int64_t stride, int64_t head_dim, const float *q, int64_t ld_q, int64_t rows,
+                      int64_t lanes, float *scores)
+{
+    gemm_f16(rows, q, ld_q, tile, stride, head_dim, lanes, scores, KV_TILE, 0);
+}
+
+static void f16_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens, float *acc)
+{
+    int64_t width = padded(head_dim);
+    gemm_f16(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);
+}
+
+/* Weights e^(s - m) of one row in place, zero from lane n on; their sum. */
+KV_INLINE float exponentials(float *s, int64_t n, float m)
+{
+    vf sum = vf_zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        vf p = vf_exp(vf_sub(vf_load(s + i), vf_set1(m)));
+        sum = vf_add(sum, p);
+        vf_store(s + i, p);
+    }
+    if (i < n) {
+        float part[16] = {0};
+        vf_store(part, vf_exp(vf_sub(vf_load_part(s + i, n - i), vf_set1(m))));
+        memset(part + (n - i), 0, (size_t)(16 - (n - i)) * sizeof(float));
+        vf_store(s + i, vf_load(part));
+        sum = vf_add(sum, vf_load(part));
+        i += 16;
+    }
+    memset(s + i, 0, (size_t)(KV_TILE - i) * sizeof(float));
+    return vf_sum(sum);
+}
+
+KV_INLINE float largest(const float *s, int64_t n, float m)
+{
+    int64_t i = 0;
+    vf top = vf_set1(m);
+    for (; i + 16 <= n; i += 16)
+        top = vf_max(top, vf_load(s + i));
+    m = vf_top(top);
+    for (; i < n; i++)
+        m = s[i] > m ? s[i] : m;
+    return m;
+}
+
+static void softmax_step(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
+                         float *acc)
+{
+    for (int64_t r = 0; r < rows; r++, scores += KV_TILE, acc += head_pad) {
+        int64_t n = visible[r];
+        if (n <= 0) {
+            memset(scores, 0, KV_TILE * sizeof(float));
+            continue;
+        }
+        float top = largest(scores, n, m[r]);
+        if (top > m[r]) {
+            float shrink = m[r] == -INFINITY ? 0 : expf(m[r] - top);
+            l[r] *= shrink;
+            for (int64_t i = 0; i < head_pad; i += 16)
+                vf_store(acc + i, vf_mul(vf_load(acc + i), vf_set1(shrink)));
+            m[r] = top;
+        }
+        l[r] += exponentials(scores, n, m[r]);
+    }
+}
+
+void KV_NAME(kv_fill_attention)(kv_kernels *table);
+void KV_NAME(kv_fill_attention)(kv_kernels *table)
+{
+    table->format[KV_FORMAT_F32] = (kv_format){
+        "f32", 32, f32_k_bytes, f32_v_bytes, f32_pack_k, f32_pack_v, f32_unpack_k, f32_unpack_v, f32_put_k,
+        f32_put_v, f32_k_dot, f32_v_accumulate,
+    };
+    table->format[KV_FORMAT_F16] = (kv_format){
+        "f16", 16, f16_k_bytes, f16_v_bytes, f16_pack_k, f16_pack_v, f16_unpack_k, f16_unpack_v, f16_put_k,
+        f16_put_v, f16_k_dot, f16_v_accumulate,
+    };
+    table->softmax_step = softmax_step;
+}

@@ -1,0 +1,100 @@
+/* Kernels of kvrun: what every instruction-set level provides, and the layouts they read.
+ *
+ * Weights. A matrix [rows, cols] is stored as panels of 16 output rows (the last one padded with zeros), so that
+ * one 64-byte line feeds 16 rows. Within a panel:
+ *
+ *   f32         [cols] lines of float32 [16 rows]
+ *   f16         [cols, even] x float16 [16 rows]
+ *   bf16        [cols/2] lines of bfloat16 [16 rows][2 channels]
+ *   block types [cols/64, rounded up] pairs of 32-channel blocks; a pair is
+ *                 1 line   float16 scale [2 blocks][16 rows]
+ *                 1 line   float16 minimum [2 blocks][16 rows]          (q4_1 only)
+ *                 codes of the first block, codes of the second (absent when the number of blocks is odd)
+ *     q8_0      8 lines a block, line l: uint8 [16 rows][4 channels 4l..4l+3], code + 128
+ *     q4_0/1    4 lines a block, line l: [16 rows][4], low nibble channel 4l+c, high nibble channel 16+4l+c
+ *
+ * Cached keys and values come in tiles of KV_TILE = 64 tokens of one KV head; `head_pad` is head_dim rounded up
+ * to 16. K is channel-major [head_dim][64], V is token-major [64][head_pad], in float16 or float32.
+ */
+#ifndef KVRUN_KERNELS_H
+#define KVRUN_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define KV_PANEL 16
+#define KV_BLOCK 32
+#define KV_TILE 64
+
+enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
+enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMATS };
+
+/* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32. */
+typedef struct {
+    const float *f;       /* [tokens][ld] */
+    const int8_t *q;      /* [tokens][blocks * 32] codes */
+    const float *scale;   /* [tokens][blocks] */
+    const int32_t *sum;   /* [tokens][blocks] sum of the codes of a block */
+    int64_t ld;           /* floats between tokens */
+    int64_t blocks;       /* blocks of 32 in a token */
+} kv_input;
+
+/* out[t * ld_out + 16 * p + r] = (or +=, with `add`) row 16 p + r of the panels times input t. */
+typedef void (*kv_matmul_fn)(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in,
+                             int64_t n_tokens, float *out, int64_t ld_out, int add);
+
+/* One row of the table of cache formats. K and V of a tile are separate, so their formats are chosen separately.
+ * pack/unpack convert between the format and float tiles: K [head_dim][64], V [64][head_pad].
+ * put_k/put_v: one token's key or value into a tile; NULL for formats that need the whole tile at once.
+ * k_dot: scores[r][lane] = q[r] . K[:, lane] for `lanes` (a multiple of 16) of the tile's tokens, queries [rows][ld_q].
+ * v_accumulate: acc[r][:] += sum over `tokens` of p[r][token] * V[token], acc [rows][head_pad].
+ * `stride` is the number of token lanes of a K row: 64 for a tile, fewer for the sinks. */
+typedef struct {
+    const char *name;
+    double bits;
+    int64_t (*k_bytes)(int64_t head_dim);
+    int64_t (*v_bytes)(int64_t head_dim);
+    void (*pack_k)(const float *k, int64_t head_dim, void *tile);
+    void (*pack_v)(const float *v, int64_t head_dim, void *tile);
+    void (*unpack_k)(const void *tile, int64_t head_dim, float *k);
+    void (*unpack_v)(const void *tile, int64_t head_dim, float *v);
+    void (*put_k)(void *tile, int64_t head_dim, int64_t lane, const float *k);
+    void (*put_v)(void *tile, int64_t head_dim, int64_t lane, const float *v);
+    void (*k_dot)(const void *tile, int64_t stride, int64_t head_dim, const float *q, int64_t ld_q, int64_t rows,
+                  int64_t lanes, float *scores);
+    void (*v_accumulate)(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens,
+                         float *acc);
+} kv_format;
+
+typedef struct {
+    const char *name;
+    kv_matmul_fn matmul[KV_WEIGHT_TYPES];
+    kv_format format[KV_FORMATS];
+    /* out = x / sqrt(mean(x^2) + eps) * weight */
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
+    /* int8 codes in blocks of 32: scale = max|x| / 127; the last block is padded with zeros */
+    void (*quantize)(const float *x, int64_t n, int8_t *q, float *scale, int32_t *sum);
+    /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
+     * [head_dim/2], times `scale`. in and out may be the same. */
+    void (*rope)(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out);
+    /* out = silu(gate) * up */
+    void (*silu_mul)(const float *gate, const float *up, int64_t n, float *out);
+    /* Online softmax over one tile (Milakov and Gimelshein 2018). scores [rows][64] become weights in place;
+     * lanes at or beyond visible[r] get weight 0. Running maximum m, sum l and accumulators acc [rows][head_pad]
+     * are rescaled when the maximum grows. */
+    void (*softmax_step)(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
+                         float *acc);
+} kv_kernels;
+
+/* Fills the table of the best level this CPU has, or of the level asked for. 0 when that one is not built or the
+ * CPU lacks it. */
+int kv_kernels_find(const char *level, kv_kernels *table);
+
+/* pack.c: portable, used by conversion and by row look-ups. Raw rows are GGML blocks or plain elements. */
+int64_t kv_raw_row_bytes(int type, int64_t cols);
+int64_t kv_packed_bytes(int type, int64_t rows, int64_t cols);
+void kv_quantize_row(int type, const float *x, int64_t cols, uint8_t *raw);
+void kv_pack_panel(int type, const uint8_t *raw, int64_t rows, int64_t cols, uint8_t *panel);
+void kv_unpack_row(int type, const uint8_t *packed, int64_t cols, int64_t row, float *x);
+
+#endif

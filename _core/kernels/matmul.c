@@ -1,0 +1,155 @@
+/* Weights times a chunk of inputs. Panels outside, inputs inside: a panel is read from memory once for all tokens,
+ * and KV_ROWS tokens share each load and each unpacking of its lines. */
+#include "gemm.h"
+
+static void matmul_f32(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
+                       float *out, int64_t ld_out, int add)
+{
+    for (int64_t p = 0; p < n_panels; p++, panels += 64 * cols)
+        gemm_f32(n_tokens, in->f, in->ld, (const float *)panels, 16, cols, 16, out + 16 * p, ld_out, add);
+}
+
+static void matmul_f16(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
+                       float *out, int64_t ld_out, int add)
+{
+    for (int64_t p = 0; p < n_panels; p++, panels += 64 * ((cols + 1) / 2))
+        gemm_f16(n_tokens, in->f, in->ld, (const uint16_t *)panels, 16, cols, 16, out + 16 * p, ld_out, add);
+}
+
+KV_INLINE void bf16_rows(const int rows, const uint16_t *panel, int64_t cols, const float *x, int64_t ld, float *out,
+                         int64_t ld_out, int add)
+{
+    vf sum[KV_ROWS];
+    for (int r = 0; r < rows; r++)
+        sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
+    for (int64_t k = 0; k + 1 < cols; k += 2) {
+        vf even = vf_bf16_even(panel + 16 * k), odd = vf_bf16_odd(panel + 16 * k);
+        for (int r = 0; r < rows; r++) {
+            sum[r] = vf_fma(vf_set1(x[r * ld + k]), even, sum[r]);
+            sum[r] = vf_fma(vf_set1(x[r * ld + k + 1]), odd, sum[r]);
+        }
+    }
+    if (cols % 2) {
+        vf even = vf_bf16_even(panel + 16 * (cols - 1));
+        for (int r = 0; r < rows; r++)
+            sum[r] = vf_fma(vf_set1(x[r * ld + cols - 1]), even, sum[r]);
+    }
+    for (int r = 0; r < rows; r++)
+        vf_store(out + r * ld_out, sum[r]);
+}
+
+static void matmul_bf16(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
+                        float *out, int64_t ld_out, int add)
+{
+    for (int64_t p = 0; p < n_panels; p++, panels += 64 * ((cols + 1) / 2), out += 16) {
+        const uint16_t *panel = (const uint16_t *)panels;
+        int64_t t = 0;
+        for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
+            bf16_rows(KV_ROWS, panel, cols, in->f + t * in->ld, in->ld, out + t * ld_out, ld_out, add);
+        for (; t < n_tokens; t++)
+            bf16_rows(1, panel, cols, in->f + t * in->ld, in->ld, out + t * ld_out, ld_out, add);
+    }
+}
+
+/* One block of 32 channels for `rows` tokens: sum[r] becomes the exact integer dot products as floats. */
+KV_INLINE void dot_block_4(const int rows, const uint8_t *codes, const int8_t *x, int64_t ld, vf *sum)
+{
+    d4 dot[KV_ROWS];
+    for (int r = 0; r < rows; r++)
+        dot[r] = d4_zero();
+    for (int l = 0; l < 4; l++) {
+        vw line = vw_load(codes + 64 * l), low = vw_low(line), high = vw_high(line);
+        for (int r = 0; r < rows; r++) {
+            dot[r] = d4_dot(dot[r], low, x + r * ld + 4 * l);
+            dot[r] = d4_dot(dot[r], high, x + r * ld + 16 + 4 * l);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        sum[r] = d4_float(dot[r]);
+}
+
+KV_INLINE void dot_block_8(const int rows, const uint8_t *codes, const int8_t *x, int64_t ld, const int32_t *x_sum,
+                           int64_t ld_sum, vf *sum)
+{
+    d8 dot[KV_ROWS];
+    for (int r = 0; r < rows; r++)
+        dot[r] = d8_zero();
+    for (int l = 0; l < 8; l++) {
+        vw line = vw_load(codes + 64 * l);
+        for (int r = 0; r < rows; r++)
+            dot[r] = d8_dot(dot[r], line, x + r * ld + 4 * l);
+    }
+    for (int r = 0; r < rows; r++)
+        sum[r] = d8_float(dot[r], x_sum[r * ld_sum]);
+}
+
+/* One panel for `rows` tokens of a block type. The value of a code is d * (code - offset) + m, so
+ * sum over a block of w x = d_w (d_x dot - offset d_x sum_x) + m d_x sum_x, with dot and sum_x exact integers. */
+KV_INLINE void block_rows(const int type, const int rows, const uint8_t *panel, const kv_input *in, int64_t t,
+                          float *out, int64_t ld_out, int add)
+{
+    const int64_t blocks = in->blocks, ld = blocks * KV_BLOCK;
+    const int8_t *x = in->q + t * ld;
+    const float *x_scale = in->scale + t * blocks;
+    const int32_t *x_sum = in->sum + t * blocks;
+    const int head = type == KV_Q4_1 ? 128 : 64, code_bytes = type == KV_Q8_0 ? 512 : 256;
+    vf sum[KV_ROWS], dot[KV_ROWS];
+    for (int r = 0; r < rows; r++)
+        sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *pair = panel + b / 2 * (head + 2 * code_bytes), *codes = pair + head + b % 2 * code_bytes;
+        vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
+        if (type == KV_Q8_0)
+            dot_block_8(rows, codes, x + b * KV_BLOCK, ld, x_sum + b, blocks, dot);
+        else
+            dot_block_4(rows, codes, x + b * KV_BLOCK, ld, dot);
+        for (int r = 0; r < rows; r++) {
+            float d = x_scale[r * blocks + b], s = d * (float)x_sum[r * blocks + b];
+            vf v = vf_mul(dot[r], vf_set1(d));
+            if (type == KV_Q4_0)
+                v = vf_sub(v, vf_set1(8 * s));
+            if (type == KV_Q4_1)
+                sum[r] = vf_fma(vf_load_f16((const uint16_t *)pair + 32 + b % 2 * 16), vf_set1(s), sum[r]);
+            sum[r] = vf_fma(v, scale, sum[r]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        vf_store(out + r * ld_out, sum[r]);
+}
+
+KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_panels, const kv_input *in,
+                             int64_t n_tokens, float *out, int64_t ld_out, int add)
+{
+    const int64_t head = type == KV_Q4_1 ? 128 : 64, code_bytes = type == KV_Q8_0 ? 512 : 256;
+    const int64_t bytes = (in->blocks + 1) / 2 * head + in->blocks * code_bytes;
+    for (int64_t p = 0; p < n_panels; p++, panels += bytes, out += 16) {
+        int64_t t = 0;
+        for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
+            block_rows(type, KV_ROWS, panels, in, t, out + t * ld_out, ld_out, add);
+        for (; t < n_tokens; t++)
+            block_rows(type, 1, panels, in, t, out + t * ld_out, ld_out, add);
+    }
+}
+
+#define KV_MATMUL(NAME, TYPE)                                                                                      \
+    static void NAME(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,  \
+                     float *out, int64_t ld_out, int add)                                                          \
+    {                                                                                                              \
+        (void)cols;                                                                                                \
+        matmul_blocks(TYPE, panels, n_panels, in, n_tokens, out, ld_out, add);                                     \
+    }
+
+KV_MATMUL(matmul_q8_0, KV_Q8_0)
+KV_MATMUL(matmul_q4_1, KV_Q4_1)
+KV_MATMUL(matmul_q4_0, KV_Q4_0)
+
+void KV_NAME(kv_fill_matmul)(kv_kernels *table);
+void KV_NAME(kv_fill_matmul)(kv_kernels *table)
+{
+    table->matmul[KV_F32] = matmul_f32;
+    table->matmul[KV_F16] = matmul_f16;
+    table->matmul[KV_BF16] = matmul_bf16;
+    table->matmul[KV_Q8_0] = matmul_q8_0;
+    table->matmul[KV_Q4_1] = matmul_q4_1;
+    table->matmul[KV_Q4_0] = matmul_q4_0;
+}

@@ -1,0 +1,72 @@
+/* Vectors of 16 lanes, the width of a weight panel, under one set of names for every instruction-set level.
+ *
+ *   vf   16 floats                   vf_load vf_store vf_set1 vf_zero vf_add vf_sub vf_mul vf_fma(a,b,c)=a*b+c
+ *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top (largest lane) vf_round
+ *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
+ *                                    vf_load_f16 vf_store_f16, vf_bf16_even/odd (channels of a bf16 line)
+ *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_low vw_high (nibbles)
+ *   d4   dot products of codes 0..15 with int8 inputs; at most 8 d4_dot between d4_zero and d4_float
+ *   d8   the same for bytes storing code + 128; `sum` is that of the inputs since d8_zero
+ */
+#ifndef KVRUN_SIMD_H
+#define KVRUN_SIMD_H
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define KV_INLINE static inline __attribute__((always_inline, unused))
+#define KV_PASTE_(a, b) a##_##b
+#define KV_PASTE(a, b) KV_PASTE_(a, b)
+#define KV_NAME(name) KV_PASTE(name, KV_LEVEL) /* this level's copy of a symbol */
+#define KV_STRING_(a) #a
+#define KV_STRING(a) KV_STRING_(a)
+
+#if defined(KV_LEVEL_AVX512)
+#include "simd_avx512.h"
+#elif defined(KV_LEVEL_AVX2)
+#include "simd_avx2.h"
+#elif defined(KV_LEVEL_NEON)
+#include "simd_neon.h"
+#else
+#include "simd_scalar.h"
+#endif
+
+/* e^x: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor to the seventh power; relative error below 2e-7.
+ * Clamped to [-87, 88], so that 2^n stays a normal number. */
+KV_INLINE vf vf_exp(vf x)
+{
+    x = vf_min(vf_max(x, vf_set1(-87.0f)), vf_set1(88.0f));
+    vf n = vf_round(vf_mul(x, vf_set1(1.44269504f)));
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(1.0f / 5040);
+    p = vf_fma(p, r, vf_set1(1.0f / 720));
+    p = vf_fma(p, r, vf_set1(1.0f / 120));
+    p = vf_fma(p, r, vf_set1(1.0f / 24));
+    p = vf_fma(p, r, vf_set1(1.0f / 6));
+    p = vf_fma(p, r, vf_set1(0.5f));
+    p = vf_fma(p, r, vf_set1(1.0f));
+    p = vf_fma(p, r, vf_set1(1.0f));
+    return vf_mul(p, vf_exp2i(n));
+}
+
+/* The first n < 16 floats, zeros behind them. */
+KV_INLINE vf vf_load_part(const float *p, int64_t n)
+{
+    float lanes[16] = {0};
+    memcpy(lanes, p, (size_t)n * sizeof(float));
+    return vf_load(lanes);
+}
+
+KV_INLINE void vf_store_part(float *p, vf v, int64_t n)
+{
+    float lanes[16];
+    vf_store(lanes, v);
+    memcpy(p, lanes, (size_t)n * sizeof(float));
+}
+
+#endif

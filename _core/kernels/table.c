@@ -1,0 +1,15 @@
+/* This level's table of kernels. */
+#include "simd.h"
+
+void KV_NAME(kv_fill_vector)(kv_kernels *table);
+void KV_NAME(kv_fill_matmul)(kv_kernels *table);
+void KV_NAME(kv_fill_attention)(kv_kernels *table);
+void KV_NAME(kv_fill)(kv_kernels *table);
+
+void KV_NAME(kv_fill)(kv_kernels *table)
+{
+    table->name = KV_STRING(KV_LEVEL);
+    KV_NAME(kv_fill_vector)(table);
+    KV_NAME(kv_fill_matmul)(table);
+    KV_NAME(kv_fill_attention)(table);
+}

@@ -1,0 +1,25 @@
+/* A team of threads for one call: it starts, meets at barriers between steps, takes work by number, and is gone. */
+#ifndef KVRUN_TEAM_H
+#define KVRUN_TEAM_H
+
+#include <stdint.h>
+
+typedef struct kv_team kv_team;
+typedef void (*kv_team_fn)(void *arg, kv_team *team, int thread);
+
+/* 1 when built with OpenMP; without it every team has one thread. */
+int kv_team_has_openmp(void);
+
+/* Runs fn once on each of up to `threads` threads and returns when all are done. */
+void kv_team_run(int threads, kv_team_fn fn, void *arg);
+
+int kv_team_size(const kv_team *team);
+
+/* Waits for every thread of the team, and makes the next step's work available. */
+void kv_team_barrier(kv_team *team);
+
+/* The first of up to `grab` consecutive work items of this step that nobody has taken, or -1 when none of `total` is
+ * left; *end is one past the last. Threads that are held up take less, so they do not stall the others. */
+int64_t kv_team_take(kv_team *team, int64_t total, int64_t grab, int64_t *end);
+
+#endif

@@ -1,0 +1,72 @@
+/* Element-wise kernels: norm, quantisation of inputs, gated activation. */
+#include "simd.h"
+
+static void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *out)
+{
+    vf squares = vf_zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        vf v = vf_load(x + i);
+        squares = vf_fma(v, v, squares);
+    }
+    vf tail = vf_load_part(x + i, n - i);
+    float mean = vf_sum(vf_fma(tail, tail, squares)) / (float)n;
+    vf scale = vf_set1(1.0f / sqrtf(mean + eps));
+    for (i = 0; i + 16 <= n; i += 16)
+        vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
+    if (i < n)
+        vf_store_part(out + i, vf_mul(vf_mul(tail, scale), vf_load_part(weight + i, n - i)), n - i);
+}
+
+static void quantize(const float *x, int64_t n, int8_t *q, float *scale, int32_t *sum)
+{
+    for (int64_t b = 0; b * KV_BLOCK < n; b++, q += KV_BLOCK) {
+        const float *block = x + b * KV_BLOCK;
+        int64_t left = n - b * KV_BLOCK;
+        vf low, high;
+        if (left >= KV_BLOCK) {
+            low = vf_load(block);
+            high = vf_load(block + 16);
+        } else {
+            low = vf_load_part(block, left < 16 ? left : 16);
+            high = vf_load_part(block + 16, left < 16 ? 0 : left - 16);
+        }
+        float largest = vf_top(vf_max(vf_abs(low), vf_abs(high)));
+        vf inverse = vf_set1(largest > 0 ? 127 / largest : 0);
+        scale[b] = largest / 127;
+        sum[b] = vf_store_i8(q, vf_mul(low, inverse)) + vf_store_i8(q + 16, vf_mul(high, inverse));
+    }
+}
+
+static void rope(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out)
+{
+    int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i] * scale, b = x[i + half] * scale;
+        out[i] = a * cos[i] - b * sin[i];
+        out[i + half] = b * cos[i] + a * sin[i];
+    }
+}
+
+KV_INLINE vf silu(vf x)
+{
+    return vf_div(x, vf_add(vf_set1(1), vf_exp(vf_sub(vf_zero(), x))));
+}
+
+static void silu_mul(const float *gate, const float *up, int64_t n, float *out)
+{
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        vf_store(out + i, vf_mul(silu(vf_load(gate + i)), vf_load(up + i)));
+    if (i < n)
+        vf_store_part(out + i, vf_mul(silu(vf_load_part(gate + i, n - i)), vf_load_part(up + i, n - i)), n - i);
+}
+
+void KV_NAME(kv_fill_vector)(kv_kernels *table);
+void KV_NAME(kv_fill_vector)(kv_kernels *table)
+{
+    table->rms_norm = rms_norm;
+    table->quantize = quantize;
+    table->rope = rope;
+    table->silu_mul = silu_mul;
+}

@@ -1,0 +1,109 @@
+"""Packing of weight matrices into the interleaved layout of the model file (``kernels/kernels.h``), and back."""
+
+from libc.stdint cimport int64_t, uint8_t
+from libc.stdlib cimport free, malloc
+
+import numpy as np
+
+from .kernels cimport KV_PANEL, kv_pack_panel, kv_packed_bytes, kv_quantize_row, kv_raw_row_bytes, kv_unpack_row
+
+# In the order of enum kv_weight_type.
+_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
+WEIGHT_TYPES = dict(zip(_NAMES, (32.0, 16.0, 16.0, 8.5, 5.0, 4.5)))
+"""Weight types and their bits per weight, scales included."""
+
+_LARGEST = 1 << 48  # elements; keeps every size below far from overflow
+
+
+cpdef int type_id(str type) except -1:
+    """Number of a weight type in the kernels. ValueError for a name that is not one."""
+    try:
+        return _NAMES.index(type)
+    except ValueError:
+        raise ValueError(f"weight type {type!r} is not one of {', '.join(_NAMES)}") from None
+
+
+def packed_size(str type, rows, cols):
+    """Bytes of a packed matrix [rows, cols], a multiple of 64.
+
+    Raises ValueError for an unknown type or an impossible shape.
+    """
+    id = type_id(type)
+    if rows < 1 or cols < 1 or rows * cols > _LARGEST:
+        raise ValueError(f"a matrix cannot have the shape [{rows}, {cols}]")
+    return kv_packed_bytes(id, rows, cols)
+
+
+def raw_size(str type, rows, cols):
+    """Bytes of the same matrix row by row: GGML blocks, or plain elements for the float types."""
+    packed_size(type, rows, cols)
+    return rows * kv_raw_row_bytes(type_id(type), cols)
+
+
+def pack_raw(str type, raw, rows, cols):
+    """Interleaves a matrix given row by row, changing no value.
+
+    raw: uint8 [raw_size(type, rows, cols)], GGML blocks (q8_0, q4_1, q4_0) or little-endian elements.
+    Returns uint8 [packed_size(type, rows, cols)]. Raises ValueError when raw has another size.
+    """
+    cdef const uint8_t[::1] source = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
+    if source.shape[0] != raw_size(type, rows, cols):
+        raise ValueError(f"{type} [{rows}, {cols}] takes {raw_size(type, rows, cols)} bytes, not {source.shape[0]}")
+    out = np.empty(packed_size(type, rows, cols), np.uint8)
+    cdef uint8_t[::1] target = out
+    cdef int id = type_id(type)
+    cdef int64_t n_rows = rows, n_cols = cols, row, row_bytes = kv_raw_row_bytes(id, n_cols)
+    cdef int64_t panel_bytes = kv_packed_bytes(id, KV_PANEL, n_cols)
+    with nogil:
+        row = 0
+        while row < n_rows:
+            kv_pack_panel(id, &source[row * row_bytes], min(KV_PANEL, n_rows - row), n_cols,
+                          &target[row // KV_PANEL * panel_bytes])
+            row += KV_PANEL
+    return out
+
+
+def pack(str type, a):
+    """Quantises (GGML's reference arithmetic) or converts (to nearest even) and interleaves a matrix.
+
+    a: float32 [rows, cols]; for block types cols is padded with zeros to a multiple of 32.
+    Returns uint8 [packed_size(type, rows, cols)].
+    """
+    cdef const float[:, ::1] source = np.ascontiguousarray(a, np.float32)
+    out = np.empty(packed_size(type, source.shape[0], source.shape[1]), np.uint8)
+    cdef uint8_t[::1] target = out
+    cdef int id = type_id(type)
+    cdef int64_t n_rows = source.shape[0], n_cols = source.shape[1], row, i, n
+    cdef int64_t row_bytes = kv_raw_row_bytes(id, n_cols), panel_bytes = kv_packed_bytes(id, KV_PANEL, n_cols)
+    cdef uint8_t* raw = <uint8_t*>malloc(KV_PANEL * row_bytes)
+    if raw == NULL:
+        raise MemoryError
+    with nogil:
+        row = 0
+        while row < n_rows:
+            n = min(KV_PANEL, n_rows - row)
+            for i in range(n):
+                kv_quantize_row(id, &source[row + i, 0], n_cols, raw + i * row_bytes)
+            kv_pack_panel(id, raw, n, n_cols, &target[row // KV_PANEL * panel_bytes])
+            row += KV_PANEL
+    free(raw)
+    return out
+
+
+def unpack(str type, packed, rows, cols):
+    """The values of a packed matrix: float32 [rows, cols], computed as GGML does in float32.
+
+    Raises ValueError when packed is not packed_size(type, rows, cols) bytes.
+    """
+    cdef const uint8_t[::1] source = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+    if source.shape[0] != packed_size(type, rows, cols):
+        raise ValueError(f"{type} [{rows}, {cols}] is {packed_size(type, rows, cols)} bytes packed, "
+                         f"not {source.shape[0]}")
+    out = np.empty((rows, cols), np.float32)
+    cdef float[:, ::1] target = out
+    cdef int id = type_id(type)
+    cdef int64_t row, n_cols = cols
+    with nogil:
+        for row in range(target.shape[0]):
+            kv_unpack_row(id, &source[0], n_cols, row, &target[row, 0])
+    return out

@@ -1,0 +1,119 @@
+"""What pyproject.toml cannot say: Cython extensions, and one static kernel library per instruction-set level.
+
+The same C sources in ``_core/kernels`` are compiled once for each level in ``LEVELS``; ``kvrun._core.kernels``
+links them all and picks the best one the CPU has when it is imported.
+"""
+
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+KERNELS = "_core/kernels"
+HEADERS = sorted(str(p) for p in Path(KERNELS).glob("*.h"))
+COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+
+# level: (machines, compiler flags)
+X86, ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
+LEVELS = {
+    "scalar": (None, []),
+    "avx2": (X86, ["-mavx2", "-mfma", "-mf16c"]),
+    "avx512": (X86, ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+                     "-mavx512vnni", "-mprefer-vector-width=512"]),
+    "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
+}
+LEVEL_SOURCES = [f"{KERNELS}/{name}.c" for name in ("vector", "matmul", "attention", "table")]
+BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("pack", "team", "levels")]
+
+
+def accepts(compiler, source, flags, link=()):
+    """True when ``compiler`` builds ``source`` with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.c")
+        path.write_text(source)
+        try:
+            objects = compiler.compile([str(path)], output_dir=folder, extra_postargs=list(flags))
+            compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=list(link))
+        except (CompileError, LinkError):
+            return False
+    return True
+
+
+def capabilities(compiler):
+    """(OpenMP?, the levels) that this compiler builds on this machine; says what is left out."""
+    openmp = accepts(compiler, "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n",
+                     ["-fopenmp"], ["-fopenmp"])
+    if not openmp:
+        print("kvrun: no OpenMP (omp.h) for this compiler: building for ONE THREAD only")
+    levels = []
+    for level, (machines, flags) in LEVELS.items():
+        if machines is not None and platform.machine() not in machines:
+            continue
+        if accepts(compiler, "int main(void) { return 0; }\n", flags):
+            levels.append(level)
+        else:
+            print(f"kvrun: this compiler has no flags for {level}: building without that level")
+    print(f"kvrun: kernel levels: {', '.join(levels)}; OpenMP: {'yes' if openmp else 'no'}")
+    return openmp, levels
+
+
+def level_flags(level):
+    return [f"-DKV_LEVEL={level}", f"-DKV_LEVEL_{level.upper()}"] + LEVELS[level][1]
+
+
+class build_extensions(build_ext):
+    """Builds the kernel libraries first, objects of each level in a folder of its own, then the extensions."""
+
+    def build_extensions(self):
+        openmp, levels = capabilities(self.compiler)
+        openmp_flags = ["-fopenmp"] * openmp
+        have = [f"-DKV_HAVE_{level.upper()}" for level in levels]
+        base = self.kernel_library("base", BASE_SOURCES, ["-ffp-contract=off"] + openmp_flags + have)
+        kernels = [self.kernel_library(level, LEVEL_SOURCES, level_flags(level)) for level in levels]
+        for extension in self.extensions:
+            extension.extra_objects = [base] + (kernels if extension.name.endswith(".kernels") else [])
+            extension.extra_link_args = openmp_flags
+        super().build_extensions()
+
+    def kernel_library(self, name, sources, flags):
+        folder = os.path.join(self.build_temp, "kernels", name)
+        objects = self.compiler.compile(sources, output_dir=folder, extra_postargs=COMMON_FLAGS + flags,
+                                        depends=HEADERS)
+        self.compiler.create_static_lib(objects, f"kvrun_{name}", output_dir=folder)
+        return self.compiler.library_filename(f"kvrun_{name}", output_dir=folder)
+
+
+def extension(name):
+    return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=HEADERS,
+                     extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno"])
+
+
+def declarations():
+    """A folder laid out like the installed packages, where Cython looks up ``cimport``: it knows no package_dir."""
+    root = Path("build", "cython")
+    package = root / "kvrun" / "_core"
+    package.mkdir(parents=True, exist_ok=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.pxd").touch()
+    for source in Path("_core").glob("*.pxd"):
+        target = package / source.name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, target)
+    return str(root)
+
+
+MODULES = [p.stem for p in sorted(Path("_core").glob("*.pyx"))]
+DIRECTIVES = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
+              "initializedcheck": False, "embedsignature": True}
+
+setup(
+    ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES,
+                          include_path=[declarations()]),
+    cmdclass={"build_ext": build_extensions},
+)
