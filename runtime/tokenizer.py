@@ -1,0 +1,195 @@
+"""Text to token ids and back, from the tokenizer stored in the model file.
+
+`tokenizer.json` runs in the tokenizers library and `tokenizer.model` in SentencePiece, both imported when a
+tokenizer is built. What is added here: special tokens only where they are meant, the bytes of every token, and
+decoding of a stream.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from kvrun.errors import TokenizerError
+from kvrun.text import StreamDecoder
+
+ESCAPE = "\ufdd0"
+"""A noncharacter, which no text contains by right: the character after it is never part of a special token."""
+
+START, INNER, CONTINUED = "start", "inner", "continued"
+"""Where a run of ordinary text stands: at the start of the text, after a special token, or after earlier text.
+SentencePiece's dummy space goes before the first and, with some tokenizers, the second."""
+
+
+class SpecialTokens:
+    """The special tokens of a vocabulary: finding them in a text, and keeping ordinary text apart from them."""
+
+    def __init__(self, ids: Mapping[str, int], lstrip: Iterable[int] = (), rstrip: Iterable[int] = ()) -> None:
+        self.ids = {text: token for text, token in ids.items() if text}
+        self._lstrip, self._rstrip = frozenset(lstrip), frozenset(rstrip)
+
+    @cached_property
+    def _scanner(self) -> re.Pattern[str]:
+        # Compiled when first needed: most texts have neither an escape nor a special token.
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        names = "|".join(re.escape(text) for text in longest_first) or "(?!)"
+        return re.compile(f"{ESCAPE}(?P<literal>.)|(?P<special>{names})", re.DOTALL)
+
+    def found_in(self, text: str) -> bool:
+        return any(name in text for name in self.ids)
+
+    def escape(self, text: str, edges: bool = True) -> str:
+        """`text` with `ESCAPE` where `split` would otherwise see a special token in it.
+
+        With `edges`, also where it begins or ends with a part of a special token that the text put around it
+        could complete. Text without any of that is returned as it is.
+        """
+        marked = set(self._edges(text)) if edges and text else set()
+        for name in self.ids:
+            start = text.find(name)
+            while start >= 0:
+                marked.update(range(start, start + len(name)))
+                start = text.find(name, start + 1)
+        if not marked and ESCAPE not in text:
+            return text
+        return "".join(ESCAPE + c if i in marked or c == ESCAPE else c for i, c in enumerate(text))
+
+    def _edges(self, text: str) -> Iterable[int]:
+        # Templates often trim a message, so what counts is where its text begins and ends.
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        for name in self.ids:
+            for n in range(1, len(name)):
+                if text.startswith(name[n:], first):
+                    yield first
+                if text.endswith(name[:n], 0, last):
+                    yield last - 1
+
+    def split(self, text: str) -> list[str | int]:
+        """Ordinary text (unescaped) and special tokens (ids), in order; no empty text."""
+        parts: list[str | int] = []
+        run: list[str] = []
+        position = 0
+        for match in self._scanner.finditer(text):
+            if match.start() < position:  # inside white space that a token has taken
+                continue
+            run.append(text[position:match.start()])
+            position = match.end()
+            if match.lastgroup == "literal":
+                run.append(match["literal"])
+                continue
+            token = self.ids[match["special"]]
+            before, run = "".join(run), []
+            before = before.rstrip() if token in self._lstrip else before
+            parts += [before, token] if before else [token]
+            while token in self._rstrip and text[position:position + 1].isspace():
+                position += 1
+        rest = "".join(run) + text[position:]
+        return parts + [rest] if rest else parts
+
+
+class Tokenizer:
+    """The tokenizer of a model. Safe to share between threads.
+
+    `info` is the model file's tokenizer entry: `kind`, `add_bos`, `add_eos`, `bos_id`, `eos_id`, and for
+    `tokenizer.model` optionally `added_tokens` ({text: id}) and `legacy` (dummy space after special tokens too,
+    the default). `data` is the tokenizer file. `vocab_size` is the model's, which may be larger than the
+    tokenizer's. `stop_ids` count as special even where the checkpoint does not say so. TokenizerError when it
+    cannot be built.
+    """
+
+    def __init__(self, info: Mapping[str, Any], data: bytes | memoryview, vocab_size: int = 0,
+                 stop_ids: Iterable[int] = ()) -> None:
+        kind = info.get("kind")
+        if kind == "tokenizer.json":
+            from kvrun.tokenizer_backends import JsonBackend as backend
+        elif kind == "tokenizer.model":
+            from kvrun.tokenizer_backends import SentencePieceBackend as backend
+        else:
+            raise TokenizerError(f"unknown kind of tokenizer: {kind}")
+        self.bos_id: int | None = info.get("bos_id")
+        self.eos_id: int | None = info.get("eos_id")
+        self._before = [self.bos_id] if info.get("add_bos") and self.bos_id is not None else []
+        self._after = [self.eos_id] if info.get("add_eos") and self.eos_id is not None else []
+        self._backend = backend(bytes(data), info, list(stop_ids))
+        self.special: SpecialTokens = self._backend.special
+        self._special_ids = frozenset(self.special.ids.values())
+        self.vocab_size = max(vocab_size, self._backend.size)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True, *,
+               continued: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special` adds the tokens that the checkpoint puts before and after a text (BOS, EOS).
+        `parse_special`: the text of a special token becomes that token; otherwise it stays ordinary text.
+        `continued`: the text goes on from other text, so no dummy space is put before it. TokenizerError for
+        text that UTF-8 cannot encode.
+        """
+        _check_text(text)
+        if continued and self._backend.dummy_space:
+            ids = self._encode_parts(self.special.split(_escape_escapes(text)) if parse_special else [text], True)
+        elif parse_special:
+            ids = self._backend.encode_parsed(text)
+            if ids is None:
+                ids = self._encode_parts(self.special.split(_escape_escapes(text)), False)
+        else:
+            ids = self._encode_parts([text], continued)
+        return self._before + ids + self._after if add_special else ids
+
+    def encode_escaped(self, text: str, *, continued: bool = False) -> list[int]:
+        """Token ids of a text with special tokens in which `special.escape` has marked what is ordinary."""
+        _check_text(text)
+        if ESCAPE not in text:
+            return self.encode(text, add_special=False, continued=continued)
+        return self._encode_parts(self.special.split(text), continued)
+
+    def _encode_parts(self, parts: Iterable[str | int], continued: bool) -> list[int]:
+        ids: list[int] = []
+        where = CONTINUED if continued else START
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            elif part:
+                ids += self._backend.encode_run(part, where, self.special.found_in(part))
+            where = INNER
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of `ids` as a whole; bytes that are not UTF-8 become U+FFFD. TokenizerError for other ids."""
+        return self._backend.decode([self._check_id(i) for i in ids], skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; a special token's are its text. b"" for ids that have no text."""
+        return self._backend.piece(self._check_id(token), False)
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    def stream(self, *, skip_special: bool = True, start: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one by one. `start`: they begin a text (see `StreamDecoder`)."""
+        return self._backend.stream(skip_special, start, self._check_id)
+
+    def _check_id(self, token: Any) -> int:
+        try:
+            number = operator.index(token)
+        except TypeError:
+            raise TokenizerError(f"a token id must be an integer, not {type(token).__name__}") from None
+        if not 0 <= number < self.vocab_size:
+            raise TokenizerError(f"token id {number} is outside the vocabulary (0 to {self.vocab_size - 1})")
+        return number
+
+
+def _escape_escapes(text: str) -> str:
+    return text.replace(ESCAPE, ESCAPE + ESCAPE)
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise TokenizerError(f"text must be a str, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"text that is not valid Unicode: a lone surrogate (U+{ord(text[error.start]):04X}) "
+                             f"at character {error.start + 1}") from None

@@ -1,0 +1,274 @@
+"""The two tokenizer libraries behind one interface, for `kvrun.tokenizer`.
+
+A backend has `size` (number of tokens), `special` (a SpecialTokens), `dummy_space` (whether a text gets a space
+put before it), and
+`encode_parsed(text)`   ids with special tokens recognised, or None where the library cannot do that itself
+`encode_run(text, where, literal)`   ids of a run of ordinary text; `literal`: it has text of special tokens in it
+`decode(ids, skip_special)`, `piece(token, first)` (its bytes), `stream(skip_special, start, check)`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvrun.errors import TokenizerError
+from kvrun.text import PER_BYTE, StreamDecoder
+from kvrun.tokenizer import CONTINUED, INNER, START, SpecialTokens
+
+_SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class _Backend:
+    special: SpecialTokens
+    size: int
+    dummy_space: bool
+    strip = 0
+    errors = "replace"
+
+    def piece(self, token: int, first: bool) -> bytes:
+        raise NotImplementedError
+
+    def stream(self, skip_special: bool, start: bool, check: Callable[[int], int]) -> StreamDecoder:
+        hidden = frozenset(self.special.ids.values()) if skip_special else frozenset()
+
+        def piece(token: int, first: bool) -> bytes | None:
+            return None if check(token) in hidden else self.piece(token, first and start)
+
+        return StreamDecoder(piece, self.strip if start else 0, self.errors)
+
+
+# --- tokenizer.json ------------------------------------------------------------------------------------------
+
+
+class JsonBackend(_Backend):
+    """`tokenizer.json`: byte-level BPE, or BPE and Unigram in SentencePiece's style."""
+
+    def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int]) -> None:
+        self._data = data
+        self._stop_ids = stop_ids
+        self._lock = threading.Lock()
+        self._variants: dict[tuple[str, bool], Any] = {}
+        self._main = self._build(data)
+        self.size = self._main.get_vocab_size(with_added_tokens=True)
+        added = self._main.get_added_tokens_decoder()
+        self.size = max([self.size, *(i + 1 for i in added)])
+        special = {i: t for i, t in added.items() if t.special or i in stop_ids}
+        self.special = SpecialTokens({t.content: i for i, t in special.items()},
+                                     (i for i, t in special.items() if t.lstrip),
+                                     (i for i, t in special.items() if t.rstrip))
+        front = [_state(self._main.normalizer), _state(self._main.pre_tokenizer)]
+        self.dummy_space = front != [_dummy_space(part, CONTINUED) for part in front]
+        self._decoder = _Decoder(_state(self._main.decoder))
+        self.strip, self.errors = self._decoder.strip, self._decoder.errors
+
+    @staticmethod
+    def _build(data: bytes) -> Any:
+        import tokenizers
+
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except BaseException as error:
+            raise TokenizerError(f"the model's tokenizer.json cannot be used: {_refusal(error)}") from None
+        # Checkpoints store what their training needed; nothing may be cut or filled up here.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _variant(self, where: str, literal: bool) -> Any:
+        """The tokenizer for a run that stands at `where`; with `literal`, special tokens are not recognised."""
+        if (where == START or not self.dummy_space) and not literal:
+            return self._main
+        key = (where if self.dummy_space else START, literal)
+        with self._lock:
+            if key not in self._variants:
+                self._variants[key] = self._build_variant(*key)
+            return self._variants[key]
+
+    def _build_variant(self, where: str, literal: bool) -> Any:
+        spec = json.loads(self._data)
+        for part in ("normalizer", "pre_tokenizer"):
+            spec[part] = _dummy_space(spec.get(part), where)
+        for token in spec.get("added_tokens") or []:
+            token["special"] = token["special"] or token["id"] in self._stop_ids
+        tokenizer = self._build(json.dumps(spec, ensure_ascii=False).encode("utf-8"))
+        tokenizer.encode_special_tokens = literal
+        return tokenizer
+
+    def encode_parsed(self, text: str) -> list[int]:
+        return _encode(self._main, text)
+
+    def encode_run(self, text: str, where: str, literal: bool) -> list[int]:
+        return _encode(self._variant(where, literal), text)
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        return self._main.decode(ids, skip_special_tokens=skip_special)
+
+    def piece(self, token: int, first: bool) -> bytes:
+        text = self._main.id_to_token(token)
+        return b"" if text is None else self._decoder.piece(text, first)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        raise TokenizerError(f"this text cannot be tokenised: {_refusal(error)}") from None
+
+
+def _refusal(error: BaseException) -> str:
+    """What a library said, in one line; raises again what is not the library's (Ctrl-C, for one)."""
+    # A panic in Rust arrives as a BaseException of a type that cannot be imported.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _state(component: Any) -> Any:
+    """The JSON of one component of a tokenizer, None if it has none."""
+    return None if component is None else json.loads(component.__getstate__())
+
+
+def _dummy_space(component: Any, where: str) -> Any:
+    """A normalizer or pre-tokenizer (its JSON) changed so that it adds no space where none belongs."""
+    if not isinstance(component, dict) or where == START:
+        return component
+    kind = component.get("type")
+    if kind == "Sequence":
+        key = "normalizers" if "normalizers" in component else "pretokenizers"
+        parts = [_dummy_space(part, where) for part in component.get(key) or []]
+        return {**component, key: [part for part in parts if part is not None]}
+    if kind == "Metaspace":
+        scheme = component.get("prepend_scheme", "always")
+        keep = scheme == "never" or (scheme == "always" and where == INNER)
+        return component if keep else {**component, "prepend_scheme": "never"}
+    if kind == "Prepend" and where == CONTINUED:
+        return None
+    if component.get("add_prefix_space") and where == CONTINUED:
+        return {**component, "add_prefix_space": False}
+    return component
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's map: printable Latin-1 characters stand for their own byte, the other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+class _Decoder:
+    """Bytes of a token's text, by the decoder that tokenizer.json names. Matches the library's own decoding."""
+
+    def __init__(self, spec: Any) -> None:
+        steps = _flat(spec)
+        kinds = {step.get("type") for step in steps}
+        unknown = kinds - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+        if unknown or not kinds:
+            name = ", ".join(map(str, sorted(unknown, key=str))) or "none"
+            raise TokenizerError(f"the model's tokenizer.json has a decoder that is not supported: {name}")
+        self._bytes = _byte_of_character() if "ByteLevel" in kinds else None
+        self._fallback = "ByteFallback" in kinds
+        self._metaspace = [(s["replacement"], s.get("prepend_scheme", "always") != "never")
+                           for s in steps if s["type"] == "Metaspace"]
+        self._replace = [_replacement(step) for step in steps if step["type"] == "Replace"]
+        self.strip = sum(step.get("start", 0) for step in steps if step["type"] == "Strip")
+        self.errors = "replace" if self._bytes else PER_BYTE
+
+    def piece(self, text: str, first: bool) -> bytes:
+        if self._bytes is not None:
+            try:
+                return bytes([self._bytes[c] for c in text])
+            except KeyError:  # an added token, whose text is not mapped
+                return text.encode("utf-8")
+        for old, new in self._replace:
+            text = text.replace(old, new)
+        for marker, dummy in self._metaspace:
+            text = text.replace(marker, "" if first and dummy else " ")
+        match = _BYTE.fullmatch(text) if self._fallback else None
+        return bytes([int(match[1], 16)]) if match else text.encode("utf-8")
+
+
+def _flat(spec: Any) -> list[dict[str, Any]]:
+    if not isinstance(spec, dict):
+        return []
+    if spec.get("type") == "Sequence":
+        return [step for part in spec.get("decoders") or [] for step in _flat(part)]
+    return [spec]
+
+
+def _replacement(step: Mapping[str, Any]) -> tuple[str, str]:
+    pattern = step.get("pattern", {})
+    if "String" not in pattern:
+        raise TokenizerError("the model's tokenizer.json has a decoder that replaces by regular expression, "
+                             "which is not supported")
+    return pattern["String"], step["content"]
+
+
+# --- tokenizer.model -----------------------------------------------------------------------------------------
+
+# Appended to the model's bytes this sets normalizer_spec.add_dummy_prefix to false: in Protocol Buffers a
+# repeated occurrence of an embedded message is merged into the first, and the last value of a field holds.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class SentencePieceBackend(_Backend):
+    """`tokenizer.model`. Control, unknown and added tokens are special; SentencePiece sees the text between."""
+
+    errors = PER_BYTE
+
+    def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int]) -> None:
+        self._model = self._load(data)
+        self._unprefixed = self._load(data + _NO_DUMMY_PREFIX)
+        size = self._model.get_piece_size()
+        added = _added_tokens(info)
+        self.size = max([size, *(i + 1 for i in added.values())])
+        special = {self._model.id_to_piece(i): i for i in range(size)
+                   if self._model.is_control(i) or self._model.is_unknown(i) or i in stop_ids}
+        self.special = SpecialTokens(special | added)
+        self._texts = {i: text.encode("utf-8") for text, i in self.special.ids.items()}
+        self.dummy_space = self._model.encode("a") != self._unprefixed.encode("a")
+        self._drops_dummy = self._model.decode_pieces([_SPACE + "a"]) == "a"
+        self._prefix_inside = bool(info.get("legacy", True))
+
+    @staticmethod
+    def _load(data: bytes) -> Any:
+        import sentencepiece
+
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=data)
+        except Exception as error:
+            raise TokenizerError(f"the model's tokenizer.model cannot be used: {_refusal(error)}") from None
+
+    def encode_parsed(self, text: str) -> None:
+        return None
+
+    def encode_run(self, text: str, where: str, literal: bool) -> list[int]:
+        prefix = where == START or (where == INNER and self._prefix_inside)
+        return (self._model if prefix else self._unprefixed).encode(text)
+
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        stream = self.stream(skip_special, True, int)
+        return "".join(map(stream.push, ids)) + stream.finish()
+
+    def piece(self, token: int, first: bool) -> bytes:
+        if token in self._texts:
+            return self._texts[token]
+        if token >= self._model.get_piece_size():
+            return b""
+        text = self._model.id_to_piece(token)
+        if self._model.is_byte(token):
+            return bytes([int(text[3:5], 16)])
+        if first and self._drops_dummy:
+            text = text.removeprefix(_SPACE)
+        return text.replace(_SPACE, " ").encode("utf-8")
+
+
+def _added_tokens(info: Mapping[str, Any]) -> dict[str, int]:
+    added = info.get("added_tokens") or {}
+    if not isinstance(added, dict) or not all(type(i) is int and i >= 0 for i in added.values()):
+        raise TokenizerError("the model file's added_tokens are not a table of text and token ids")
+    return added
