@@ -1,0 +1,127 @@
+"""What the converter knows of a checkpoint, whatever form it has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvrun.convert.fields import Fields
+from kvrun.convert.tensors import StoredTensor
+from kvrun.description import ModelDescription
+from kvrun.errors import ConvertError, ModelFileError
+from kvrun.modelfile import SAMPLING_KEYS
+
+# Tokens that end a turn or a text wherever they are special tokens, even if no config says so.
+WELL_KNOWN_STOPS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<end_of_turn>",
+    "</s>", "<|return|>", "<|eos|>", "<eos>", "<|end_of_sentence|>", "<|end_of_turn|>", "<|end_of_role|>",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer file as it goes into the model file, and what the runtime must know besides."""
+
+    kind: str
+    data: bytes | None
+    info: dict[str, Any]
+    special: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens by text."""
+
+    def model_entry(self, vocab_size: int) -> dict[str, Any]:
+        """The model file's `tokenizer` entry. Ids beyond the embedding are dropped: no token has them."""
+        info = {"kind": self.kind, "add_bos": False, "add_eos": False}
+        info |= dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"))
+        info |= self.info
+        for key in ("bos_id", "eos_id", "pad_id", "unk_id"):
+            if info[key] is not None and info[key] >= vocab_size:
+                info[key] = None
+        return info
+
+    def stops(self) -> list[int]:
+        return [self.special[text] for text in WELL_KNOWN_STOPS if text in self.special]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` maps our names, in file order, to where the values are; all shapes have been checked."""
+
+    form: str
+    description: ModelDescription
+    tensors: dict[str, StoredTensor]
+    vocabulary: Vocabulary
+    stop_ids: list[int]
+    chat_template: str | None
+    sampling: dict[str, float]
+    files: tuple[str, ...]
+
+
+def describe(where: str, values: Mapping[str, Any]) -> ModelDescription:
+    """The description from a family's values; ConvertError, with the file, for what contradicts itself."""
+    try:
+        return ModelDescription(**values)
+    except ModelFileError as error:
+        raise ConvertError(f"{where}: {error}") from None
+
+
+def select_tensors(
+    where: str,
+    available: Mapping[str, StoredTensor],
+    wanted: Iterable[tuple[str, str]],
+    description: ModelDescription,
+) -> dict[str, StoredTensor]:
+    """The tensors of the model under our names; ConvertError if one is missing, misshapen or left over."""
+    wanted, shapes, chosen = list(wanted), description.tensor_shapes(), {}
+    missing = [theirs for _, theirs in wanted if theirs not in available]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ConvertError(f"{where}: tensor {missing[0]} is missing{more}")
+    for ours, theirs in wanted:
+        tensor = available[theirs]
+        if tensor.shape != shapes[ours]:
+            raise ConvertError(f"{where}: tensor {theirs} has shape {list(tensor.shape)}, "
+                               f"but the config says {list(shapes[ours])}")
+        chosen[ours] = tensor
+    unused = sorted(set(available) - {theirs for _, theirs in wanted})
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise ConvertError(f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model "
+                           "with this config")
+    return chosen
+
+
+def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[str, float]:
+    """Sampling options the checkpoint recommends: `names` maps our names to those in `source`."""
+    values: dict[str, float] = {}
+    for ours, theirs in names.items() if source else ():
+        assert ours in SAMPLING_KEYS
+        value = source.get(theirs)
+        if value is None or type(value) in (int, float) and value < 0:  # some write -1 for "off"
+            continue
+        if type(value) not in (int, float) or not value < 1e9:
+            source.fail(theirs, f"{value!r} is not a number"[:80])
+        values[ours] = int(value) if ours == "top_k" else float(value)
+    return values
+
+
+def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
+    """Read everything but the tensors' data. `path` is a Hugging Face folder or a GGUF file."""
+    if not os.path.exists(path):
+        raise ConvertError(f"{path}: no such file or folder")
+    if os.path.isdir(path):
+        from kvrun.convert.huggingface import open_folder
+
+        return open_folder(path, tokenizer)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4) if os.path.isfile(path) else b""
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ConvertError(f"{path}: neither a GGUF file nor a folder; for a Hugging Face checkpoint give the "
+                           "folder with its config.json")
+    from kvrun.convert.gguf_source import open_gguf
+
+    return open_gguf(path, tokenizer)

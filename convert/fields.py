@@ -1,0 +1,107 @@
+"""Typed access to the values of a config file or of GGUF metadata, with errors that name the field."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from kvrun.errors import ConvertError
+
+REQUIRED: Any = object()
+_MAX_JSON = 1 << 28
+
+
+class Fields:
+    """Values under names; `where` (a file) and the name appear in errors. A null value counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self._values, self.where, self._prefix = values, where, prefix
+
+    def under(self, prefix: str) -> Fields:
+        """The same values, seen through names that start with `prefix`."""
+        return Fields(self._values, self.where, prefix)
+
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(self._prefix + name) is not None
+
+    def fail(self, name: str, reason: str) -> Any:
+        raise ConvertError(f"{self.where}: field {self._prefix}{name}: {reason}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self._values.get(self._prefix + name)
+        if value is not None:
+            return value
+        return self.fail(name, "missing") if default is REQUIRED else default
+
+    def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1) -> Any:
+        value = self.get(name, default)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]  # GGUF may give one number per layer
+        if isinstance(value, list):
+            return self.fail(name, "different values per layer are not supported yet")
+        if value is default and name not in self:
+            return value
+        if type(value) is not int or not minimum <= value < 1 << 31:
+            return self.fail(name, f"{value!r} is not an integer from {minimum} up".replace("\n", " "))
+        return value
+
+    def number(self, name: str, default: Any = REQUIRED) -> Any:
+        """A positive number, as float."""
+        value = self.get(name, default)
+        if value is default and name not in self:
+            return value
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            return self.fail(name, f"{value!r} is not a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: Any = REQUIRED) -> Any:
+        value = self.get(name, default)
+        return value if isinstance(value, bool) else self.fail(name, f"{value!r} is neither true nor false")
+
+    def text(self, name: str, default: Any = REQUIRED) -> Any:
+        value = self.get(name, default)
+        if value is default and name not in self:
+            return value
+        return value if isinstance(value, str) else self.fail(name, f"{value!r} is not a text")
+
+    def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
+        """The value that `choices` gives for the text under `name`; anything else is refused by name."""
+        value = self.text(name, default)
+        if value not in choices:
+            return self.fail(name, f"{value!r} is not supported yet (supported: {', '.join(choices)})")
+        return choices[value]
+
+    def section(self, name: str) -> Fields | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            return self.fail(name, "not a JSON object")
+        return Fields(value, f"{self.where}: {self._prefix}{name}")
+
+    def refuse(self, name: str, neutral: tuple[Any, ...], reason: str) -> None:
+        """Stop at a value that would change the arithmetic in a way that is not supported."""
+        if name in self and self.get(name) not in neutral:
+            self.fail(name, f"{self.get(name)!r}"[:60] + f": {reason}")
+
+
+def read_json(folder: str, name: str) -> Fields | None:
+    """The JSON object in a file of the checkpoint folder; None if there is no such file."""
+    path = os.path.join(folder, name)
+    try:
+        if os.path.getsize(path) > _MAX_JSON:
+            raise ConvertError(f"{path}: too large for a JSON file ({os.path.getsize(path)} bytes)")
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConvertError(f"{path}: not a JSON object")
+    return Fields(values, path)

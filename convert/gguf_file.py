@@ -1,0 +1,140 @@
+"""Reader of the GGUF container: metadata and where the tensors lie.
+
+Follows the published specification, versions 2 and 3, little-endian. A vocabulary has hundreds of thousands of
+strings; reading them straight from the bytes takes a fraction of a second and no more memory than the strings.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from typing import Any
+
+import numpy as np
+
+from kvrun.convert.tensors import BLOCKS, PLAIN, StoredTensor
+from kvrun.errors import ConvertError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
+_MAX_DEPTH = 4
+_TENSOR_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
+
+
+class GgufFile:
+    """`metadata`: Python values by key; `tensors`: by name, shapes as [rows, cols]. ConvertError if unusable."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        try:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self._read(_Cursor(path, data))
+        except OSError as error:
+            raise ConvertError(f"{path}: cannot read: {error.strerror or error}") from None
+        except ValueError as error:
+            raise ConvertError(f"{path}: not a readable GGUF file: {error}") from None
+
+    def _read(self, cursor: _Cursor) -> None:
+        if cursor.take(4) != b"GGUF":
+            raise ValueError("it does not start with GGUF")
+        version = cursor.scalar("<I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not supported (2 and 3 are, little-endian)")
+        n_tensors, n_values = cursor.count(24), cursor.count(12)
+        for _ in range(n_values):
+            key = cursor.string()
+            if key in self.metadata:
+                raise ValueError(f"the key {key[:80]} appears twice")
+            self.metadata[key] = cursor.value(cursor.scalar("<I"))
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment!r}"[:80])
+        infos = [self._tensor_info(cursor) for _ in range(n_tensors)]
+        data_start = -(-cursor.position // alignment) * alignment
+        for name, shape, number, offset in infos:
+            if name in self.tensors:
+                raise ValueError(f"tensor {name[:80]} appears twice")
+            tensor = _stored_tensor(self.path, name, shape, number, data_start + offset)
+            if tensor.offset + tensor.nbytes > cursor.size:
+                raise ConvertError(f"{self.path}: truncated: tensor {name} ends at byte {tensor.offset + tensor.nbytes},"
+                                   f" the file has {cursor.size}; download it again")  # fmt: skip
+            self.tensors[name] = tensor
+
+    def _tensor_info(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        name, n_dims = cursor.string(), cursor.scalar("<I")
+        if not 1 <= n_dims <= 4:
+            raise ValueError(f"tensor {name[:80]} has {n_dims} dimensions")
+        dims = [cursor.scalar("<Q") for _ in range(n_dims)]
+        return name, tuple(reversed(dims)), cursor.scalar("<I"), cursor.scalar("<Q")
+
+
+class _Cursor:
+    """A position in the file. Every read is checked against the end; a fault is a ValueError."""
+
+    def __init__(self, path: str, data: mmap.mmap) -> None:
+        self.path, self.data, self.size, self.position = path, data, len(data), 0
+
+    def take(self, n: int) -> bytes:
+        start, self.position = self.position, self.position + n
+        if self.position > self.size:
+            raise ValueError("truncated within its header")
+        return self.data[start : self.position]
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def count(self, smallest: int) -> int:
+        """A number of items of at least `smallest` bytes each, which must have room in the file."""
+        n = self.scalar("<Q")
+        if n * smallest > self.size - self.position:
+            raise ValueError("truncated within its header, or damaged")
+        return n
+
+    def string(self) -> str:
+        # Invalid UTF-8 is kept apart from U+FFFD: nothing that is used may hold it, but not all is used.
+        return self.take(self.count(1)).decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _FLOAT32:
+            # The shortest decimal that gives this float32: 1e-05 and not 9.999999747378752e-06.
+            return float(str(np.float32(self.scalar("<f"))))
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY or depth == _MAX_DEPTH:
+            raise ValueError(f"unknown type of value {kind}, or too deep an array")
+        inner = self.scalar("<I")
+        if inner not in _SCALARS:
+            return [self.value(inner, depth + 1) for _ in range(self.count(8 if inner == _STRING else 12))]
+        code = _SCALARS[inner]
+        width = struct.calcsize(code)
+        n = self.count(width)
+        return list(struct.unpack(f"<{n}{code[1]}", self.take(n * width)))
+
+
+def _stored_tensor(path: str, name: str, shape: tuple[int, ...], number: int, offset: int) -> StoredTensor:
+    kind = _TENSOR_TYPES.get(number)
+    if kind in PLAIN:
+        block, width = 1, PLAIN[kind]
+    elif kind in BLOCKS:
+        block, width = 32, BLOCKS[kind]
+    else:
+        kind, block, width = _other_type(path, name, number)
+    if shape[-1] % block or math.prod(shape) > 1 << 48:
+        raise ValueError(f"tensor {name[:80]} has the impossible shape {list(shape)}")
+    return StoredTensor(name, path, offset, shape, kind, shape[-1] // block * width)
+
+
+def _other_type(path: str, name: str, number: int) -> tuple[str, int, int]:
+    """(name, values in a block, bytes of a block) of a type that the gguf package knows."""
+    import gguf
+
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        return kind.name.lower(), *gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise ConvertError(f"{path}: tensor {name[:80]} has the unknown type {number}") from None

@@ -1,0 +1,139 @@
+"""The tokenizer of a Hugging Face folder: copied whole, and asked what it adds to a text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from kvrun.convert.checkpoint import Vocabulary
+from kvrun.convert.fields import Fields, read_json
+from kvrun.errors import ConvertError
+
+# Classes of transformers that take BOS and EOS from tokenizer_config.json, whatever tokenizer.json says.
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+_NAMES = ("bos", "eos", "pad", "unk")
+
+
+def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vocabulary:
+    """tokenizer.json, or else tokenizer.model. ConvertError if there is neither or it cannot be read."""
+    settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
+    for kind, probe in (("tokenizer.json", _probe_json), ("tokenizer.model", _probe_sentencepiece)):
+        path = os.path.join(folder, kind)
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+        try:
+            lookup, special, info = probe(data, settings)
+        except ConvertError:
+            raise
+        except Exception as error:  # the libraries raise plain Exception and RuntimeError
+            reason = " ".join(str(error).split())
+            raise ConvertError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+        named, numbered = (settings, read_json(folder, "special_tokens_map.json")), (generation, config)
+        for name in _NAMES:
+            token = _token_id(name, lookup, named, numbered)
+            info[f"{name}_id"] = token if token is not None else info.get(f"{name}_id")
+        info["kind"] = kind
+        _resolve_added(info, settings)
+        return Vocabulary(kind, data, info, special)
+    raise ConvertError(
+        f"{folder}: neither tokenizer.json nor tokenizer.model; save the tokenizer with transformers: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+_Probe = tuple[Callable[[str], "int | None"], dict[str, int], dict[str, Any]]
+
+
+def _probe_json(data: bytes, settings: Fields) -> _Probe:
+    """(text -> id, special tokens, {what a text is wrapped in})."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(data)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special}
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    extra = len(whole) - len(plain)
+    # Which tokens they are is settled below, when the ids of BOS and EOS are known.
+    split = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
+    return tokenizer.token_to_id, special, {"before": whole[:split], "after": whole[split + len(plain) :]}
+
+
+def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    size = processor.get_piece_size()
+    added = _added_tokens(settings, size)
+    special = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
+    special |= {text: number for text, (number, is_special) in added.items() if is_special}
+
+    def lookup(text: str) -> int | None:
+        if text in added:
+            return added[text][0]
+        number = processor.piece_to_id(text)
+        return number if number != processor.unk_id() or text == processor.id_to_piece(number) else None
+
+    ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
+    info: dict[str, Any] = {f"{name}_id": number if number >= 0 else None for name, number in ids.items()}
+    info["added_tokens"] = {text: number for text, (number, _) in added.items()}
+    info["legacy"] = settings.flag("legacy", True)
+    return lookup, special, info
+
+
+def _added_tokens(settings: Fields, size: int) -> dict[str, tuple[int, bool]]:
+    """{text: (id, special)} of the tokens that tokenizer_config.json adds to a SentencePiece model."""
+    entries = settings.get("added_tokens_decoder", {})
+    result: dict[str, tuple[int, bool]] = {}
+    for key, entry in entries.items() if isinstance(entries, dict) else ():
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not key.isdecimal() or not isinstance(content, str):
+            settings.fail("added_tokens_decoder", f"entry {key[:40]!r} is not a token")
+        result[content] = (int(key), entry.get("special") is True)
+    return result
+
+
+def _token_id(
+    name: str,
+    lookup: Callable[[str], int | None],
+    named: tuple[Fields | None, ...],
+    numbered: tuple[Fields | None, ...],
+) -> int | None:
+    """The id of a named special token: by its text, else as the configs number it."""
+    for source in named:
+        value = source.get(f"{name}_token") if source else None
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and (number := lookup(text)) is not None:
+            return number
+    for source in numbered:
+        value = source.get(f"{name}_token_id") if source else None
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int and value >= 0:
+            return value
+    return None
+
+
+def _resolve_added(info: dict[str, Any], settings: Fields) -> None:
+    """Settle add_bos and add_eos, as transformers does for the tokenizer's class."""
+    # SentencePiece files do not say; the slow tokenizers of transformers add BOS unless told otherwise.
+    before, after = info.pop("before", [info["bos_id"]]), info.pop("after", [])
+    if info["kind"] == "tokenizer.model" or settings.text("tokenizer_class", "") in _LLAMA_CLASSES:
+        info["add_bos"] = settings.flag("add_bos_token", bool(before)) and info["bos_id"] is not None
+        info["add_eos"] = settings.flag("add_eos_token", bool(after)) and info["eos_id"] is not None
+        return
+    for what, tokens, name in (("before", before, "bos"), ("after", after, "eos")):
+        if len(tokens) > 1:
+            settings.fail("tokenizer_class", f"tokenizer.json puts {len(tokens)} tokens {what} a text; one at most is "
+                                             "supported")  # fmt: skip
+        # What stands before a text is BOS, whatever the configs call by that name.
+        info[f"add_{name}"] = bool(tokens)
+        if tokens:
+            info[f"{name}_id"] = tokens[0]

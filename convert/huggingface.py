@@ -1,0 +1,264 @@
+"""A Hugging Face checkpoint folder: config.json, safetensors files, tokenizer and generation settings."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from kvrun.convert.checkpoint import Checkpoint, Vocabulary, describe, sampling_defaults, select_tensors
+from kvrun.convert.families import HF, Family, family_of_config
+from kvrun.convert.fields import Fields, read_json
+from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.tensors import PLAIN, StoredTensor
+from kvrun.description import ModelDescription, strict_json
+from kvrun.errors import ConvertError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_MAX_HEADER = 100_000_000
+# Buffers that old versions of transformers saved; they are computed from the config.
+_LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+
+def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
+    """The checkpoint in `folder`. ConvertError for anything missing, damaged or not supported."""
+    _refuse_pickles(folder)
+    config = read_json(folder, "config.json")
+    if config is None:
+        raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint{_gguf_hint(folder)}")
+    family = family_of_config(config)
+    name = _model_name(folder)
+    description = describe(config.where, {
+        "architecture": family.architecture, "name": name, **family.from_config(config)
+    })  # fmt: skip
+    available = _without_prefix(folder, _read_headers(folder))
+    wanted = list(family.source_names(description, HF))
+    _check_types_and_head(available, family, description, config)
+    tensors = select_tensors(folder, available, wanted, description)
+    generation = read_json(folder, "generation_config.json")
+    vocabulary = read_tokenizer(folder, config, generation) if tokenizer else Vocabulary("none", None, {})
+    return Checkpoint(
+        form="Hugging Face",
+        description=description,
+        tensors=tensors,
+        vocabulary=vocabulary,
+        stop_ids=_stop_ids(config, generation, vocabulary),
+        chat_template=_chat_template(folder),
+        sampling=sampling_defaults(generation, {
+            "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "repeat_penalty": "repetition_penalty",
+        }),
+        files=tuple(sorted({tensor.path for tensor in tensors.values()})),
+    )  # fmt: skip
+
+
+def _model_name(folder: str) -> str:
+    """The folder's name; in the hub's cache (models--ORG--NAME/snapshots/COMMIT) the model's."""
+    path = os.path.abspath(folder)
+    cached = re.search(r"models--(?:.*--)?([^/]+)/snapshots/[^/]+$", path)
+    return cached[1] if cached else os.path.basename(path)
+
+
+def _refuse_pickles(folder: str) -> None:
+    if glob.glob(os.path.join(glob.escape(folder), "*.safetensors*")):
+        return
+    for pattern in _PICKLES:
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
+            raise ConvertError(
+                f"{path}: a pickle, which can run any code when it is loaded, is refused; save the checkpoint as "
+                "safetensors: transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, "
+                "safe_serialization=True)"
+            )
+
+
+def _gguf_hint(folder: str) -> str:
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.gguf")))
+    return f"; to convert a GGUF file give its name: {found[0]}" if found else ""
+
+
+# --- weights
+
+
+def _read_headers(folder: str) -> dict[str, StoredTensor]:
+    """All tensors of the folder's safetensors files under the names they have there."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in _weight_files(folder).items():
+        path = os.path.join(folder, file)
+        found = read_safetensors_header(path)
+        for name in names or found:
+            if name not in found:
+                raise ConvertError(f"{path}: tensor {name} is missing; the index says it is here")
+            if name in tensors:
+                raise ConvertError(f"{path}: tensor {name} is also in {tensors[name].path}")
+            tensors[name] = found[name]
+    return tensors
+
+
+def _weight_files(folder: str) -> dict[str, list[str] | None]:
+    """File names, each with the tensors to take from it (None: all), chosen as transformers does."""
+    if os.path.exists(os.path.join(folder, "model.safetensors")):
+        return {"model.safetensors": None}
+    index = read_json(folder, "model.safetensors.index.json")
+    if index is not None:
+        return _files_of_index(folder, index)
+    found = sorted(os.path.basename(p) for p in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    weights = [name for name in found if not name.startswith("adapter_")]
+    if not weights and found:
+        raise ConvertError(f"{folder}: only an adapter ({found[0]}); merge it into its base model first")
+    if not weights:
+        raise ConvertError(f"{folder}: no safetensors file with weights (model.safetensors)")
+    if len(weights) == 1:
+        return {weights[0]: None}
+    for name in weights:
+        if not re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name):
+            raise ConvertError(f"{folder}: several safetensors files and no model.safetensors.index.json")
+    total = int(weights[0][15:20])
+    if len(weights) != total:
+        raise ConvertError(f"{folder}: {len(weights)} of {total} safetensors files are there; download the others")
+    return dict.fromkeys(weights)
+
+
+def _files_of_index(folder: str, index: Fields) -> dict[str, list[str] | None]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        return index.fail("weight_map", "missing or empty")
+    files: dict[str, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or os.path.basename(file) != file:
+            return index.fail("weight_map", f"{file!r}"[:60] + " is not a file name")
+        files.setdefault(file, []).append(name)
+    for file in files:
+        if not os.path.isfile(os.path.join(folder, file)):
+            raise ConvertError(f"{folder}: {file} is missing; {os.path.basename(index.where)} needs it")
+    return files
+
+
+def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, every offset checked against the file. ConvertError if it is damaged."""
+    try:
+        if not os.path.isfile(path):
+            raise ConvertError(f"{path}: not a regular file")
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or not 2 <= length <= _MAX_HEADER:
+                raise ConvertError(f"{path}: not a safetensors file (or an empty or partly downloaded one)")
+            if 8 + length > size:
+                raise ConvertError(f"{path}: truncated: the header has {length} bytes, the file {size}")
+            header = strict_json(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConvertError(f"{path}: damaged safetensors header: {error}") from None
+    if not isinstance(header, dict):
+        raise ConvertError(f"{path}: damaged safetensors header: not a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and start <= end
+        dtype = str(dtype)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ConvertError(f"{path}: damaged safetensors header: tensor {name[:80]}")
+    if data_start + end > size:
+        raise ConvertError(f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; "
+                           "download it again")
+    if dtype not in _DTYPES:
+        # It is refused only if the model needs it: checkpoints carry integer buffers.
+        return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
+    width = PLAIN[_DTYPES[dtype]]
+    row_bytes = width * (shape[-1] if shape else 1)
+    count = int(np.prod(shape[:-1], dtype=object)) if shape else 1
+    if count * row_bytes != end - start:
+        raise ConvertError(f"{path}: damaged safetensors header: tensor {name} {shape} has {end - start} bytes")
+    return StoredTensor(name, path, data_start + start, tuple(shape), _DTYPES[dtype], row_bytes)
+
+
+def _without_prefix(folder: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Names without "model.", which checkpoints saved from the inner module lack; without leftovers."""
+    result: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix("model.")
+        if _LEFTOVERS.fullmatch(short):
+            continue
+        if short in result:
+            raise ConvertError(f"{folder}: tensor {short} is there with and without the prefix model.")
+        result[short] = tensor
+    return result
+
+
+def _check_types_and_head(
+    available: dict[str, StoredTensor], family: Family, description: ModelDescription, config: Fields
+) -> None:
+    """Check the tensors' types; remove an output head that only repeats the embedding."""
+    for tensor in available.values():
+        if tensor.type not in PLAIN:
+            raise ConvertError(f"{tensor.path}: tensor {tensor.name} has type {tensor.type}, which is not supported "
+                               f"yet (supported: {', '.join(_DTYPES)})")
+    embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
+    if description.tie_embeddings and head in available and embed in available:
+        if not _equal(available[embed], available[head]):
+            config.fail("tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both")
+        del available[head]
+
+
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape or len(a.shape) != 2:
+        return False
+    return (a.path, a.offset) == (b.path, b.offset) or all(
+        np.array_equal(a.floats(start, stop), b.floats(start, stop)) for start, stop in a.slabs()
+    )
+
+
+# --- settings
+
+
+def _stop_ids(config: Fields, generation: Fields | None, vocabulary: Vocabulary) -> list[int]:
+    ids = vocabulary.stops()
+    if vocabulary.info.get("eos_id") is not None:
+        ids.append(vocabulary.info["eos_id"])
+    for source in (generation, config):
+        eos = source.get("eos_token_id", []) if source else []
+        for token in eos if isinstance(eos, list) else [eos]:
+            if type(token) is not int or token < 0:
+                source.fail("eos_token_id", f"{token!r}"[:60] + " is not a token id")
+            ids.append(token)
+    return ids
+
+
+def _chat_template(folder: str) -> str | None:
+    """The default chat template: chat_template.jinja, chat_template.json, or in tokenizer_config.json."""
+    path = os.path.join(folder, "chat_template.jinja")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise ConvertError(f"{path}: cannot read: {error}") from None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        source = read_json(folder, name)
+        template = source.get("chat_template") if source else None
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            return _named_template(source, template)
+    return None
+
+
+def _named_template(source: Fields, templates: Any) -> str | None:
+    """Of several named templates, the one called "default"."""
+    if isinstance(templates, list) and templates and all(isinstance(entry, dict) for entry in templates):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in templates]
+        if all(isinstance(text, str) for pair in pairs for text in pair):
+            return dict(pairs).get("default", pairs[0][1] if len(pairs) == 1 else None)
+    return source.fail("chat_template", "neither a text nor a list of named templates")

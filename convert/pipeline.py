@@ -1,0 +1,169 @@
+"""The conversion itself: read, pack, write, check."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvrun import _core
+from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
+from kvrun.convert.tensors import StoredTensor
+from kvrun.errors import ConvertError, OptionError
+from kvrun.modelfile import ModelFile, ModelFileWriter, check_output
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "same")
+_SENSITIVE = ("embed.weight", "head.weight")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, and the bytes done and in all."""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """The finished, checked file. `notes`: one line for every kind of tensor whose values had to change form."""
+
+    model: ModelFile
+    seconds: float
+    notes: list[str]
+
+    @property
+    def n_weights(self) -> int:
+        return sum(weight.rows * weight.cols for weight in self.model.weights.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(weight.data.nbytes for weight in self.model.weights.values()) / self.n_weights
+
+
+def convert(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    type: str = "same",
+    *,
+    tokenizer: bool = True,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Convert a Hugging Face folder or a GGUF file to a model file.
+
+    `type` is one of `TYPES`; "same" keeps the type of every tensor where that is lossless. With q4_0 and q4_1,
+    embedding and output head become q8_0, unless the source has them in the type asked for. `tokenizer=False`
+    leaves the tokenizer out. The file appears under its name only when it is complete and its checksums match.
+    ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be written.
+    """
+    started = time.monotonic()
+    if type not in TYPES:
+        raise OptionError(f"type {type!r} is not one of {', '.join(TYPES)}")
+    checkpoint, output = os.fspath(checkpoint), os.fspath(output)
+    check_output(output)
+    source = open_checkpoint(checkpoint, tokenizer)
+    _check_not_source(output, source)
+    types = {name: _target_type(name, tensor, type) for name, tensor in source.tensors.items()
+             if not name.endswith((".bias", "norm.weight"))}  # fmt: skip
+    with _writer(checkpoint, output, source, types) as writer:
+        _write_tensors(writer, source, types, progress or _silent)
+        model = writer.finish(_counted("checking", writer.nbytes, progress or _silent))
+    return ConvertResult(model, time.monotonic() - started, _notes(source, types))
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _counted(stage: str, total: int, progress: Progress) -> Callable[[int], None]:
+    """A function that adds up bytes and reports the sum."""
+    done = 0
+
+    def add(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(stage, done, total)
+
+    return add
+
+
+def _check_not_source(output: str, source: Checkpoint) -> None:
+    for path in source.files:
+        if os.path.exists(output) and os.path.samefile(output, path):
+            raise ConvertError(f"{output}: the model would overwrite the checkpoint it comes from; use another name")
+
+
+def _target_type(name: str, tensor: StoredTensor, asked: str) -> str:
+    if asked == "same":
+        return tensor.type if tensor.type in _core.WEIGHT_TYPES else "f16"
+    if asked in ("q4_0", "q4_1") and name in _SENSITIVE and tensor.type != asked:
+        return "q8_0"
+    return asked
+
+
+def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, str]) -> ModelFileWriter:
+    vocab_size = source.description.vocab_size
+    found = Counter(source.tensors[name].type for name in types)
+    info: dict[str, Any] = {
+        "form": source.form,
+        "name": os.path.basename(os.path.abspath(checkpoint)),
+        "types": dict(sorted(found.items())),
+    }
+    return ModelFileWriter(
+        output,
+        source.description,
+        types,
+        tokenizer_info=source.vocabulary.model_entry(vocab_size),
+        tokenizer=source.vocabulary.data,
+        stop_ids=[token for token in source.stop_ids if token < vocab_size],
+        chat_template=source.chat_template,
+        sampling=source.sampling,
+        source=info,
+    )
+
+
+def _write_tensors(
+    writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress
+) -> None:
+    """Pack slabs on several threads, a few ahead of the one that is written."""
+    workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    slabs = {name: list(tensor.slabs()) for name, tensor in source.tensors.items()}
+    add = _counted("converting", sum(tensor.nbytes for tensor in source.tensors.values()), progress)
+
+    def work(task: tuple[str, int, int]) -> tuple[int, np.ndarray]:
+        name, start, stop = task
+        tensor = source.tensors[name]
+        data = tensor.packed(start, stop, types[name]) if name in types else tensor.floats(start, stop).reshape(-1)
+        return (stop - start) * tensor.row_bytes, data
+
+    def done_in_order(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+        pending: deque = deque()
+        tasks = ((name, start, stop) for name, spans in slabs.items() for start, stop in spans)
+        for task in itertools.chain(tasks, [None] * (workers + 1)):
+            if task is not None:
+                pending.append(pool.submit(work, task))
+            if pending and (task is None or len(pending) > workers):
+                nbytes, data = pending.popleft().result()
+                yield data
+                add(nbytes)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            results = done_in_order(pool)
+            for name, spans in slabs.items():
+                writer.write(name, itertools.islice(results, len(spans)))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _notes(source: Checkpoint, types: dict[str, str]) -> list[str]:
+    """One line for each quantised type that was dequantised."""
+    changed = Counter((source.tensors[name].type, type) for name, type in types.items())
+    return [
+        f"{count} tensor{'s' * (count > 1)} of type {theirs.upper()} dequantised and stored as {ours}"
+        for (theirs, ours), count in sorted(changed.items())
+        if theirs != ours and theirs not in ("f32", "f16", "bf16")
+    ]
