@@ -114,9 +114,11 @@ def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
         from kvrun.convert.huggingface import open_folder
 
         return open_folder(path, tokenizer)
+    magic = b""
     try:
-        with open(path, "rb") as file:
-            magic = file.read(4) if os.path.isfile(path) else b""
+        if os.path.isfile(path):  # opening a named pipe would wait for ever
+            with open(path, "rb") as file:
+                magic = file.read(4)
     except OSError as error:
         raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
     if magic != b"GGUF":

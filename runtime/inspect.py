@@ -1,0 +1,189 @@
+"""`kvrun inspect`: what a model file holds, and the memory that its weights and its cache take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kvrun import _core
+from kvrun.errors import KvrunError
+from kvrun.modelfile import ModelFile, read_model_file
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+SINKS, WINDOW = 4, 64
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvrun inspect",
+        description="Show what is in a model file, and the memory of its weights and of each kind of cache.",
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--verify", action="store_true", help="read all data and compare the checksums")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0 done, 1 stated error, 2 wrong usage, 130 interrupted."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        model = read_model_file(args.model)
+        if args.verify:
+            model.verify()
+        report = inspect(model, verified=args.verify)
+        text = json.dumps(report, indent=2, ensure_ascii=True) if args.json else "\n".join(_lines(report))
+        _print(text)
+    except KvrunError as error:
+        print("kvrun:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
+    """Everything that the command shows, as plain values. Sizes are in bytes.
+
+    `kv_memory` maps a cache format, K and V alike, to the bytes at each context length, as they are allocated.
+    """
+    weights = model.weights
+    n_weights = sum(weight.rows * weight.cols for weight in weights.values())
+    weight_bytes = sum(weight.data.nbytes for weight in weights.values())
+    types: dict[str, dict[str, int]] = {}
+    for weight in weights.values():
+        entry = types.setdefault(weight.type, {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["weights"] += weight.rows * weight.cols
+        entry["bytes"] += weight.data.nbytes
+    return {
+        "path": model.path,
+        "bytes": model.nbytes,
+        "verified": verified,
+        "fingerprint": model.fingerprint,
+        "description": asdict(model.description),
+        "parameters": n_weights + sum(vector.size for vector in model.vectors.values()),
+        "bits_per_weight": 8 * weight_bytes / n_weights,
+        "weight_types": types,
+        "weights_memory": weight_bytes + sum(vector.nbytes for vector in model.vectors.values()),
+        "tensors": _tensors(model),
+        "tokenizer": model.tokenizer_info,
+        "stop_ids": model.stop_ids,
+        "chat_template": model.chat_template is not None,
+        "sampling": model.sampling,
+        "source": model.source,
+        "kv_memory": kv_memory(model),
+    }
+
+
+def kv_memory(model: ModelFile) -> dict[str, dict[str, int]]:
+    """{format: {context length: bytes}}, with the default sinks and window."""
+    return {
+        name: {str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, WINDOW) for ctx in CONTEXTS}
+        for name in _core.KV_FORMATS
+    }
+
+
+def _tensors(model: ModelFile) -> list[dict[str, Any]]:
+    sizes = model.tensor_nbytes
+    result: list[dict[str, Any]] = []
+    for name, nbytes in sizes.items():
+        if name in model.weights:
+            weight = model.weights[name]
+            entry = {"type": weight.type, "shape": [weight.rows, weight.cols]}
+        elif name in model.vectors:
+            entry = {"type": "f32", "shape": [model.vectors[name].size]}
+        else:
+            entry = {"type": "bytes", "shape": [nbytes]}
+        result.append({"name": name, **entry, "bytes": nbytes})
+    return result
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    model, info = report["description"], report["tokenizer"]
+    source = report["source"]
+    heads = f"{model['n_heads']} query heads, {model['n_kv_heads']} KV heads of {model['head_dim']}"
+    rope = f"base {model['rope_theta']:g}" + _scaling(model["rope_scaling"])
+    rows = [
+        ("model", f"{model['name']} ({model['architecture']}), {_millions(report['parameters'])} parameters"),
+        ("file", f"{report['path']}, {_size(report['bytes'])}"
+                 + (", all checksums match" if report["verified"] else "")),
+        ("source", f"{source.get('form', 'unknown')} {source.get('name', '')}".strip()),
+        ("layers", f"{model['n_layers']}, hidden size {model['hidden_size']}, "
+                   f"feed-forward {model['intermediate_size']}, {model['activation']}"),
+        ("attention", heads + (", biases" if model["attention_bias"] else "")),
+        ("rope", rope),
+        ("vocabulary", f"{model['vocab_size']} tokens, {'tied' if model['tie_embeddings'] else 'separate'} head"),
+        ("trained on", f"{model['context_length']} tokens"),
+        ("tokenizer", _tokenizer(info)),
+        ("stops at", ", ".join(map(str, report["stop_ids"])) or "no token"),
+        ("chat template", "yes" if report["chat_template"] else "no"),
+    ]
+    if report["sampling"]:
+        rows.append(("sampling", ", ".join(f"{key} {value:g}" for key, value in report["sampling"].items())))
+    rows.append(("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight"))
+    lines = [f"{label + ':':<15}{_printable(value)}" for label, value in rows]
+    for name, entry in report["weight_types"].items():
+        lines.append(f"  {name:<6}{entry['tensors']:>5} matrices {_millions(entry['weights']):>10} weights "
+                     f"{_size(entry['bytes']):>10}")
+    return lines + [""] + _kv_lines(report["kv_memory"])
+
+
+def _kv_lines(memory: dict[str, dict[str, int]]) -> list[str]:
+    lines = [f"{'cache':<8}" + "".join(f"{int(ctx) // 1024:>11}k" for ctx in map(str, CONTEXTS)) + "   tokens"]
+    for name, sizes in memory.items():
+        lines.append(f"{name:<8}" + "".join(f"{_size(size):>12}" for size in sizes.values()))
+    return lines
+
+
+def _scaling(scaling: dict[str, Any] | None) -> str:
+    if scaling is None:
+        return ""
+    return f", {scaling['type']} scaling" + (f" by {scaling['factor']:g}" if "factor" in scaling else "")
+
+
+def _tokenizer(info: dict[str, Any]) -> str:
+    if info["kind"] == "none":
+        return "none"
+    adds = [name.upper() for name in ("bos", "eos") if info[f"add_{name}"]]
+    ids = [f"{name} {info[f'{name}_id']}" for name in ("bos", "eos") if info[f"{name}_id"] is not None]
+    return ", ".join([info["kind"], *ids, *(f"adds {name}" for name in adds)])
+
+
+def _size(n: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.2f} {unit}" if n < 10 * scale else f"{n / scale:.1f} {unit}"
+    return f"{n} B"
+
+
+def _millions(n: int) -> str:
+    return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.1f} k"
+
+
+def _printable(text: str) -> str:
+    # A name from a checkpoint must not reach the terminal as a control sequence.
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader has gone; keep the interpreter from failing once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError:
+        print(text.encode("ascii", "replace").decode(), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
