@@ -1,0 +1,51 @@
+from libc.stdint cimport int32_t, int64_t, uint8_t
+
+from .kernels cimport kv_kernels
+from .kv cimport Cache
+
+cdef extern from "team.h":
+    ctypedef struct kv_team:
+        pass
+    ctypedef void (*kv_team_fn)(void*, kv_team*, int) noexcept nogil
+    int kv_team_has_openmp() noexcept nogil
+    void kv_team_run(int, kv_team_fn, void*) noexcept nogil
+    int kv_team_size(const kv_team*) noexcept nogil
+    void kv_team_barrier(kv_team*) noexcept nogil
+    int64_t kv_team_take(kv_team*, int64_t, int64_t, int64_t*) noexcept nogil
+
+# Queries [start, end) of the chunk that see the same tiles.
+ctypedef struct QueryBlock:
+    int64_t start, end, packed
+
+# What the attention of one chunk needs, the same for every layer.
+ctypedef struct Plan:
+    int64_t n, first, last_tile                  # new tokens, position of the first, tile of the last one
+    int64_t packed_before, packed_after          # tiles packed when the chunk starts and when it is in
+    int64_t evicted_before, n_shifts             # sinks are rotated for n_shifts numbers of evicted tiles
+    int64_t n_blocks, block_tokens, n_spans      # query blocks; spans of tiles that work is split into
+    int64_t n_heads, group                       # group: query heads of a KV head
+    float scale
+    QueryBlock* blocks
+    const float* cos                             # [n][head_dim/2] of the new tokens
+    const float* sin
+    const float* sink_cos                        # [n_shifts][n_sinks][head_dim/2]
+    const float* sink_sin
+    float* sinks                                 # [n_kv_heads][n_shifts] rotated keys [head_dim][sink_lanes]
+    uint8_t* staged_windows                      # [n_kv_heads] window tiles beyond the window, max_tiles each
+    uint8_t* staged_tiles                        # [n_kv_heads] packed tiles not yet in the ring, max_tiles each
+    int64_t max_tiles
+    float* scratch                               # one thread: scratch_floats
+    int64_t scratch_floats
+    float* acc                                   # [n_spans][n_kv_heads][n][group][head_pad] partial outputs
+    float* top                                   # the same without head_pad: running maximum
+    float* total                                 # and sum of weights
+
+cdef int64_t scratch_needed(const Cache* c, int64_t group) noexcept nogil
+cdef int64_t queries_per_block(int64_t group) noexcept nogil
+cdef int64_t spans_needed(const Cache* c, int64_t n, int64_t packed, int64_t last_tile) noexcept nogil
+cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* k,
+                      const float* v, int64_t ld, kv_team* team, int thread) noexcept nogil
+cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
+                      int64_t ld, kv_team* team, int thread) noexcept nogil
+cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil
+cdef void combine(const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil

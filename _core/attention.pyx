@@ -1,0 +1,267 @@
+"""Attention over the cache: append a chunk, attend with an online softmax over sinks, tiles and window, commit.
+
+A query sees the cache as it would when decoding token by token, whatever chunk it comes in: tiles that are packed
+on the way are staged beside the ring until every query of the chunk is done, since earlier ones still see the window's
+copy of them, or the ring tile they will replace.
+"""
+
+from libc.math cimport INFINITY, expf
+from libc.string cimport memcpy
+
+from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format
+from .kv cimport ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, window_tile
+
+cdef enum:
+    BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
+    SPAN_TILES = 16       # tiles of one work item in decode; fixed, so that results do not depend on the threads
+    SPLIT_TOKENS = 16     # longer chunks have enough queries to split
+
+
+cdef int64_t queries_per_block(int64_t group) noexcept nogil:
+    return BLOCK_ROWS // group if group < BLOCK_ROWS else 1
+
+
+cdef int64_t _rows(int64_t group) noexcept nogil:
+    return queries_per_block(group) * group
+
+
+cdef int64_t scratch_needed(const Cache* c, int64_t group) noexcept nogil:
+    """Floats of one thread's scratch: rotated queries, scores, visible counts; or a tile while it is packed."""
+    cdef int64_t attend = _rows(group) * (c.head_dim + KV_TILE + 1), pack = KV_TILE * (c.head_dim + c.head_pad)
+    return (max(attend, pack) + 15) // 16 * 16
+
+
+cdef int64_t spans_needed(const Cache* c, int64_t n, int64_t packed, int64_t last_tile) noexcept nogil:
+    if n > SPLIT_TOKENS:
+        return 1
+    return (last_tile - tiles_evicted(c, packed)) // SPAN_TILES + 1
+
+
+# Where a tile is while a chunk is under way -------------------------------------------------------------------------
+
+cdef inline uint8_t* _unpacked(const Cache* c, const Plan* plan, int64_t layer, int64_t head,
+                               int64_t tile) noexcept nogil:
+    """Window tile, in the window or, when the chunk reaches beyond it, staged."""
+    cdef int64_t beyond = tile - plan.packed_before - c.n_window_tiles
+    if beyond < 0:
+        return window_tile(c, layer, head, tile)
+    return plan.staged_windows + (head * plan.max_tiles + beyond) * (c.window_k_bytes + c.window_v_bytes)
+
+
+cdef inline uint8_t* _packed(const Cache* c, const Plan* plan, int64_t layer, int64_t head,
+                             int64_t tile) noexcept nogil:
+    """Tile in the ring, or staged when this chunk packs it."""
+    cdef int64_t fresh = tile - plan.packed_before
+    if fresh < 0:
+        return ring_tile(c, layer, head, tile)
+    return plan.staged_tiles + (head * plan.max_tiles + fresh) * (c.k_bytes + c.v_bytes)
+
+
+# Append -------------------------------------------------------------------------------------------------------------
+
+cdef void _append_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head,
+                        const float* k, const float* v, int64_t ld) noexcept nogil:
+    """Keeps the chunk's share of the first tokens, and rotates all sinks for every place they are seen at."""
+    cdef int64_t t, i, s, j, half = c.head_dim // 2, lanes = c.sink_lanes
+    cdef float* keys = sink_keys(c, layer, head)
+    cdef float* values = sink_values(c, layer, head)
+    cdef float* out
+    cdef float a, b, cosine, sine
+    for t in range(max(<int64_t>0, min(plan.n, c.n_sinks - plan.first))):
+        for i in range(c.head_dim):
+            keys[i * lanes + plan.first + t] = k[t * ld + head * c.head_dim + i]
+        memcpy(values + (plan.first + t) * c.head_pad, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
+    for s in range(plan.n_shifts):
+        out = plan.sinks + (head * plan.n_shifts + s) * c.head_dim * lanes
+        for i in range(half):
+            for j in range(min(c.n_sinks, plan.first + plan.n)):
+                cosine = plan.sink_cos[(s * c.n_sinks + j) * half + i]
+                sine = plan.sink_sin[(s * c.n_sinks + j) * half + i]
+                a, b = keys[i * lanes + j], keys[(i + half) * lanes + j]
+                out[i * lanes + j] = a * cosine - b * sine
+                out[(i + half) * lanes + j] = b * cosine + a * sine
+
+
+cdef void _append_tile(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head,
+                       int64_t tile, const float* k, const float* v, int64_t ld, float* scratch) noexcept nogil:
+    """Puts the chunk's tokens of one tile into its window copy; packs the tile if it leaves the window."""
+    cdef int64_t start = c.n_sinks + tile * KV_TILE, half = c.head_dim // 2, position, t
+    cdef uint8_t* window = _unpacked(c, plan, layer, head, tile)
+    cdef uint8_t* packed
+    for position in range(max(start, plan.first), min(start + KV_TILE, plan.first + plan.n)):
+        t = position - plan.first
+        kern.rope(k + t * ld + head * c.head_dim, plan.cos + t * half, plan.sin + t * half, c.head_dim, 1, scratch)
+        c.wk.put_k(window, c.head_dim, position - start, scratch)
+        c.wv.put_v(window + c.window_k_bytes, c.head_dim, position - start, v + t * ld + head * c.head_dim)
+    if tile < plan.packed_after:
+        packed = _packed(c, plan, layer, head, tile)
+        c.wk.unpack_k(window, c.head_dim, scratch)
+        c.k.pack_k(scratch, c.head_dim, packed)
+        c.wv.unpack_v(window + c.window_k_bytes, c.head_dim, scratch)
+        c.v.pack_v(scratch, c.head_dim, packed + c.k_bytes)
+
+
+cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* k,
+                      const float* v, int64_t ld, kv_team* team, int thread) noexcept nogil:
+    """Work items: for each KV head, its sinks and each tile that gets tokens or is packed.
+
+    k, v: [n][n_kv_heads * head_dim], before RoPE, ld floats between tokens.
+    """
+    cdef int64_t items = plan.last_tile - plan.packed_before + 2, i = 0, end = 0, tile
+    cdef float* scratch = plan.scratch + thread * plan.scratch_floats
+    while True:
+        i = kv_team_take(team, items * c.n_kv_heads, 1, &end)
+        if i < 0:
+            break
+        tile = plan.packed_before + i % items - 1
+        if tile < plan.packed_before:
+            _append_sinks(kern, c, plan, layer, i // items, k, v, ld)
+        else:
+            _append_tile(kern, c, plan, layer, i // items, tile, k, v, ld, scratch)
+
+
+cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
+    """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
+    cdef int64_t tile, head = 0, end = 0, bytes = c.k_bytes + c.v_bytes
+    cdef int64_t window_bytes = c.window_k_bytes + c.window_v_bytes
+    while True:
+        head = kv_team_take(team, c.n_kv_heads, 1, &end)
+        if head < 0:
+            break
+        for tile in range(max(plan.packed_before, plan.packed_after - c.n_slots), plan.packed_after):
+            memcpy(ring_tile(c, layer, head, tile), _packed(c, plan, layer, head, tile), bytes)
+        for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
+            memcpy(window_tile(c, layer, head, tile), _unpacked(c, plan, layer, head, tile), window_bytes)
+
+
+# Attend -------------------------------------------------------------------------------------------------------------
+
+# One work item: the rows (queries of a block times heads of a group) of one KV head, over one span of tiles.
+ctypedef struct Rows:
+    int64_t n, layer, head
+    const QueryBlock* block
+    float* q                   # [n][head_dim], rotated and scaled
+    float* scores              # [n][64]
+    int32_t* visible           # [n] tokens of the tile at hand that each row sees
+    float* top
+    float* total
+    float* acc                 # [n][head_pad]
+
+
+cdef inline void _see(const Cache* c, const Plan* plan, Rows* rows, int64_t start) noexcept nogil:
+    """Counts, for every row, the tokens of the tile starting at position `start` that are not in its future."""
+    cdef int64_t r, seen
+    for r in range(rows.n):
+        seen = plan.first + rows.block.start + r // plan.group + 1 - start
+        rows.visible[r] = <int32_t>min(seen, <int64_t>KV_TILE)
+
+
+cdef void _attend_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows) noexcept nogil:
+    cdef int64_t shift = tiles_evicted(c, rows.block.packed) - plan.evicted_before, start = 0, r, lanes
+    cdef const float* keys = plan.sinks + (rows.head * plan.n_shifts + shift) * c.head_dim * c.sink_lanes
+    cdef const float* values = sink_values(c, rows.layer, rows.head)
+    while start < c.n_sinks:
+        lanes = min(c.sink_lanes - start, <int64_t>KV_TILE)
+        _see(c, plan, rows, start)
+        for r in range(rows.n):
+            rows.visible[r] = <int32_t>min(<int64_t>rows.visible[r], c.n_sinks - start)
+        kern.format[KV_FORMAT_F32].k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
+        kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
+        kern.format[KV_FORMAT_F32].v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n,
+                                    min(c.n_sinks - start, <int64_t>KV_TILE), rows.acc)
+        start += KV_TILE
+
+
+cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows,
+                       int64_t tile) noexcept nogil:
+    cdef bint packed = tile < rows.block.packed
+    cdef const kv_format* k = c.k if packed else c.wk
+    cdef const kv_format* v = c.v if packed else c.wv
+    cdef int64_t start = c.n_sinks + tile * KV_TILE, k_bytes = c.k_bytes if packed else c.window_k_bytes, tokens
+    cdef uint8_t* data
+    if packed:
+        data = _packed(c, plan, rows.layer, rows.head, tile)
+    else:
+        data = _unpacked(c, plan, rows.layer, rows.head, tile)
+    _see(c, plan, rows, start)
+    tokens = rows.visible[rows.n - 1]  # the last query sees most
+    k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
+    kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
+    v.v_accumulate(data + k_bytes, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
+
+
+cdef void _prepare_rows(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows, const float* q,
+                        int64_t ld) noexcept nogil:
+    """Rotates and scales the queries; starts the softmax."""
+    cdef int64_t r, t, i, half = c.head_dim // 2
+    for r in range(rows.n):
+        t = rows.block.start + r // plan.group
+        kern.rope(q + t * ld + (rows.head * plan.group + r % plan.group) * c.head_dim, plan.cos + t * half,
+                  plan.sin + t * half, c.head_dim, plan.scale, rows.q + r * c.head_dim)
+        rows.top[r] = -INFINITY
+        rows.total[r] = 0
+        for i in range(c.head_pad):
+            rows.acc[r * c.head_pad + i] = 0
+
+
+cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head, int64_t block,
+                  int64_t span, const float* q, int64_t ld, float* scratch) noexcept nogil:
+    cdef Rows rows
+    cdef int64_t at, tile, first, last
+    rows.layer, rows.head, rows.block = layer, head, &plan.blocks[block]
+    rows.n = (rows.block.end - rows.block.start) * plan.group
+    rows.q = scratch
+    rows.scores = rows.q + _rows(plan.group) * c.head_dim
+    rows.visible = <int32_t*>(rows.scores + _rows(plan.group) * KV_TILE)
+    at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
+    rows.top, rows.total, rows.acc = plan.top + at, plan.total + at, plan.acc + at * c.head_pad
+    _prepare_rows(kern, c, plan, &rows, q, ld)
+
+    first = tiles_evicted(c, rows.block.packed)
+    last = tile_of(c, plan.first + rows.block.end - 1)
+    if plan.n_spans > 1:
+        first += span * SPAN_TILES
+        last = min(last, first + SPAN_TILES - 1)
+    if span == 0 and c.n_sinks:
+        _attend_sinks(kern, c, plan, &rows)
+    for tile in range(first, last + 1):
+        _attend_tile(kern, c, plan, &rows, tile)
+
+
+cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
+                      int64_t ld, kv_team* team, int thread) noexcept nogil:
+    """Work items: each KV head, query block and span of tiles. q: [n][n_heads * head_dim], before RoPE."""
+    cdef int64_t items = c.n_kv_heads * plan.n_blocks * plan.n_spans, i = 0, end = 0
+    cdef float* scratch = plan.scratch + thread * plan.scratch_floats
+    while True:
+        i = kv_team_take(team, items, 1, &end)
+        if i < 0:
+            break
+        i = items - 1 - i  # the last blocks see most: first
+        _attend(kern, c, plan, layer, i % c.n_kv_heads, i // c.n_kv_heads // plan.n_spans,
+                i // c.n_kv_heads % plan.n_spans, q, ld, scratch)
+
+
+cdef void combine(const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil:
+    """Attention output of one token from its spans' partial softmax: out [n_heads * head_dim]."""
+    cdef int64_t h, span, at, i
+    cdef float top, total, weight
+    cdef float* to
+    for h in range(plan.n_heads):
+        to = out + h * c.head_dim
+        top, total = -INFINITY, 0
+        for i in range(c.head_dim):
+            to[i] = 0
+        for span in range(plan.n_spans):
+            at = ((span * c.n_kv_heads + h // plan.group) * plan.n + token) * plan.group + h % plan.group
+            top = max(top, plan.top[at])
+        for span in range(plan.n_spans):
+            at = ((span * c.n_kv_heads + h // plan.group) * plan.n + token) * plan.group + h % plan.group
+            if plan.total[at] == 0:
+                continue
+            weight = expf(plan.top[at] - top)
+            total += weight * plan.total[at]
+            for i in range(c.head_dim):
+                to[i] += weight * plan.acc[at * c.head_pad + i]
+        for i in range(c.head_dim):
+            to[i] /= total

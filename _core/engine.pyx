@@ -1,0 +1,435 @@
+"""The engine: runs a chunk of tokens through the layers. ``forward`` reads from top to bottom like the paper.
+
+Threads take work by number between barriers, so that every result is the same whatever their count.
+"""
+
+import threading
+
+from libc.math cimport cos, sin
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+import numpy as np
+
+from .attention cimport (append_step, attend_step, combine, commit_step, kv_team, kv_team_barrier,
+                         kv_team_has_openmp, kv_team_run, kv_team_size, kv_team_take, queries_per_block,
+                         scratch_needed, spans_needed)
+from .kernels cimport KV_BLOCK, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kv_packed_bytes, kv_unpack_row
+from .kv cimport KVCache, tile_of, tiles_evicted, tiles_packed
+from .weights import packed_size, type_id
+
+MAX_CHUNK = 512
+"""Most tokens in one call of ``Engine.forward``."""
+
+HAS_OPENMP = bool(kv_team_has_openmp())
+"""False when the core was built without OpenMP and runs on one thread."""
+
+
+# Steps --------------------------------------------------------------------------------------------------------------
+
+cdef inline int64_t _grab(int64_t items, kv_team* team) noexcept nogil:
+    """Work items taken at a time: large enough to stream memory, small enough that a slow thread stalls nobody."""
+    cdef int64_t share = items // (4 * kv_team_size(team))
+    return share if share > 1 else 1
+
+
+cdef inline int64_t _whole_panels(int64_t n) noexcept nogil:
+    return (n + KV_PANEL - 1) // KV_PANEL * KV_PANEL
+
+
+cdef void _matmul_panels(const kv_kernels* kern, const Matrix* m, const kv_input* x, int64_t n, int64_t start,
+                         int64_t end, float* out, int64_t ld, bint add) noexcept nogil:
+    """Panels [start, end) of a matrix times n inputs, bias included."""
+    cdef int64_t first = 0, a, b, t, r
+    cdef const Segment* s
+    for i in range(m.n_segments):
+        s = &m.segments[i]
+        a, b = max(start - first, <int64_t>0), min(end - first, s.panels)
+        if a < b:
+            kern.matmul[s.type](s.data + a * s.panel_bytes, b - a, m.cols, x, n, out + s.offset + KV_PANEL * a, ld, add)
+            if s.bias != NULL:
+                for t in range(n):
+                    for r in range(KV_PANEL * a, min(KV_PANEL * b, s.rows)):
+                        out[t * ld + s.offset + r] += s.bias[r]
+        first += s.panels
+
+
+cdef void _matmul(const Call* call, kv_team* team, const Matrix* m, const kv_input* x, int64_t n, float* out,
+                  int64_t ld, bint add) noexcept nogil:
+    """out [n][ld] = (or += with add) m x, shared among the threads."""
+    cdef int64_t start, end = 0, grab = _grab(m.panels, team)
+    while True:
+        start = kv_team_take(team, m.panels, grab, &end)
+        if start < 0:
+            break
+        _matmul_panels(call.kern, m, x, n, start, end, out, ld, add)
+    kv_team_barrier(team)
+
+
+cdef void _gate_up(const Call* call, kv_team* team, const Layer* layer, const kv_input* x, int64_t n) noexcept nogil:
+    """gate [n][width] = silu(gate x) * (up x)"""
+    cdef int64_t start, end = 0, t, at, width = layer.gate.width, grab = _grab(layer.gate.panels, team)
+    while True:
+        start = kv_team_take(team, layer.gate.panels, grab, &end)
+        if start < 0:
+            break
+        _matmul_panels(call.kern, &layer.gate, x, n, start, end, call.run.gate, width, False)
+        _matmul_panels(call.kern, &layer.up, x, n, start, end, call.run.up, width, False)
+        for t in range(n):
+            at = t * width + KV_PANEL * start
+            call.kern.silu_mul(call.run.gate + at, call.run.up + at, KV_PANEL * (end - start), call.run.gate + at)
+    kv_team_barrier(team)
+
+
+ctypedef void (*Source)(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil
+
+
+cdef void _normed(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil:
+    cdef const Config* c = call.config
+    call.kern.rms_norm(call.run.x + token * c.hidden_pad, weight, c.hidden_size, c.norm_eps, out)
+
+
+cdef void _attended(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil:
+    combine(call.cache, &call.plan, token, out)
+
+
+cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* m, Source source, const float* weight,
+                     int64_t first, int64_t n) noexcept nogil:
+    """The input of a matrix for tokens [first, first + n) of the chunk: floats from `source` (without one: the gated
+    activations), int8 beside them if the matrix takes them.
+
+    One token: every thread prepares its own copy, which costs less than to wait for another's.
+    """
+    cdef const RunState* run = &call.run
+    cdef int64_t t, row, blocks = (m.cols + KV_BLOCK - 1) // KV_BLOCK, end = 0, floats_at
+    cdef kv_input x
+    cdef float* floats = run.input if source != NULL else run.gate
+    cdef int64_t own = thread if n == 1 else 0
+    x.ld = run.input_width if source != NULL else _whole_panels(m.cols)
+    floats_at = own * x.ld if source != NULL else 0
+    t = 0
+    while True:
+        if n > 1:
+            t = kv_team_take(team, n, 4, &end)
+            if t < 0:
+                break
+        else:
+            end = 1
+        for row in range(t, end):
+            if source != NULL:
+                source(call, weight, first + row, floats + floats_at + row * x.ld)
+            if m.quantized:
+                call.kern.quantize(floats + floats_at + row * x.ld, m.cols,
+                                   run.q + (own + row) * blocks * KV_BLOCK, run.q_scale + (own + row) * blocks,
+                                   run.q_sum + (own + row) * blocks)
+        if n == 1:
+            break
+    if n > 1:
+        kv_team_barrier(team)
+    x.f, x.blocks = floats + floats_at, blocks
+    x.q, x.scale, x.sum = run.q + own * blocks * KV_BLOCK, run.q_scale + own * blocks, run.q_sum + own * blocks
+    return x
+
+
+cdef void _embed(const Call* call, kv_team* team) noexcept nogil:
+    cdef int64_t t, end = 0
+    cdef const Segment* s = &call.embed.segments[0]
+    while True:
+        t = kv_team_take(team, call.plan.n, 1, &end)
+        if t < 0:
+            break
+        kv_unpack_row(s.type, s.data, call.config.hidden_size, call.tokens[t],
+                      call.run.x + t * call.config.hidden_pad)
+    kv_team_barrier(team)
+
+
+cdef void _attention(const Call* call, kv_team* team, int thread, const Layer* layer, int64_t i) noexcept nogil:
+    """From q, k, v in run.qkv to partial outputs in the plan; the cache has the chunk afterwards."""
+    cdef const Matrix* m = &layer.qkv
+    cdef const Plan* plan = &call.plan
+    cdef const float* qkv = call.run.qkv
+    append_step(call.kern, call.cache, plan, i, qkv + m.segments[1].offset, qkv + m.segments[2].offset, m.width,
+                team, thread)
+    kv_team_barrier(team)
+    attend_step(call.kern, call.cache, plan, i, qkv, m.width, team, thread)
+    kv_team_barrier(team)
+    if plan.packed_after > plan.packed_before or plan.last_tile >= plan.packed_before + call.cache.n_window_tiles:
+        commit_step(call.cache, plan, i, team)
+        kv_team_barrier(team)
+
+
+cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
+    """One thread's part of a chunk: embedding, layers, logits."""
+    cdef const Call* call = <const Call*>arg
+    cdef const Config* c = call.config
+    cdef const RunState* run = &call.run
+    cdef const Layer* layer
+    cdef int64_t n = call.plan.n, i
+    cdef kv_input x
+    _embed(call, team)                                                            # x [n][hidden]
+    for i in range(c.n_layers):
+        layer = &call.layers[i]
+        x = _input(call, team, thread, &layer.qkv, _normed, layer.attn_norm, 0, n)
+        _matmul(call, team, &layer.qkv, &x, n, run.qkv, layer.qkv.width, False)   # [n][q, k, v]
+        _attention(call, team, thread, layer, i)
+        x = _input(call, team, thread, &layer.o, _attended, NULL, 0, n)           # [n][n_heads * head_dim]
+        _matmul(call, team, &layer.o, &x, n, run.x, c.hidden_pad, True)
+        x = _input(call, team, thread, &layer.gate, _normed, layer.mlp_norm, 0, n)
+        _gate_up(call, team, layer, &x, n)                                        # [n][intermediate]
+        x = _input(call, team, thread, &layer.down, NULL, NULL, 0, n)
+        _matmul(call, team, &layer.down, &x, n, run.x, c.hidden_pad, True)
+    if call.logits != NULL:
+        n -= call.first_logit
+        x = _input(call, team, thread, call.head, _normed, call.norm, call.first_logit, n)
+        _matmul(call, team, call.head, &x, n, call.logits, call.head.width, False)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+cdef class _Arena:
+    """One zeroed block, handed out in 64-byte aligned pieces. Sizes are counted in a first pass with no memory."""
+    cdef void* memory
+    cdef char* base
+    cdef size_t used, size
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    cdef int allocate(self) except -1:
+        self.size, self.used = self.used, 0
+        self.memory = calloc(self.size + 64, 1)
+        if self.memory == NULL:
+            raise MemoryError(f"no memory for {self.size} bytes of buffers")
+        self.base = <char*>((<size_t>self.memory + 63) // 64 * 64)
+        return 0
+
+    cdef void* take(self, int64_t bytes) noexcept:
+        cdef size_t at = self.used
+        self.used += (bytes + 63) // 64 * 64
+        return self.base + at if self.base != NULL else NULL
+
+
+cdef class Engine:
+    """A model's weights, ready to run; read-only, so any number of threads and caches may use it at once.
+
+    description: an object with the sizes of the model (n_layers, hidden_size, intermediate_size, n_heads, n_kv_heads,
+    head_dim, vocab_size, norm_eps, attention_scale, tie_embeddings, attention_bias, mlp_bias).
+    weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
+    inv_freq: float64 [head_dim / 2], inverse frequencies of RoPE. threads: at least 1.
+    Raises ValueError when a tensor is missing or has the wrong shape or size.
+    """
+    cdef Config c
+    cdef Layer* layers
+    cdef Matrix embed, head
+    cdef const float* norm
+    cdef list kept
+    cdef readonly object description
+    cdef readonly int threads
+    cdef double[::1] inv_freq
+
+    def __cinit__(self, description, weights, vectors, inv_freq, threads=1):
+        cdef int64_t i
+        d = self.description = description
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        if d.activation != "silu":
+            raise ValueError(f"activation {d.activation!r} is not supported")
+        if d.n_heads % d.n_kv_heads or d.head_dim % 2:
+            raise ValueError("n_heads must be a multiple of n_kv_heads, and head_dim even")
+        self.threads, self.kept = min(threads, 1024) if HAS_OPENMP else 1, []
+        self.inv_freq = np.array(inv_freq, np.float64)
+        if self.inv_freq.shape[0] != d.head_dim // 2:
+            raise ValueError(f"inv_freq has {self.inv_freq.shape[0]} values for a head_dim of {d.head_dim}")
+        self._sizes()
+        self.layers = <Layer*>calloc(d.n_layers, sizeof(Layer))
+        if self.layers == NULL:
+            raise MemoryError
+        self._matrix(&self.embed, weights, vectors, ["embed"], d.hidden_size, [d.vocab_size], False)
+        for i in range(d.n_layers):
+            self._layer(&self.layers[i], f"layers.{i}.", weights, vectors)
+        self.norm = self._vector(vectors, "norm.weight", d.hidden_size)
+        head = "embed" if d.tie_embeddings else "head"
+        self._matrix(&self.head, weights, vectors, [head], d.hidden_size, [d.vocab_size], False)
+
+    def __dealloc__(self):
+        free(self.layers)
+
+    cdef int _sizes(self) except -1:
+        d, c = self.description, &self.c
+        c.n_layers, c.hidden_size, c.intermediate_size = d.n_layers, d.hidden_size, d.intermediate_size
+        c.n_heads, c.n_kv_heads, c.head_dim, c.vocab_size = d.n_heads, d.n_kv_heads, d.head_dim, d.vocab_size
+        c.hidden_pad = _whole_panels(c.hidden_size)
+        c.norm_eps, c.attention_scale = d.norm_eps, d.attention_scale
+        return 0
+
+    cdef int _layer(self, Layer* layer, str name, weights, vectors) except -1:
+        d = self.description
+        q, kv = d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim
+        hidden, inner = d.hidden_size, d.intermediate_size
+        layer.attn_norm = self._vector(vectors, name + "attn.norm.weight", hidden)
+        layer.mlp_norm = self._vector(vectors, name + "mlp.norm.weight", hidden)
+        self._matrix(&layer.qkv, weights, vectors, [name + "attn.q", name + "attn.k", name + "attn.v"], hidden,
+                     [q, kv, kv], d.attention_bias)
+        self._matrix(&layer.o, weights, vectors, [name + "attn.o"], q, [hidden], d.attention_bias)
+        self._matrix(&layer.gate, weights, vectors, [name + "mlp.gate"], hidden, [inner], d.mlp_bias)
+        self._matrix(&layer.up, weights, vectors, [name + "mlp.up"], hidden, [inner], d.mlp_bias)
+        self._matrix(&layer.down, weights, vectors, [name + "mlp.down"], inner, [hidden], d.mlp_bias)
+        return 0
+
+    cdef int _matrix(self, Matrix* m, weights, vectors, names, cols, rows, bias) except -1:
+        cdef Segment* s
+        cdef const uint8_t[::1] data
+        m.cols, m.n_segments, m.panels, m.quantized = cols, len(names), 0, False
+        for i, (name, n) in enumerate(zip(names, rows)):
+            w = weights.get(name + ".weight")
+            if w is None:
+                raise ValueError(f"{name}.weight is missing")
+            if (w.rows, w.cols) != (n, cols):
+                raise ValueError(f"{name}.weight is [{w.rows}, {w.cols}], not [{n}, {cols}]")
+            data = w.data
+            if data.shape[0] != packed_size(w.type, n, cols):
+                raise ValueError(f"{name}.weight has {data.shape[0]} bytes, not {packed_size(w.type, n, cols)}")
+            self.kept.append(w.data)
+            s = &m.segments[i]
+            s.data, s.type, s.rows, s.offset = &data[0], type_id(w.type), n, KV_PANEL * m.panels
+            s.panels, s.panel_bytes = (n + KV_PANEL - 1) // KV_PANEL, kv_packed_bytes(s.type, KV_PANEL, cols)
+            s.bias = self._vector(vectors, name + ".bias", n) if bias else NULL
+            m.panels += s.panels
+            m.quantized |= s.type >= KV_Q8_0
+        m.width = KV_PANEL * m.panels
+        return 0
+
+    cdef const float* _vector(self, vectors, str name, n) except NULL:
+        cdef const float[::1] v
+        if name not in vectors:
+            raise ValueError(f"{name} is missing")
+        v = vectors[name]
+        if v.shape[0] != n:
+            raise ValueError(f"{name} has {v.shape[0]} values, not {n}")
+        self.kept.append(vectors[name])
+        return &v[0]
+
+    def forward(self, tokens, KVCache kv not None, logits="last"):
+        """Runs a chunk of 1 to ``MAX_CHUNK`` tokens that follow those already in the cache.
+
+        tokens: int32 [n]. logits: "last", "all" or "none". Returns float32 [vocab_size], [n, vocab_size] or None.
+        Every token sees the cache as it would if the chunk were fed one by one. The GIL is released.
+        Raises ValueError for tokens outside the vocabulary or a chunk of the wrong size, RuntimeError when another
+        thread is using the cache.
+        """
+        cdef const int32_t[::1] ids = np.ascontiguousarray(tokens, np.int32)
+        cdef int64_t n = ids.shape[0], i
+        if not 1 <= n <= MAX_CHUNK:
+            raise ValueError(f"a chunk has 1 to {MAX_CHUNK} tokens, not {n}")
+        if kv.c.n_layers != self.c.n_layers or kv.c.n_kv_heads != self.c.n_kv_heads or kv.c.head_dim != self.c.head_dim:
+            raise ValueError("this cache was made for another model")
+        for i in range(n):
+            if not 0 <= ids[i] < self.c.vocab_size:
+                raise ValueError(f"token {ids[i]} is outside the vocabulary of {self.c.vocab_size}")
+        if logits not in ("last", "all", "none"):
+            raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
+        if not kv.lock.acquire(blocking=False):
+            raise RuntimeError("this cache is in use by another thread")
+        try:
+            return self._forward(ids, kv, 0 if logits == "all" else n - 1 if logits == "last" else n)
+        finally:
+            kv.lock.release()
+
+    cdef _forward(self, const int32_t[::1] ids, KVCache kv, int64_t first_logit):
+        cdef Call call
+        cdef int64_t n = ids.shape[0]
+        cdef float[:, ::1] out
+        cdef int threads = self.threads
+        cdef _Arena arena = _Arena()
+        memset(&call, 0, sizeof(Call))
+        call.kern, call.config, call.layers, call.cache = kernels(), &self.c, self.layers, &kv.c
+        call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, self.norm, &ids[0]
+        call.first_logit = first_logit
+        self._plan(&call.plan, kv, n)
+        self._buffers(arena, &call)
+        arena.allocate()
+        self._buffers(arena, &call)
+        self._angles(&call.plan, kv)
+        result = None
+        if first_logit < n:
+            result = np.empty((n - first_logit, self.head.width), np.float32)
+            out = result
+            call.logits = &out[0, 0]
+        with nogil:
+            kv_team_run(threads, forward, &call)
+        kv.c.n_tokens += n
+        if result is None:
+            return None
+        result = result[:, :self.c.vocab_size]
+        return result[0] if first_logit == n - 1 else result
+
+    cdef void _plan(self, Plan* p, KVCache kv, int64_t n) noexcept:
+        cdef Cache* c = &kv.c
+        p.n, p.first, p.last_tile = n, c.n_tokens, tile_of(c, c.n_tokens + n - 1)
+        p.packed_before, p.packed_after = tiles_packed(c, p.first), tiles_packed(c, p.first + n)
+        p.evicted_before = tiles_evicted(c, tiles_packed(c, p.first + 1))
+        p.n_shifts = tiles_evicted(c, p.packed_after) - p.evicted_before + 1
+        p.n_heads, p.group, p.scale = self.c.n_heads, self.c.n_heads // self.c.n_kv_heads, self.c.attention_scale
+        p.block_tokens = queries_per_block(p.group)
+        p.n_spans = spans_needed(c, n, tiles_packed(c, p.first + 1), p.last_tile)
+        p.max_tiles = p.last_tile - p.packed_before + 1
+        p.scratch_floats = scratch_needed(c, p.group)
+
+    cdef void _buffers(self, _Arena arena, Call* call) noexcept:
+        cdef Plan* p = &call.plan
+        cdef RunState* run = &call.run
+        cdef const Cache* c = call.cache
+        cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads), half = self.c.head_dim // 2
+        cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
+        cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK, outputs = p.n_spans * n * p.n_heads
+        run.rows, run.input_width = rows, _whole_panels(widest)
+        run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
+        run.input = <float*>arena.take(4 * rows * run.input_width)
+        run.q = <int8_t*>arena.take(rows * blocks * KV_BLOCK)
+        run.q_scale = <float*>arena.take(4 * rows * blocks)
+        run.q_sum = <int32_t*>arena.take(4 * rows * blocks)
+        run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
+        run.gate = <float*>arena.take(4 * n * self.layers[0].gate.width)
+        run.up = <float*>arena.take(4 * n * self.layers[0].gate.width)
+        p.blocks = <QueryBlock*>arena.take(n * sizeof(QueryBlock))
+        p.cos = <float*>arena.take(4 * n * half)
+        p.sin = <float*>arena.take(4 * n * half)
+        p.sink_cos = <float*>arena.take(4 * p.n_shifts * c.n_sinks * half)
+        p.sink_sin = <float*>arena.take(4 * p.n_shifts * c.n_sinks * half)
+        p.sinks = <float*>arena.take(4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
+        p.staged_windows = <uint8_t*>arena.take(c.n_kv_heads * p.max_tiles * (c.window_k_bytes + c.window_v_bytes))
+        p.staged_tiles = <uint8_t*>arena.take(c.n_kv_heads * p.max_tiles * (c.k_bytes + c.v_bytes))
+        p.scratch = <float*>arena.take(4 * self.threads * p.scratch_floats)
+        p.acc = <float*>arena.take(4 * outputs * c.head_pad)
+        p.top = <float*>arena.take(4 * outputs)
+        p.total = <float*>arena.take(4 * outputs)
+
+    cdef void _angles(self, Plan* p, KVCache kv) noexcept:
+        """Query blocks, and the angles of the new tokens and of the sinks, in float64."""
+        cdef Cache* c = &kv.c
+        cdef int64_t t = 0, s, j, packed
+        cdef QueryBlock* block
+        p.n_blocks = 0
+        while t < p.n:
+            packed = tiles_packed(c, p.first + t + 1)
+            block = &p.blocks[p.n_blocks]
+            block.start, block.packed, block.end = t, packed, t + 1
+            while (block.end < p.n and block.end - t < p.block_tokens
+                   and tiles_packed(c, p.first + block.end + 1) == packed):
+                block.end += 1
+            t = block.end
+            p.n_blocks += 1
+        for t in range(p.n):
+            self._angle(p.first + t, t, <float*>p.cos, <float*>p.sin)
+        for s in range(p.n_shifts):
+            for j in range(c.n_sinks):
+                self._angle(j + KV_TILE * (p.evicted_before + s), s * c.n_sinks + j, <float*>p.sink_cos,
+                            <float*>p.sink_sin)
+
+    cdef void _angle(self, int64_t position, int64_t row, float* cosines, float* sines) noexcept nogil:
+        cdef int64_t i, half = self.inv_freq.shape[0]
+        cdef double angle
+        for i in range(half):
+            angle = position * self.inv_freq[i]
+            cosines[row * half + i] = <float>cos(angle)
+            sines[row * half + i] = <float>sin(angle)
