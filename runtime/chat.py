@@ -1,0 +1,119 @@
+"""Chat templates: messages in, the text a model was trained on out.
+
+Templates come with the checkpoint and are rendered in jinja2's sandbox, which keeps them from the rest of
+Python. They are written for the environment of the transformers library, so that is what they get here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvrun.errors import KvrunError, OptionError
+
+if TYPE_CHECKING:
+    from kvrun.tokenizer import SpecialTokens
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A model's chat template.
+
+    `tokens` are the variables that name special tokens (`bos_token`, `eos_token`). With `special`, the text of
+    messages is escaped (see `SpecialTokens.escape`), so that what a person types stays ordinary text whatever
+    special tokens it spells. KvrunError for a template that cannot be used.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str] | None = None,
+                 special: SpecialTokens | None = None) -> None:
+        self._tokens = dict(tokens or {})
+        self._special = special
+        try:
+            self._template = _environment().from_string(source)
+        except Exception as error:
+            raise KvrunError(_report("cannot be used", error)) from None
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The text of a conversation, ready for the answer. KvrunError if the template refuses it."""
+        try:
+            return self._template.render(
+                messages=[self._message(m) for m in messages], add_generation_prompt=add_generation_prompt,
+                tools=None, documents=None, **{**self._tokens, **variables})
+        except (Exception, RecursionError) as error:
+            raise KvrunError(_report("fails on this conversation", error)) from None
+
+    def escape(self, text: str) -> str:
+        """Text as it stands in a rendered conversation when the template leaves it as it is."""
+        return self._special.escape(text) if self._special else text
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        return {key: self._value(value, edges=key not in ("role", "type")) for key, value in message.items()}
+
+    def _value(self, value: Any, edges: bool = True) -> Any:
+        if isinstance(value, str):
+            # Templates build special tokens out of roles ('<|' + role + '|>'), so a role's edges stay.
+            return self._special.escape(value, edges) if self._special else value
+        if isinstance(value, Mapping):
+            return self._message(value)
+        if isinstance(value, (list, tuple)):
+            return [self._value(item) for item in value]
+        return value
+
+
+def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """A conversation given by a program, copied; OptionError if it is none."""
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise OptionError(f"message {number} must be a dict with role and content, "
+                              f"not {type(message).__name__}")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise OptionError(f"message {number} has no role")
+        calls = content is None and message.get("tool_calls")  # the one kind of message without content
+        if not (isinstance(content, (str, list)) or calls) or not all(isinstance(key, str) for key in message):
+            raise OptionError(f"message {number} has no content that is text")
+    return [dict(message) for message in messages]
+
+
+def _environment() -> Any:
+    import json
+
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: marks answers for training; here it only encloses them."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        from datetime import datetime
+
+        return datetime.now().strftime(form)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment
+
+
+def _report(what: str, error: BaseException) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = getattr(error, "lineno", None)
+    where = f" (line {line})" if line else ""
+    return f"the model's chat template {what}{where}: {reason}; --raw does without it"

@@ -1,0 +1,304 @@
+"""The command `kvrun`: one answer, a chat, or a subcommand. Exit status: 0 done, 1 a stated error, 2 wrong usage,
+130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from kvrun.errors import KvrunError, OptionError
+from kvrun.version import __version__
+
+if TYPE_CHECKING:
+    from kvrun.session import Session
+
+COMMANDS = {"convert": "kvrun.convert.cli", "inspect": "kvrun.inspect"}
+"""Subcommand: the module whose main(argv) runs it."""
+
+# Their value may be any text, also one that begins with a dash.
+_TEXT_OPTIONS = {"-p": "--prompt", "--prompt": "--prompt", "-f": "--file", "--file": "--file",
+                 "--system": "--system", "--stop": "--stop"}
+
+_DESCRIPTION = """\
+Run a language model: one answer with -p or -f, otherwise a chat.
+
+  kvrun MODEL -p "prompt"       one answer on standard output, statistics on standard error
+  kvrun MODEL                   chat until end of input (Ctrl-D); Ctrl-C stops an answer
+  kvrun convert CHECKPOINT -o MODEL
+                                make a model file from a Hugging Face folder or a .gguf file
+  kvrun inspect MODEL           what is in a model file
+A model file called like a subcommand is given as ./convert or ./inspect."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments (those of the process by default); returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            status = importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+        else:
+            status = _run(_parse(arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status or 0
+    except KvrunError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except MemoryError as error:
+        return _fail(f"not enough memory{f': {error}' if str(error) else ''}")
+
+
+def default_model_path() -> str:
+    """Where the default model lies: in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(folder):  # the XDG specification has relative ones ignored
+        folder = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return os.path.join(folder, "kvrun", "smollm2-135m-instruct.bin")
+
+
+def _fail(message: str) -> int:
+    text = " ".join(message.split("\n"))
+    if sys.stderr is not None:
+        print(f"kvrun: {text}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return 1
+
+
+# --- arguments -----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kvrun: {message} (kvrun --help shows the usage)\n")
+
+
+def _whole(name: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise OptionError(f"{name}: must be a whole number, not {text!r}") from None
+
+    return convert
+
+
+def _real(name: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise OptionError(f"{name}: must be a number, not {text!r}") from None
+
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="kvrun", description=_DESCRIPTION, allow_abbrev=False, usage="kvrun [MODEL] [options]",
+                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
+    add("--version", action="version", version=f"kvrun {__version__}")
+    add("-q", "--quiet", action="store_true", help="no statistics")
+
+    add = parser.add_argument_group("prompt").add_argument
+    add("-p", "--prompt", metavar="TEXT", help="answer this prompt; - reads it from standard input")
+    add("-f", "--file", metavar="FILE", help="answer the prompt in this file, less a line break at its end")
+    add("--system", metavar="TEXT", help="system message that the conversation begins with")
+    add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
+
+    add = parser.add_argument_group("answer").add_argument
+    add("-n", "--max-tokens", metavar="N", type=_whole("max-tokens"), default=-1,
+        help="most tokens of an answer; -1, the default: no limit")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    add("--ignore-eos", action="store_true", help="go on where the model would end")
+    add("--seed", metavar="N", type=_whole("seed"), help="same seed, same text; default: random")
+    add("--temperature", metavar="X", type=_real("temperature"),
+        help="0 takes the likeliest token (default of this and the next: the model's own, or 0.8)")
+    add("--top-k", metavar="N", type=_whole("top-k"), help="the N likeliest tokens; 0: all (40)")
+    add("--top-p", metavar="X", type=_real("top-p"), help="the likeliest that hold this probability (0.95)")
+    add("--min-p", metavar="X", type=_real("min-p"), help="those X times as likely as the likeliest (0.05)")
+    add("--repeat-penalty", metavar="X", type=_real("repeat-penalty"), help="against repetition; 1: none (1)")
+
+    add = parser.add_argument_group("cache and machine").add_argument
+    add("--kv", metavar="FORMAT", default="f16", help="format of the key/value cache (f16)")
+    add("--kv-k", metavar="FORMAT", help="format of the keys, if another")
+    add("--kv-v", metavar="FORMAT", help="format of the values, if another")
+    add("--ctx", metavar="N", type=_whole("ctx"), help="tokens kept (the model's context length, at most 8192)")
+    add("--sinks", metavar="N", type=_whole("sinks"), default=4, help="first tokens that are always kept (4)")
+    add("--window", metavar="N", type=_whole("window"), default=64, help="newest tokens kept unquantised (64)")
+    add("--threads", metavar="N", type=_whole("threads"), help="default: the CPUs this process may use")
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(_joined(arguments))
+    if args.prompt is not None and args.file is not None:
+        parser.error("-p and -f: only one of them can be the prompt")
+    if args.system is not None and args.raw:
+        parser.error("--system needs the chat template that --raw leaves out")
+    return args
+
+
+def _joined(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with `-p TEXT` written as `--prompt=TEXT`, so that argparse takes any text for it."""
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            yield argument
+            yield from rest
+        if argument in _TEXT_OPTIONS:
+            value = next(rest, None)
+            yield argument if value is None else f"{_TEXT_OPTIONS[argument]}={value}"
+        else:
+            yield argument
+
+
+# --- prompts -------------------------------------------------------------------------------------------------
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    """The prompt to answer, None for a chat. KvrunError if it is empty or no UTF-8."""
+    if args.prompt == "-" or args.file == "-":
+        text = utf8(_standard_input().read(), "the prompt on standard input")
+    elif args.file is not None:
+        with open(args.file, "rb") as file:
+            text = utf8(file.read(), f"the prompt in {args.file}")
+    elif args.prompt is not None:
+        text = argument_text(args.prompt, "the prompt")
+    else:
+        return None
+    if args.prompt in ("-", None):
+        text = text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+    if not text.strip() and not (args.raw and text):
+        raise OptionError("the prompt is empty")
+    return text
+
+
+def _standard_input() -> Any:
+    if sys.stdin is None:
+        raise OptionError("standard input is closed")
+    return sys.stdin.buffer
+
+
+def argument_text(argument: str, what: str) -> str:
+    """An argument of the command line as text; Python hands over bytes it cannot decode as surrogates."""
+    return utf8(os.fsencode(argument), what)
+
+
+def utf8(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompt = _prompt(args)
+    if sys.stdout is None:
+        raise KvrunError("standard output is closed")
+    from kvrun.model import load
+
+    model = load(args.model or _default_model(), threads=args.threads)
+    session = model.session(kv=args.kv, kv_k=args.kv_k, kv_v=args.kv_v, ctx=args.ctx, sinks=args.sinks,
+                            window=args.window)
+    answer = Answers(session, args)
+    if prompt is not None:
+        return 0 if answer(prompt) else 130
+    from kvrun.repl import chat
+
+    return chat(answer)
+
+
+def _default_model() -> str:
+    path = default_model_path()
+    if not os.path.exists(path):
+        raise OptionError(f"no model is given and the default one is not there ({path}): run make demo in a "
+                          "checkout of kvrun, or make a model file with kvrun convert CHECKPOINT -o MODEL")
+    return path
+
+
+class Answers:
+    """Streams answers of one session to standard output, with the options of the command."""
+
+    def __init__(self, session: Session, args: argparse.Namespace) -> None:
+        self.session = session
+        self.plain = args.raw or session.model.chat is None
+        self._quiet = args.quiet
+        self._system = None if args.system is None else argument_text(args.system, "the system message")
+        if self._system is not None and self.plain:
+            raise OptionError("--system: the model has no chat template")
+        self._options: dict[str, Any] = {
+            name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p",
+                                                   "repeat_penalty", "seed", "ignore_eos", "raw")}
+        self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop]
+        self._out = _Output(sys.stdout)
+
+    def __call__(self, prompt: str) -> bool:
+        """Answer a prompt; False if Ctrl-C ended it. What was shown by then stays in the session."""
+        turn: Any = prompt
+        if self._system is not None and not self.session.messages:
+            turn = [{"role": "system", "content": self._system}, {"role": "user", "content": prompt}]
+        stream, complete = None, False
+        try:
+            stream = self.session.stream(turn, **self._options)
+            for piece in stream:
+                self._out.write(piece)
+            complete = True
+        except KeyboardInterrupt:
+            if stream is not None:
+                stream.close()
+        self._out.end()
+        if not self._quiet:
+            self._report()
+        return complete
+
+    def _report(self) -> None:
+        session, stats = self.session, self.session.stats
+        parts = [f"prompt {_rate(stats.prompt_tokens, stats.prompt_tokens_per_second)}",
+                 f"answer {_rate(stats.answer_tokens, stats.decode_tokens_per_second)}",
+                 f"KV cache {session.kv_bytes / 1e6:.1f} MB"]
+        if session.n_tokens > session.cache.ctx:
+            parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
+        if sys.stderr is not None:
+            print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)
+
+
+def _rate(tokens: int, speed: float) -> str:
+    return f"{tokens} tokens" + (f", {speed:.1f} tok/s" if speed else "")
+
+
+class _Output:
+    """Text to a stream at once. A terminal gets no control characters that a model may have written."""
+
+    _visible = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._at_line_start = True
+        if hasattr(stream, "reconfigure"):  # a locale that lacks a character must not end the answer
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> None:
+        self._stream.write(text.translate(self._visible) if self._terminal else text)
+        self._stream.flush()
+        self._at_line_start = text.endswith("\n")
+
+    def end(self) -> None:
+        if not self._at_line_start:
+            self.write("\n")

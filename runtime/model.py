@@ -1,0 +1,110 @@
+"""A model file, open: its weights, its tokenizer, and sessions that run it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kvrun import _core
+from kvrun.errors import KvrunError, TokenizerError
+from kvrun.modelfile import ModelFile, read_model_file
+from kvrun.options import integer
+from kvrun.session import Session
+
+if TYPE_CHECKING:
+    from kvrun.chat import ChatTemplate
+    from kvrun.description import ModelDescription
+    from kvrun.tokenizer import Tokenizer
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
+    """Open a model file. Cheap: the file is mapped, not read. `threads`: the CPUs this process may use.
+
+    ModelFileError if the file cannot be used, OptionError for a number of threads that is none.
+    """
+    count = _core.max_threads() if threads is None else integer("threads", threads, low=1, high=1024)
+    return Model(read_model_file(path), count)
+
+
+class Model:
+    """A loaded model; `load` makes one. Threads may share it, each with a session of its own."""
+
+    def __init__(self, file: ModelFile, threads: int) -> None:
+        self.file = file
+        self.threads = threads
+        self.description: ModelDescription = file.description
+        self.vocab_size = file.description.vocab_size
+        self.stop_ids = frozenset(file.stop_ids)
+        self._lock = threading.RLock()
+        try:
+            self.engine = _core.Engine(file.description, file.weights, file.vectors,
+                                       file.description.rope_inv_freq(), threads)
+        except (ValueError, NotImplementedError) as error:
+            raise KvrunError(f"{file.path}: this model cannot be run: {error}") from None
+
+    def session(self, kv: str = "f16", kv_k: str | None = None, kv_v: str | None = None, ctx: int | None = None,
+                sinks: int = 4, window: int = 64) -> Session:
+        """A session with a key/value cache of its own.
+
+        `kv`: format of the cache, or `kv_k` and `kv_v` for keys and values apart. `ctx`: how many tokens it
+        keeps (the model's context length, at most 8192), of them the first `sinks` and at least the newest
+        `window` in full precision. OptionError for values that cannot be used.
+        """
+        return Session(self, kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
+
+    def generate(self, prompt: str | Sequence[Any], *, max_tokens: int = 512, kv: str = "f16",
+                 kv_k: str | None = None, kv_v: str | None = None, ctx: int | None = None, sinks: int = 4,
+                 window: int = 64, **options: Any) -> str:
+        """The answer to one prompt, in a session of its own; other options are those of `Session.stream`."""
+        session = self.session(kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
+        return "".join(session.stream(prompt, max_tokens=max_tokens, **options))
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text (see `Tokenizer.encode`)."""
+        return self.tokenizer.encode(text, add_special, parse_special)
+
+    def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of token ids (see `Tokenizer.decode`)."""
+        return self.tokenizer.decode(ids, skip_special)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.file.tokenizer_info["kind"] != "none"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, built when first asked for. TokenizerError if it has none."""
+        with self._lock:  # so that threads that start together build one
+            return self._tokenizer
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The model's chat template, None if it has none (then a prompt is plain text)."""
+        with self._lock:
+            return self._chat
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from kvrun.tokenizer import Tokenizer
+
+        file = self.file
+        try:
+            return Tokenizer(file.tokenizer_info, file.tokenizer_bytes(), self.vocab_size, file.stop_ids)
+        except TokenizerError as error:
+            message = str(error)
+            raise TokenizerError(message if file.path in message else f"{file.path}: {message}") from None
+
+    @cached_property
+    def _chat(self) -> ChatTemplate | None:
+        if not self.file.chat_template:
+            return None
+        from kvrun.chat import ChatTemplate
+
+        tokenizer, info = self._tokenizer, self.file.tokenizer_info
+        ids = {f"{name}_token": info.get(f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
+        tokens = {name: tokenizer.token_bytes(token).decode("utf-8", "replace")
+                  for name, token in ids.items() if token is not None}
+        return ChatTemplate(self.file.chat_template, tokens, tokenizer.special)

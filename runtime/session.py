@@ -1,0 +1,328 @@
+"""A session: one conversation or text with its own key/value cache, and answers that stream from it."""
+
+from __future__ import annotations
+
+import io
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvrun import _core
+from kvrun.errors import KvrunError, OptionError
+from kvrun.options import MAX_SEED, CacheOptions, Sampling, integer
+from kvrun.text import StopStrings
+
+if TYPE_CHECKING:
+    from kvrun.model import Model
+
+REPEAT_LAST_N = 64
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of one `stream`; time spent by the caller between two pieces is not in them."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    answer_tokens: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What a prompt puts into the session. `messages` and `text` (escaped) are None for a plain text."""
+
+    ids: list[int]
+    fresh: bool
+    messages: list[dict[str, Any]] | None = None
+    text: str | None = None
+
+
+class Session:
+    """One text with a cache of its own; `Model.session` makes one. Not for several threads at a time.
+
+    `messages` is the conversation so far, as the chat template gets it; `stats` describes the latest answer.
+    """
+
+    def __init__(self, model: Model, **cache: Any) -> None:
+        self.model = model
+        self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.context_length, **cache)
+        try:
+            self._kv = _core.KVCache(model.engine, k=self.cache.k, v=self.cache.v, ctx=self.cache.ctx,
+                                     sinks=self.cache.sinks, window=self.cache.window)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+        except MemoryError:
+            raise OptionError(f"not enough memory for a cache of {self.cache.ctx} tokens; "
+                              f"a smaller ctx needs less") from None
+        self.messages: list[dict[str, Any]] = []
+        self.stats = Stats()
+        self._running: Iterator[str] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._kv.reset()
+        # (number of tokens in the cache, tokens that follow them and are not in it yet). Replaced as one, and
+        # brought up to date from the cache's own count, so that Ctrl-C at any point leaves it true.
+        self._state: tuple[int, list[int]] = (0, [])
+        self._recent: deque[int] = deque(maxlen=REPEAT_LAST_N)
+        self._logits: np.ndarray | None = None
+        self._logits_at = 0
+        self._text: str | None = ""  # escaped; None when it is not known as the text of a conversation
+
+    def reset(self) -> None:
+        """Forget everything: messages and cache."""
+        self._end_running()
+        self._clear()
+        self.messages = []
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the text so far, also those that have left the cache."""
+        self._pending()
+        return self._state[0] + len(self._state[1])
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the cache in bytes; it does not change."""
+        return self._kv.nbytes
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [vocab]: what the model makes of the text so far, for the token that comes next.
+
+        KvrunError before anything was fed, and after an interruption in the middle of a step.
+        """
+        self._flush()
+        if self._logits is None or self._logits_at != self._kv.n_tokens:
+            raise KvrunError("there are no logits: feed at least one token first")
+        return self._logits
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text (see `Tokenizer.encode`)."""
+        return self.model.tokenize(text, add_special, parse_special)
+
+    def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of token ids (see `Tokenizer.decode`)."""
+        return self.model.detokenize(ids, skip_special)
+
+    def stream(self, prompt: str | Sequence[Any], *, max_tokens: int = -1, temperature: float | None = None,
+               top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+               repeat_penalty: float | None = None, seed: int | None = None, stop: str | Iterable[str] = (),
+               ignore_eos: bool = False, raw: bool = False) -> Iterator[str]:
+        """Feed a prompt and yield the answer in pieces of whole characters.
+
+        `prompt`: a str is the next turn of the conversation, put through the model's chat template, or with
+        `raw` (and for a model without a template) plain text to go on from; a list of messages
+        ({"role": .., "content": ..}) is a whole conversation, in place of the one so far; a list of token ids is
+        fed as it is. `max_tokens`: -1 for no limit, 0 to feed only. The answer ends at the model's stop tokens
+        unless `ignore_eos`, and before any of the strings `stop`. Sampling options that are None are the
+        model's defaults; `temperature` 0 takes the likeliest token; `seed` None is random.
+
+        Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
+        interrupting it keeps in the session what was shown. A new stream ends the one before.
+        """
+        sampling = Sampling.resolve(self.model.file.sampling, temperature=temperature, top_k=top_k, top_p=top_p,
+                                    min_p=min_p, repeat_penalty=repeat_penalty, seed=seed)
+        limit = integer("max_tokens", max_tokens, low=-1)
+        stops = StopStrings(stop)
+        self._end_running()
+        turn = self._turn(prompt, raw)
+        if limit:
+            self.model.tokenizer  # a model without one should say so now
+        stop_ids = frozenset() if ignore_eos else self.model.stop_ids
+        self._running = self._run(turn, sampling, limit, stops, stop_ids)
+        return self._running
+
+    # --- prompts ------------------------------------------------------------------------------------------
+
+    def _turn(self, prompt: str | Sequence[Any], raw: bool) -> _Turn:
+        if isinstance(prompt, str):
+            if raw or self.model.chat is None:
+                return self._plain_turn(prompt)
+            if not prompt.strip():
+                raise OptionError("the prompt is empty")
+            return self._chat_turn([*self.messages, {"role": "user", "content": prompt}])
+        if not isinstance(prompt, (list, tuple, np.ndarray)):
+            raise OptionError(f"a prompt must be text, messages or token ids, not {type(prompt).__name__}")
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            from kvrun.chat import check_messages
+
+            if self.model.chat is None:
+                raise OptionError("the model has no chat template: give the prompt as text, not as messages")
+            return self._chat_turn(check_messages(prompt))
+        ids = [integer("token id", i, low=0, high=self.model.vocab_size - 1) for i in prompt]
+        return self._something(_Turn(ids, fresh=False))
+
+    def _plain_turn(self, prompt: str) -> _Turn:
+        begun = self.n_tokens > 0
+        ids = self.model.tokenizer.encode(prompt, add_special=not begun, continued=begun)
+        return self._something(_Turn(ids, fresh=False))
+
+    def _something(self, turn: _Turn) -> _Turn:
+        if not turn.ids and not self.n_tokens:
+            raise OptionError("the prompt is empty")
+        return turn
+
+    def _chat_turn(self, messages: list[dict[str, Any]]) -> _Turn:
+        text = self.model.chat.render(messages)
+        known = self._text
+        # What the cache holds is kept if the conversation still begins with it, to the character.
+        fresh = known is None or not text.startswith(known)
+        rest = text if fresh else text[len(known):]
+        ids = self.model.tokenizer.encode_escaped(rest, continued=not fresh and bool(known))
+        return self._something(_Turn(ids, fresh, messages, text))
+
+    # --- answers ------------------------------------------------------------------------------------------
+
+    def _run(self, turn: _Turn, sampling: Sampling, limit: int, stops: StopStrings,
+             stop_ids: frozenset[int]) -> Iterator[str]:
+        if turn.fresh:
+            self._clear()
+        self._text = None  # not known again before the end, so that an interruption in between does no harm
+        self.stats = Stats()
+        self._append(turn.ids)
+        if turn.messages is not None:
+            self.messages = turn.messages
+        answer = None
+        try:
+            self._flush(prompt=True)
+            if limit:
+                answer = _Answer(self.model.tokenizer, stops, chat=turn.messages is not None)
+                yield from self._decode(answer, sampling, limit, stop_ids)
+        finally:
+            if turn.messages is not None:
+                self._remember(turn, answer, limit)
+
+    def _remember(self, turn: _Turn, answer: _Answer | None, limit: int) -> None:
+        """Add an answer, complete or not, to the conversation."""
+        shown, text = answer.texts() if answer else ("", "")
+        if limit:
+            self.messages = [*turn.messages, {"role": "assistant", "content": shown}]
+        self._text = turn.text + self.model.chat.escape(text)
+
+    def _decode(self, answer: _Answer, sampling: Sampling, limit: int, stop_ids: frozenset[int]) -> Iterator[str]:
+        sampler = self._sampler(sampling)
+        while True:
+            token = self._sample(sampler)
+            if token in stop_ids:
+                break
+            sampler.accept(token)
+            self._append([token])
+            self.stats.answer_tokens += 1
+            piece = answer.push(token)
+            if piece:
+                yield piece
+            if answer.stopped or self.stats.answer_tokens == limit:
+                break
+            self._flush()
+        rest = answer.finish()
+        if rest:
+            yield rest
+
+    def _sampler(self, sampling: Sampling) -> Any:
+        seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
+        sampler = _core.Sampler(
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
+            repeat_penalty=sampling.repeat_penalty, repeat_last_n=REPEAT_LAST_N, seed=seed)
+        if sampling.repeat_penalty != 1:
+            for token in self._recent:
+                sampler.accept(token)
+        return sampler
+
+    def _sample(self, sampler: Any) -> int:
+        try:
+            return int(sampler.sample(self.logits))
+        except ValueError as error:
+            raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
+
+    def _end_running(self) -> None:
+        if self._running is not None:
+            try:
+                self._running.close()
+            except ValueError:
+                raise KvrunError("this session is in use by another thread; give each thread its own") from None
+            self._running = None
+
+    # --- feeding ------------------------------------------------------------------------------------------
+
+    def _append(self, ids: list[int]) -> None:
+        self._recent.extend(ids[-REPEAT_LAST_N:])
+        self._state = (self._state[0], self._state[1] + ids)
+
+    def _pending(self) -> list[int]:
+        """Tokens of the text that are not in the cache yet."""
+        count, waiting = self._state
+        fed = self._kv.n_tokens
+        if fed != count:
+            self._state = (fed, waiting[fed - count:])
+        return self._state[1]
+
+    def _flush(self, prompt: bool = False) -> None:
+        """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""
+        while waiting := self._pending():
+            chunk = np.array(waiting[:_core.MAX_CHUNK], dtype=np.int32)
+            last = len(chunk) == len(waiting)
+            began = time.perf_counter()
+            logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")
+            seconds = time.perf_counter() - began
+            if last:
+                self._logits, self._logits_at = logits, self._kv.n_tokens
+            if prompt:
+                self.stats.prompt_tokens += len(chunk)
+                self.stats.prompt_seconds += seconds
+            else:
+                self.stats.decode_tokens += len(chunk)
+                self.stats.decode_seconds += seconds
+
+
+class _Answer:
+    """The text of one answer: what was shown, and what the cache holds (special tokens and a leading space too)."""
+
+    def __init__(self, tokenizer: Any, stops: StopStrings, chat: bool) -> None:
+        self._visible = tokenizer.stream(skip_special=True, start=chat)
+        self._exact = tokenizer.stream(skip_special=False, start=False) if chat else None
+        self._stops = stops
+        # Only a conversation needs its text again; an endless plain text must not fill the memory.
+        self._shown, self._text = io.StringIO(), io.StringIO()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.stopped
+
+    def push(self, token: int) -> str:
+        if self._exact:
+            self._text.write(self._exact.push(token))
+        return self._show(self._stops.push(self._visible.push(token)))
+
+    def finish(self) -> str:
+        """What was held back: half a character, the beginning of a stop string."""
+        if self.stopped:
+            return ""
+        piece = self._stops.push(self._visible.finish())
+        return self._show(piece if self.stopped else piece + self._stops.finish())
+
+    def _show(self, piece: str) -> str:
+        if self._exact:
+            self._shown.write(piece)
+        return piece
+
+    def texts(self) -> tuple[str, str]:
+        """(shown, in the cache)"""
+        if self._exact:
+            self._text.write(self._exact.finish())
+        return self._shown.getvalue(), self._text.getvalue()

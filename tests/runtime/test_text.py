@@ -1,0 +1,52 @@
+"""Stop strings: never shown, wherever the pieces are cut."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrun.errors import OptionError
+from kvrun.text import StopStrings
+
+
+def run(stops, pieces):
+    """(text shown, stopped)"""
+    filter_ = StopStrings(stops)
+    shown = ""
+    for piece in pieces:
+        shown += filter_.push(piece)
+        if filter_.stopped:
+            return shown, True
+    return shown + filter_.finish(), False
+
+
+def expected(stops, text):
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    return (text[:min(ends)[1]], True) if ends else (text, False)
+
+
+@given(stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), text=st.text("abc", max_size=12),
+       data=st.data())
+def test_the_same_wherever_the_pieces_are_cut(stops, text, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    assert run(stops, pieces) == expected(stops, text)
+
+
+@pytest.mark.parametrize("stops, pieces, shown", [
+    ("stop", ["a st", "op b"], "a "), ("aab", ["aa", "ab"], "a"), (["\n\n"], ["x\n", "y\n", "\n"], "x\ny"),
+    (["abc", "b"], ["abc"], "a"), ("é", ["caf", "é"], "caf"),
+])
+def test_examples(stops, pieces, shown):
+    assert run(stops, pieces) == (shown, True)
+
+
+def test_text_is_not_held_back_longer_than_needed():
+    filter_ = StopStrings("END")
+    assert [filter_.push(p) for p in ("a", "E", "N", "x", "EE")] == ["a", "", "", "ENx", "E"]
+    assert filter_.finish() == "E"
+
+
+@pytest.mark.parametrize("stops", ["", [""], ["a", ""], [None], [3]])
+def test_stop_strings_that_are_none(stops):
+    with pytest.raises(OptionError):
+        StopStrings(stops)
