@@ -1,0 +1,147 @@
+"""Logits of every fixture against those that transformers computed in float32, however the tokens are fed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy_llama import NumpyLlama, f16_cache
+
+from kvrun import _core
+from kvrun.modelfile import read_model_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = sorted(p.stem for p in (FIXTURES / "logits").glob("*.npz"))
+CHUNKS = {"at once": [200], "ragged": [1, 2, 63, 64, 65, 5], "sevens": [7] * 28 + [4], "after a tile": [133, 67],
+          "one by one": [1] * 200, "all but one": [199, 1]}
+TOLERANCE = 1e-4        # of the largest logit
+
+
+def engine_of(path, threads=1):
+    file = read_model_file(path)
+    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads)
+
+
+def run(engine, tokens, chunks, kv="f32", **options):
+    """Logits float32 [n, vocab] of tokens fed in chunks of these sizes."""
+    cache = _core.KVCache(engine, k=kv, v=kv, **{"ctx": 256, "sinks": 4, "window": 64} | options)
+    assert sum(chunks) == len(tokens)
+    rows, at = [], 0
+    for n in chunks:
+        rows.append(np.atleast_2d(engine.forward(tokens[at:at + n], cache, logits="all")))
+        at += n
+    assert cache.n_tokens == len(tokens)
+    return np.concatenate(rows)
+
+
+def test_every_fixture_has_its_logits():
+    sources = {p.name for p in (FIXTURES / "checkpoints").iterdir()} | {p.stem for p in (FIXTURES / "gguf").iterdir()}
+    assert sources == set(NAMES) and len(NAMES) >= 15
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name, chunks, converted, reference):
+    expected = reference(name)
+    logits = run(engine_of(converted(name)), expected.tokens, chunks)
+    assert expected.error(logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_with_weights_as_in_the_checkpoint(name, converted, reference):
+    """f16 and bf16 weights are exact; the integer products of block types round the activations."""
+    expected = reference(name)
+    error = expected.error(run(engine_of(converted(name, "same")), expected.tokens, [133, 67]))
+    blocks = name.startswith("gguf-") and name != "gguf-f16"
+    assert error <= (0.1 if blocks else 3e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_numpy_agrees_with_transformers(name, converted, reference):
+    """Checks the model that the next test builds on."""
+    expected = reference(name)
+    assert expected.error(NumpyLlama(read_model_file(converted(name))).logits(expected.tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_with_an_f16_cache(name, converted, reference):
+    """An f16 cache moves these models' logits by up to 3e-3 of the largest, and so it does in NumPy: the two
+    differ only where float32 and float64 round a key or a value to different sides."""
+    expected = reference(name)
+    file = read_model_file(converted(name))
+    rounded = NumpyLlama(file, f16_cache(sinks=4)).logits(expected.tokens)
+    engine = engine_of(converted(name))
+    for chunks in (CHUNKS["at once"], CHUNKS["ragged"], CHUNKS["one by one"]):
+        logits = run(engine, expected.tokens, chunks, kv="f16")
+        assert expected.error(logits) <= 5e-3
+        difference = (logits - rounded) / np.abs(rounded).max()
+        assert np.abs(difference).max() <= 1e-3
+        assert np.sqrt((difference**2).mean()) <= 5e-5
+
+
+@pytest.mark.parametrize("options", [dict(sinks=0), dict(sinks=0, window=1), dict(sinks=17, window=100), dict(ctx=208)],
+                         ids=str)
+@pytest.mark.parametrize("name", ["grouped-untied", "odd-sizes", "llama3-rope"])
+def test_regions_of_the_cache_do_not_show(name, options, converted, reference):
+    """As long as every token fits, sinks and window change nothing but the order of sums."""
+    expected = reference(name)
+    logits = run(engine_of(converted(name)), expected.tokens, CHUNKS["ragged"], **options)
+    assert expected.error(logits) <= TOLERANCE
+
+
+@pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
+@pytest.mark.parametrize("kv", ["f32", "f16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_do_not_change_a_bit(name, kv, converted, reference):
+    tokens = reference(name).tokens
+    path = converted(name)
+    for chunks in (CHUNKS["ragged"], [1] * 200):
+        one, two, three = (run(engine_of(path, threads), tokens, chunks, kv) for threads in (1, 2, 3))
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("name", ["grouped-tied", "odd-sizes"])
+def test_last_all_and_none(name, converted, reference):
+    """`logits` chooses what is returned, not what is computed."""
+    tokens = reference(name).tokens
+    engine = engine_of(converted(name))
+    everything = run(engine, tokens, [70, 130])
+    cache = _core.KVCache(engine, k="f32", v="f32", ctx=256, sinks=4, window=64)
+    assert engine.forward(tokens[:70], cache, logits="none") is None
+    last = engine.forward(tokens[70:], cache, logits="last")
+    assert last.shape == everything.shape[1:]
+    cache.reset()
+    assert engine.forward(tokens[:1], cache, logits="all").shape == (1, everything.shape[1])
+    largest = np.abs(everything).max()
+    assert np.abs(last - everything[-1]).max() <= 1e-6 * largest
+
+
+@pytest.mark.parametrize("level", _core.isa_available())
+def test_every_kernel_level(level, converted, reference):
+    """KVRUN_ISA is read on import, so each level gets a process of its own."""
+    names = ["grouped-tied", "odd-sizes", "biases", "gguf-q4_1"]
+    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import test_reference_logits as t\n"
+            "print(json.dumps(t.errors_of_level(json.loads(sys.argv[2]))))")
+    paths = {name: str(converted(name)) for name in names}
+    result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(paths)],
+                            env=os.environ | {"KVRUN_ISA": level}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found, errors = json.loads(result.stdout)
+    assert found == level
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def errors_of_level(paths):
+    """(level in use, {name: error}) of model files; runs in a process of its own."""
+    from conftest import Reference
+
+    errors = {}
+    for name, path in paths.items():
+        with np.load(FIXTURES / "logits" / f"{name}.npz") as data:
+            expected = Reference(**{key: data[key] for key in data.files})
+        errors[name] = expected.error(run(engine_of(path), expected.tokens, CHUNKS["ragged"]))
+    return _core.isa(), errors
