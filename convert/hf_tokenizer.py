@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,10 @@ def _probe_json(data: bytes, settings: Fields) -> _Probe:
     tokenizer.no_truncation()
     added = tokenizer.get_added_tokens_decoder()
     special = {token.content: number for number, token in added.items() if token.special}
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    # A letter that the vocabulary has; a small one may have few.
+    text = next((c for c in string.printable if tokenizer.encode(c, add_special_tokens=False).ids), "a")
+    plain = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(text, add_special_tokens=True).ids
     extra = len(whole) - len(plain)
     # Which tokens they are is settled below, when the ids of BOS and EOS are known.
     split = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)

@@ -1,0 +1,159 @@
+"""GGUF files: the reader against the gguf package, descriptions, parts, and damage."""
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from make_checkpoint import gguf_shapes, random_tensors, save_gguf
+
+from kvrun.convert.checkpoint import open_checkpoint
+from kvrun.convert.gguf_file import GgufFile
+from kvrun.errors import ConvertError
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_gguf(tmp_path / "m.gguf", {"attn_v": "Q8_0", "ffn_up": "Q5_0"})
+    return tmp_path / "m.gguf"
+
+
+def describe(tmp_path, **options):
+    save_gguf(tmp_path / "m.gguf", **options)
+    return open_checkpoint(str(tmp_path / "m.gguf")).description
+
+
+def test_the_reader_agrees_with_the_gguf_package(path):
+    reader, file = gguf.GGUFReader(str(path)), GgufFile(str(path))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF."):
+            expected = field.contents()
+            assert file.metadata[key] == (pytest.approx(expected, rel=1e-7) if type(expected) is float else expected)
+    assert list(file.tensors) == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        ours = file.tensors[tensor.name]
+        assert ours.shape == tuple(reversed(tensor.shape.tolist())) and ours.offset == tensor.data_offset
+        assert (ours.type.upper(), ours.nbytes) == (tensor.tensor_type.name, tensor.n_bytes)
+        assert ours.raw(0, ours.rows).tobytes() == tensor.data.tobytes()
+
+
+def test_every_kind_of_value(tmp_path):
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    values = {"u8": 200, "i8": -100, "u16": 60000, "i16": -30000, "u32": 4 << 29, "i32": -5, "u64": 1 << 60, "i64": -(1 << 60),
+              "f32": 0.1, "f64": 0.1, "bool": True, "string": "ä\0€", "strings": ["a", ""], "ints": [1, 2], "bools": [True, False],
+              "floats": [0.5, 0.25]}  # fmt: skip
+    methods = {"u8": "uint8", "i8": "int8", "u16": "uint16", "i16": "int16", "u32": "uint32", "i32": "int32",
+               "u64": "uint64", "i64": "int64", "f32": "float32", "f64": "float64"}  # fmt: skip
+    for name, value in values.items():
+        kind = "array" if isinstance(value, list) else methods.get(name, name)
+        getattr(writer, f"add_{kind}")(f"x.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = GgufFile(str(tmp_path / "m.gguf")).metadata
+    assert {name: found[f"x.{name}"] for name in values} == values
+
+
+def test_description(tmp_path):
+    description = describe(tmp_path, metadata={"general.name": "Tiny", "llama.rope.freq_base": 5e5})
+    assert (description.name, description.vocab_size, description.n_layers) == ("Tiny", 40, 2)
+    assert (description.hidden_size, description.intermediate_size, description.head_dim) == (64, 96, 16)
+    assert (description.n_heads, description.n_kv_heads, description.context_length) == (4, 2, 256)
+    assert (description.norm_eps, description.rope_theta, description.rope_scaling) == (1e-5, 5e5, None)
+    assert description.tie_embeddings and not description.attention_bias
+
+
+def test_defaults_and_other_ways_to_say_it(tmp_path):
+    description = describe(tmp_path, metadata={
+        "llama.rope.freq_base": None, "llama.vocab_size": 40, "llama.attention.head_count_kv": [2, 2],
+        "llama.rope.dimension_count": 16, "llama.attention.key_length": 16, "llama.attention.scale": 0.5,
+        "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.expert_count": 0,
+    })  # fmt: skip
+    assert (description.name, description.rope_theta, description.n_kv_heads) == ("m", 1e4, 2)
+    assert (description.rope_scaling, description.attention_scale) == ({"type": "linear", "factor": 4.0}, 0.5)
+
+
+def test_rope_factors(tmp_path):
+    factors = np.array([1, 1, 2, 4, 8, 8, 8, 8], np.float32)
+    tensors = random_tensors(gguf_shapes())
+    found = describe(tmp_path, tensors={**tensors, "rope_freqs.weight": factors})
+    assert found.rope_scaling == {"type": "factors", "factors": factors.tolist()}
+    found = describe(tmp_path, tensors={**tensors, "rope_freqs.weight": np.ones(8, np.float32)})
+    assert found.rope_scaling is None
+    with pytest.raises(ConvertError, match="rope_scaling"):
+        describe(tmp_path, tensors={**tensors, "rope_freqs.weight": factors[:5]})
+
+
+def test_an_output_tensor_unties(tmp_path):
+    tensors = random_tensors({**gguf_shapes(), "output.weight": (40, 64)})
+    assert not describe(tmp_path, tensors=tensors).tie_embeddings
+
+
+@pytest.mark.parametrize("metadata, says", [
+    ({"general.architecture": "gpt2"}, r"not supported yet: gpt2 \(supported: llama\)"),
+    ({"llama.block_count": None}, "llama.block_count: missing"), ({"llama.block_count": "2"}, "llama.block_count"),
+    ({"llama.block_count": 3}, "blk.2.attn_q.weight is missing"), ({"llama.expert_count": 8}, "expert_count"),
+    ({"llama.rope.dimension_count": 8}, "rope.dimension_count"), ({"llama.embedding_length": 32}, "has shape"),
+    ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: 'yarn' is not supported yet"),
+    ({"llama.attention.head_count_kv": [1, 2]}, "different values per layer"),
+    ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon: missing"), ({"split.count": 3}, "one of 3 parts"),
+    ({"llama.vocab_size": 41}, r"token_embd.weight has shape \[40, 64\]"), ({"llama.logit_scale": 2.0}, "logit_scale"),
+])  # fmt: skip
+def test_what_cannot_be_converted_is_named(tmp_path, metadata, says):
+    with pytest.raises(ConvertError, match=says):
+        describe(tmp_path, metadata=metadata)
+
+
+def test_missing_and_additional_tensors(tmp_path):
+    tensors = random_tensors(gguf_shapes())
+    with pytest.raises(ConvertError, match="blk.0.attn_q_norm.weight: not part of"):
+        describe(tmp_path, tensors={**tensors, "blk.0.attn_q_norm.weight": np.ones(16, np.float32)})
+    del tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(ConvertError, match="blk.1.ffn_up.weight is missing"):
+        describe(tmp_path, tensors=tensors)
+
+
+def test_parts(tmp_path):
+    tensors = list(random_tensors(gguf_shapes()).items())
+    for i in range(3):
+        metadata = {"split.count": 3, "split.no": i}
+        save_gguf(tmp_path / f"m-0000{i + 1}-of-00003.gguf", tensors=dict(tensors[i::3]), metadata=metadata)
+    first = tmp_path / "m-00001-of-00003.gguf"
+    checkpoint = open_checkpoint(str(first))
+    assert len(checkpoint.files) == 3 and len(checkpoint.tensors) == len(tensors)
+    with pytest.raises(ConvertError, match="give the first one"):
+        open_checkpoint(str(tmp_path / "m-00002-of-00003.gguf"))
+    (tmp_path / "m-00003-of-00003.gguf").unlink()
+    with pytest.raises(ConvertError, match="m-00003-of-00003.gguf: missing"):
+        open_checkpoint(str(first))
+
+
+def test_every_truncation_is_refused(path):
+    content = path.read_bytes()
+    for size in [*range(4, 2000, 7), len(content) // 2, len(content) - 40]:
+        path.write_bytes(content[:size])
+        with pytest.raises(ConvertError, match="truncated"):
+            open_checkpoint(str(path))
+
+
+def test_other_versions_and_byte_orders(path):
+    content = path.read_bytes()
+    for version in (b"\1\0\0\0", b"\4\0\0\0", b"\0\0\0\3"):
+        path.write_bytes(content[:4] + version + content[8:])
+        with pytest.raises(ConvertError, match="version"):
+            open_checkpoint(str(path))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_damage_gives_a_stated_error_or_a_model(path, data):
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(4, 2500))] = data.draw(st.integers(0, 255))
+    other = path.with_name("damaged.gguf")
+    other.write_bytes(content)
+    try:
+        open_checkpoint(str(other))
+    except ConvertError:
+        pass

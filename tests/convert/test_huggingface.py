@@ -1,0 +1,324 @@
+"""Hugging Face folders: the many ways in which configs, weights, tokenizers and templates are saved."""
+
+import json
+
+import numpy as np
+import pytest
+from make_checkpoint import (
+    CONFIG, hf_folder, hf_shapes, random_tensors, save_safetensors, tokenizer_json, write_json,
+)  # fmt: skip
+
+from kvrun.convert.checkpoint import open_checkpoint
+from kvrun.errors import ConvertError
+
+CONFIG_NAMES = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
+}  # fmt: skip
+
+
+def describe(tmp_path, without=(), **changes):
+    config = {key: value for key, value in {**CONFIG, **changes}.items() if key not in without}
+    folder = hf_folder(tmp_path / "hf", config, random_tensors(hf_shapes(config)))
+    return open_checkpoint(str(folder)).description
+
+
+def test_description(tmp_path):
+    description = describe(tmp_path)
+    for theirs, ours in CONFIG_NAMES.items():
+        assert getattr(description, ours) == CONFIG[theirs]
+    assert (description.architecture, description.name, description.head_dim) == ("llama", "hf", 16)
+    assert (description.norm_eps, description.rope_theta, description.rope_scaling) == (1e-5, 10000.0, None)
+    assert (description.attention_scale, description.activation) == (0.25, "silu")
+    assert (description.tie_embeddings, description.attention_bias, description.mlp_bias) == (True, False, False)
+
+
+def test_defaults_and_null_values(tmp_path):
+    description = describe(tmp_path, ("num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act",
+                                      "max_position_embeddings", "architectures"), head_dim=None,
+                           rope_scaling=None, attention_bias=None, mlp_bias=None, pretraining_tp=1)  # fmt: skip
+    assert (description.n_kv_heads, description.norm_eps, description.rope_theta) == (4, 1e-6, 10000.0)
+    assert (description.context_length, description.activation, description.rope_scaling) == (2048, "silu", None)
+
+
+def test_an_untied_head_is_the_default(tmp_path):
+    config = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    checkpoint = open_checkpoint(str(hf_folder(tmp_path / "hf", config)))
+    assert not checkpoint.description.tie_embeddings and "head.weight" in checkpoint.tensors
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3_OURS = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_context_length": 128.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, theta, scaling", [
+    ({"rope_theta": 5e5}, 5e5, None),
+    ({"rope_scaling": {"type": "linear", "factor": 4}}, 1e4, {"type": "linear", "factor": 4.0}),
+    ({"rope_scaling": {"rope_type": "default"}}, 1e4, None),
+    ({"rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}, "rope_theta": 5e5}, 5e5, LLAMA3_OURS),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e5}, "rope_theta": None}, 2e5, None),
+    ({"rope_parameters": {"rope_theta": 3e5}}, 3e5, None),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, LLAMA3_OURS),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 7e4}, 7e4, {"type": "linear", "factor": 2.0}),
+])  # fmt: skip
+def test_rope(tmp_path, changes, theta, scaling):
+    description = describe(tmp_path, **changes)
+    assert (description.rope_theta, description.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling: rope type 'yarn' is not supported yet"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 4}}, "rope_parameters: rope type 'dynamic'"),
+    ({"rope_scaling": {"factor": 4}}, "type: missing"), ({"rope_scaling": "linear"}, "rope_scaling: not a JSON object"),
+    ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor"), ({"rope_scaling": {"type": "linear"}}, "factor"),
+    ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": None}}, "factor"),
+    ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported yet"), ({"hidden_act": 3}, "hidden_act"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"num_key_value_heads": 3}, "n_kv_heads"), ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide"),
+    ({"hidden_size": None}, "hidden_size: missing"), ({"hidden_size": "64"}, "hidden_size"), ({"vocab_size": 0}, "vocab_size"),
+    ({"num_hidden_layers": True}, "num_hidden_layers"), ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    ({"head_dim": 7}, "head_dim"), ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"), ({"rope_theta": -1}, "rope_theta"),
+    ({"vocab_size": 41}, r"embed_tokens.weight has shape \[40, 64\], but the config says \[41, 64\]"),
+    ({"intermediate_size": 95}, "has shape"), ({"num_hidden_layers": 3}, "layers.2.self_attn.q_proj.weight is missing"),
+    ({"num_hidden_layers": 1}, "not part of a llama model"), ({"attention_bias": True}, "q_proj.bias is missing"),
+    ({"tie_word_embeddings": False}, "lm_head.weight is missing"), ({"architectures": "Llama"}, "architectures"),
+    ({"architectures": ["MambaForCausalLM"]}, r"not supported yet: MambaForCausalLM \(supported: LlamaForCausalLM"),
+    ({"architectures": None, "model_type": "gpt_bigcode"}, "not supported yet: gpt_bigcode"),
+    ({"architectures": [], "model_type": None}, "architectures: missing"), ({"vocab_size": 10**30}, "vocab_size"),
+])  # fmt: skip
+def test_what_cannot_be_converted_is_named(tmp_path, changes, says):
+    folder = hf_folder(tmp_path / "hf")
+    write_json(folder / "config.json", {**CONFIG, **changes})
+    with pytest.raises(ConvertError, match=says) as caught:
+        open_checkpoint(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+# --- weights
+
+
+def names(folder):
+    return {name: tensor.name for name, tensor in open_checkpoint(str(folder)).tensors.items()}
+
+
+def test_names_with_and_without_prefix_and_leftovers(tmp_path):
+    tensors = random_tensors(hf_shapes())
+    bare = {name.removeprefix("model."): a for name, a in tensors.items()}
+    bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    bare["rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    folder = hf_folder(tmp_path / "hf", tensors=bare)
+    assert names(folder)["layers.1.attn.q.weight"] == "layers.1.self_attn.q_proj.weight"
+    both = {**tensors, "norm.weight": tensors["model.norm.weight"]}
+    with pytest.raises(ConvertError, match="norm.weight is there with and without the prefix"):
+        names(hf_folder(tmp_path / "both", tensors=both))
+
+
+def test_a_tied_head_that_is_stored_anyway(tmp_path):
+    tensors = random_tensors(hf_shapes())
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    assert "head.weight" not in names(hf_folder(tmp_path / "hf", tensors=tensors))
+    tensors["lm_head.weight"][3, 5] += 1
+    with pytest.raises(ConvertError, match="tie_word_embeddings: true, but lm_head.weight differs"):
+        names(hf_folder(tmp_path / "hf", tensors=tensors))
+
+
+def sharded(tmp_path, with_index=True):
+    tensors = list(random_tensors(hf_shapes()).items())
+    folder = hf_folder(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    files = {f"model-0000{i + 1}-of-00003.safetensors": dict(tensors[i::3]) for i in range(3)}
+    for file, part in files.items():
+        save_safetensors(folder / file, part)
+    if with_index:
+        weight_map = {name: file for file, part in files.items() for name in part}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return folder
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards(tmp_path, with_index):
+    checkpoint = open_checkpoint(str(sharded(tmp_path, with_index)))
+    assert len(checkpoint.files) == 3 and len(checkpoint.tensors) == len(hf_shapes())
+    (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
+    says = "model-00002-of-00003.safetensors is missing" if with_index else "2 of 3 safetensors files"
+    with pytest.raises(ConvertError, match=says):
+        open_checkpoint(str(tmp_path / "hf"))
+
+
+def test_an_index_that_is_wrong(tmp_path):
+    folder = sharded(tmp_path)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for weight_map, says in [
+        ({**index["weight_map"], "model.norm.weight": "model-00001-of-00003.safetensors"}, "the index says it is here"),
+        ({**index["weight_map"], "model.norm.weight": "../model.safetensors"}, "not a file name"),
+        ({**index["weight_map"], "model.norm.weight": 7}, "not a file name"), ({}, "weight_map"), ([], "weight_map"),
+    ]:  # fmt: skip
+        write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+        with pytest.raises(ConvertError, match=says):
+            open_checkpoint(str(folder))
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    folder = sharded(tmp_path, with_index=False)
+    save_safetensors(folder / "model-00003-of-00003.safetensors", random_tensors(hf_shapes()))
+    with pytest.raises(ConvertError, match="is also in"):
+        open_checkpoint(str(folder))
+
+
+def test_which_files_are_weights(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert names(folder)
+    (folder / "weights.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(ConvertError, match="adapter"):
+        names(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConvertError, match="no safetensors file"):
+        names(folder)
+
+
+def test_types_that_are_not_supported_are_named(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(ConvertError, match="embed_tokens.weight has type I32, which is not supported yet"):
+        names(folder)
+
+
+# --- tokenizer and settings
+
+
+def test_neither_tokenizer(tmp_path):
+    folder = hf_folder(tmp_path / "hf", tokenizer=False)
+    with pytest.raises(ConvertError, match="neither tokenizer.json nor tokenizer.model"):
+        open_checkpoint(str(folder))
+    assert open_checkpoint(str(folder), tokenizer=False).vocabulary.kind == "none"
+
+
+def test_a_damaged_tokenizer(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    for content in (b"", b"{", b"[]", b'{"model": {}}', b"\xff"):
+        (folder / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ConvertError, match="tokenizer.json: the tokenizer cannot be loaded"):
+            open_checkpoint(str(folder))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(ConvertError, match="tokenizer.model: the tokenizer cannot be loaded"):
+        open_checkpoint(str(folder))
+
+
+def template(*parts):
+    steps = [{"Sequence": {"id": "A", "type_id": 0}} if p == "A" else {"SpecialToken": {"id": p, "type_id": 0}}
+             for p in parts]  # fmt: skip
+    special = {p: {"id": p, "ids": [("<s>", "</s>").index(p)], "tokens": [p]} for p in parts if p != "A"}
+    return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": special}
+
+
+@pytest.mark.parametrize("post, config, expected", [
+    (None, {}, (False, False)), (template("<s>", "A"), {}, (True, False)),
+    (template("<s>", "A", "</s>"), {}, (True, True)), (template("A", "</s>"), {}, (False, True)),
+    (template("<s>", "A"), {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, (False, False)),
+    (None, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}, (True, True)),
+    (None, {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, (False, False)),
+])  # fmt: skip
+def test_what_is_put_around_a_text(tmp_path, post, config, expected):
+    folder = hf_folder(tmp_path / "hf")
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
+               "pad_type_id": 0, "pad_token": "</s>"}  # fmt: skip
+    write_json(folder / "tokenizer.json", tokenizer_json(post_processor=post, padding=padding))
+    write_json(folder / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "eos_token": "</s>", **config})
+    info = open_checkpoint(str(folder)).vocabulary.model_entry(40)
+    assert (info["add_bos"], info["add_eos"]) == expected
+    assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (0, 1, None, None)
+
+
+def test_ids_come_from_text_and_else_from_the_configs(tmp_path):
+    folder = hf_folder(tmp_path / "hf", {**CONFIG, "bos_token_id": 7, "pad_token_id": 9})
+    write_json(folder / "tokenizer_config.json", {"bos_token": None, "eos_token": None})
+    write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "</s>"}})
+    write_json(folder / "generation_config.json", {"pad_token_id": 500, "eos_token_id": [5, 6]})
+    checkpoint = open_checkpoint(str(folder))
+    info = checkpoint.vocabulary.model_entry(40)
+    assert (info["bos_id"], info["eos_id"], info["pad_id"]) == (7, 1, None)
+    assert set(checkpoint.stop_ids) == {1, 5, 6}
+
+
+def test_stop_ids(tmp_path):
+    folder = hf_folder(tmp_path / "hf", {**CONFIG, "eos_token_id": 9})
+    tokenizer = tokenizer_json()
+    for text, token in (("<|im_end|>", 4), ("<|eot_id|>", 5), ("<|not_known|>", 6)):
+        old = next(t for t, i in tokenizer["model"]["vocab"].items() if i == token)
+        del tokenizer["model"]["vocab"][old]
+        tokenizer["model"]["vocab"][text] = token
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": token, "content": text,
+                                          "special": token != 5})  # fmt: skip
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "generation_config.json", {"eos_token_id": [10, 11]})
+    assert set(open_checkpoint(str(folder)).stop_ids) == {1, 4, 9, 10, 11}
+    write_json(folder / "generation_config.json", {"eos_token_id": "x"})
+    with pytest.raises(ConvertError, match="eos_token_id"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("{{ a }}\n", "{{ a }}\n"), (None, None), ([{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}], "D"),
+    ([{"name": "chat", "template": "C"}], "C"), ([{"name": "a", "template": "A"}, {"name": "b", "template": "B"}], None),
+])  # fmt: skip
+def test_chat_template_in_the_config(tmp_path, value, expected):
+    folder = hf_folder(tmp_path / "hf")
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": value})
+    assert open_checkpoint(str(folder)).chat_template == expected
+    (folder / "chat_template.jinja").write_bytes("é\r\n{{ x }}".encode())
+    assert open_checkpoint(str(folder)).chat_template == "é\r\n{{ x }}"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConvertError, match="chat_template.jinja"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("value", [7, {}, [], [7], [{"name": [], "template": "x"}], [{"name": "x"}]])
+def test_chat_templates_that_are_none(tmp_path, value):
+    folder = hf_folder(tmp_path / "hf")
+    write_json(folder / "tokenizer_config.json", {"chat_template": value})
+    with pytest.raises(ConvertError, match="chat_template"):
+        open_checkpoint(str(folder))
+
+
+def test_sampling(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    write_json(folder / "generation_config.json", {"temperature": 0.6, "top_k": 20, "top_p": 1, "min_p": None,
+                                                   "repetition_penalty": 1.1, "do_sample": True})  # fmt: skip
+    assert open_checkpoint(str(folder)).sampling == {"temperature": 0.6, "top_k": 20, "top_p": 1.0, "repeat_penalty": 1.1}
+    write_json(folder / "generation_config.json", {"temperature": "hot"})
+    with pytest.raises(ConvertError, match="generation_config.json: field temperature"):
+        open_checkpoint(str(folder))
+
+
+def test_the_name_of_a_model_in_the_hubs_cache(tmp_path):
+    folder = hf_folder(tmp_path / "models--Org--Some-Model" / "snapshots" / "0123abcd")
+    assert open_checkpoint(str(folder)).description.name == "Some-Model"
+
+
+def test_sentencepiece(tmp_path):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50), model_writer=model,
+        vocab_size=38, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    folder = hf_folder(tmp_path / "hf", tokenizer=False)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "legacy": False,
+        "added_tokens_decoder": {"39": {"content": "<|im_end|>", "special": True}},
+    })  # fmt: skip
+    vocabulary = open_checkpoint(str(folder)).vocabulary
+    info = vocabulary.model_entry(40)
+    assert (vocabulary.kind, vocabulary.data) == ("tokenizer.model", model.getvalue())
+    assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (1, 39, None, 0)
+    assert (info["add_bos"], info["add_eos"], info["legacy"], info["added_tokens"]) == (
+        True, False, False, {"<|im_end|>": 39})  # fmt: skip
+    assert 39 in open_checkpoint(str(folder)).stop_ids
