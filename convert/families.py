@@ -73,9 +73,7 @@ def llama_from_config(config: Fields) -> dict[str, Any]:
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", None)
     if head_dim is None:
-        if hidden % heads:
-            config.fail("num_attention_heads", f"{heads} does not divide hidden_size = {hidden}")
-        head_dim = hidden // heads
+        head_dim = _head_dim(config, "num_attention_heads", hidden, heads)
     for name in ("quantization_config", "compression_config"):
         if name in config:
             config.fail(name, "quantised checkpoints are not supported yet; use the original one")
@@ -98,6 +96,10 @@ def llama_from_config(config: Fields) -> dict[str, Any]:
         "attention_bias": config.flag("attention_bias", False),
         "mlp_bias": config.flag("mlp_bias", False),
     }
+
+
+def _head_dim(fields: Fields, name: str, hidden: int, heads: int) -> int:
+    return fields.fail(name, f"{heads} does not divide the hidden size {hidden}") if hidden % heads else hidden // heads
 
 
 def rope_from_config(config: Fields) -> tuple[float, dict[str, Any] | None]:
@@ -130,7 +132,9 @@ def llama_from_gguf(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     for name in ("logit_scale", "embedding_scale", "residual_scale"):
         meta.refuse(name, (0.0, 1.0), "not supported yet for this architecture")
     hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
-    head_dim = meta.integer("attention.key_length", hidden // heads)
+    head_dim = meta.integer("attention.key_length", None)
+    if head_dim is None:
+        head_dim = _head_dim(meta, "attention.head_count", hidden, heads)
     meta.refuse("attention.value_length", (head_dim,), "different from the length of keys: not supported yet")
     meta.refuse("rope.dimension_count", (head_dim,), "rotating a part of each head is not supported yet")
     embedding = facts.shapes.get("token_embd.weight", (0,))[0]

@@ -75,7 +75,7 @@ def test_rope(tmp_path, changes, theta, scaling):
     ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": None}}, "factor"),
     ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported yet"), ({"hidden_act": 3}, "hidden_act"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"num_key_value_heads": 3}, "n_kv_heads"), ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide"),
+    ({"num_key_value_heads": 3}, "n_kv_heads"), ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide the hidden size 64"),
     ({"hidden_size": None}, "hidden_size: missing"), ({"hidden_size": "64"}, "hidden_size"), ({"vocab_size": 0}, "vocab_size"),
     ({"num_hidden_layers": True}, "num_hidden_layers"), ({"rms_norm_eps": 0}, "rms_norm_eps"),
     ({"head_dim": 7}, "head_dim"), ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"), ({"rope_theta": -1}, "rope_theta"),
