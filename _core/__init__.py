@@ -1,10 +1,10 @@
 """The core: engine, KV ring, sampler and kernels. Knows no file, tokenizer or terminal."""
 
-from .engine import HAS_OPENMP, MAX_CHUNK, Engine
+from .engine import HAS_OPENMP, MAX_CHUNK, Engine, max_threads
 from .kernels import isa, isa_available
-from .kv import KV_FORMATS_BY_NAME as KV_FORMATS
-from .kv import KVCache, kv_bytes
+from .kv import KV_FORMATS, KVCache, kv_bytes
+from .sampler import Sampler
 from .weights import WEIGHT_TYPES, pack, pack_raw, packed_size, raw_size, unpack
 
-__all__ = ["Engine", "HAS_OPENMP", "KVCache", "KV_FORMATS", "MAX_CHUNK", "WEIGHT_TYPES", "isa", "isa_available",
-           "kv_bytes", "pack", "pack_raw", "packed_size", "raw_size", "unpack"]
+__all__ = ["Engine", "HAS_OPENMP", "KVCache", "KV_FORMATS", "MAX_CHUNK", "Sampler", "WEIGHT_TYPES", "isa",
+           "isa_available", "kv_bytes", "max_threads", "pack", "pack_raw", "packed_size", "raw_size", "unpack"]

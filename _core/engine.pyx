@@ -3,7 +3,7 @@
 Threads take work by number between barriers, so that every result is the same whatever their count.
 """
 
-import threading
+import os
 
 from libc.math cimport cos, sin
 from libc.stdlib cimport calloc, free
@@ -23,6 +23,15 @@ MAX_CHUNK = 512
 
 HAS_OPENMP = bool(kv_team_has_openmp())
 """False when the core was built without OpenMP and runs on one thread."""
+
+
+def max_threads():
+    """The CPUs this process may use; 1 without OpenMP."""
+    if not HAS_OPENMP:
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # Steps --------------------------------------------------------------------------------------------------------------

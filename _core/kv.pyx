@@ -3,24 +3,19 @@
 import threading
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 
-from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_FORMATS, KV_TILE, kernels
-
-
-def _format_names():
-    return [kernels().format[i].name.decode() for i in range(KV_FORMATS)]
+from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_TILE, kernels
+from .kernels cimport KV_FORMATS as N_FORMATS
 
 
-KV_FORMATS_BY_NAME = {kernels().format[i].name.decode(): kernels().format[i].bits for i in range(KV_FORMATS)}
+KV_FORMATS = {kernels().format[i].name.decode(): kernels().format[i].bits for i in range(N_FORMATS)}
 """Cache formats and their bits per cached value, scales included."""
 
 
 cdef const kv_format* _format(name) except NULL:
-    names = _format_names()
-    if name not in names:
-        raise ValueError(f"KV format {name!r} is not one of {', '.join(names)}")
-    return &kernels().format[names.index(name)]
+    if name not in KV_FORMATS:
+        raise ValueError(f"KV format {name!r} is not one of {', '.join(KV_FORMATS)}")
+    return &kernels().format[list(KV_FORMATS).index(name)]
 
 
 cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:

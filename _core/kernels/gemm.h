@@ -11,13 +11,16 @@
                                int64_t depth, float *c, int64_t ld_c, int add)                                     \
     {                                                                                                              \
         vf sum[KV_ROWS];                                                                                           \
+        KV_UNROLL                                                                                                  \
         for (int r = 0; r < rows; r++)                                                                             \
             sum[r] = add ? vf_load(c + r * ld_c) : vf_zero();                                                      \
         for (int64_t k = 0; k < depth; k++) {                                                                      \
             vf line = LOAD(b + k * ld_b);                                                                          \
+            KV_UNROLL                                                                                              \
             for (int r = 0; r < rows; r++)                                                                         \
                 sum[r] = vf_fma(vf_set1(a[r * ld_a + k]), line, sum[r]);                                           \
         }                                                                                                          \
+        KV_UNROLL                                                                                                  \
         for (int r = 0; r < rows; r++)                                                                             \
             vf_store(c + r * ld_c, sum[r]);                                                                        \
     }                                                                                                              \

@@ -20,10 +20,12 @@ KV_INLINE void bf16_rows(const int rows, const uint16_t *panel, int64_t cols, co
                          int64_t ld_out, int add)
 {
     vf sum[KV_ROWS];
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
     for (int64_t k = 0; k + 1 < cols; k += 2) {
         vf even = vf_bf16_even(panel + 16 * k), odd = vf_bf16_odd(panel + 16 * k);
+        KV_UNROLL
         for (int r = 0; r < rows; r++) {
             sum[r] = vf_fma(vf_set1(x[r * ld + k]), even, sum[r]);
             sum[r] = vf_fma(vf_set1(x[r * ld + k + 1]), odd, sum[r]);
@@ -31,9 +33,11 @@ KV_INLINE void bf16_rows(const int rows, const uint16_t *panel, int64_t cols, co
     }
     if (cols % 2) {
         vf even = vf_bf16_even(panel + 16 * (cols - 1));
+        KV_UNROLL
         for (int r = 0; r < rows; r++)
             sum[r] = vf_fma(vf_set1(x[r * ld + cols - 1]), even, sum[r]);
     }
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         vf_store(out + r * ld_out, sum[r]);
 }
@@ -55,15 +59,19 @@ static void matmul_bf16(const uint8_t *panels, int64_t n_panels, int64_t cols, c
 KV_INLINE void dot_block_4(const int rows, const uint8_t *codes, const int8_t *x, int64_t ld, vf *sum)
 {
     d4 dot[KV_ROWS];
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         dot[r] = d4_zero();
+    KV_NO_UNROLL
     for (int l = 0; l < 4; l++) {
         vw line = vw_load(codes + 64 * l), low = vw_low(line), high = vw_high(line);
+        KV_UNROLL
         for (int r = 0; r < rows; r++) {
             dot[r] = d4_dot(dot[r], low, x + r * ld + 4 * l);
             dot[r] = d4_dot(dot[r], high, x + r * ld + 16 + 4 * l);
         }
     }
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         sum[r] = d4_float(dot[r]);
 }
@@ -72,13 +80,17 @@ KV_INLINE void dot_block_8(const int rows, const uint8_t *codes, const int8_t *x
                            int64_t ld_sum, vf *sum)
 {
     d8 dot[KV_ROWS];
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         dot[r] = d8_zero();
+    KV_NO_UNROLL
     for (int l = 0; l < 8; l++) {
         vw line = vw_load(codes + 64 * l);
+        KV_UNROLL
         for (int r = 0; r < rows; r++)
             dot[r] = d8_dot(dot[r], line, x + r * ld + 4 * l);
     }
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         sum[r] = d8_float(dot[r], x_sum[r * ld_sum]);
 }
@@ -94,6 +106,7 @@ KV_INLINE void block_rows(const int type, const int rows, const uint8_t *panel, 
     const int32_t *x_sum = in->sum + t * blocks;
     const int head = type == KV_Q4_1 ? 128 : 64, code_bytes = type == KV_Q8_0 ? 512 : 256;
     vf sum[KV_ROWS], dot[KV_ROWS];
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
     for (int64_t b = 0; b < blocks; b++) {
@@ -103,6 +116,7 @@ KV_INLINE void block_rows(const int type, const int rows, const uint8_t *panel, 
             dot_block_8(rows, codes, x + b * KV_BLOCK, ld, x_sum + b, blocks, dot);
         else
             dot_block_4(rows, codes, x + b * KV_BLOCK, ld, dot);
+        KV_UNROLL
         for (int r = 0; r < rows; r++) {
             float d = x_scale[r * blocks + b], s = d * (float)x_sum[r * blocks + b];
             vf v = vf_mul(dot[r], vf_set1(d));
@@ -113,6 +127,7 @@ KV_INLINE void block_rows(const int type, const int rows, const uint8_t *panel, 
             sum[r] = vf_fma(v, scale, sum[r]);
         }
     }
+    KV_UNROLL
     for (int r = 0; r < rows; r++)
         vf_store(out + r * ld_out, sum[r]);
 }

@@ -25,6 +25,16 @@
 #define KV_STRING_(a) #a
 #define KV_STRING(a) KV_STRING_(a)
 
+/* Loops over the rows kept in registers are unrolled; loops over lines are not, or GCC hoists every product of a block
+ * to its top and spills them. */
+#if defined(__clang__)
+#define KV_UNROLL _Pragma("clang loop unroll(full)")
+#define KV_NO_UNROLL _Pragma("clang loop unroll(disable)")
+#else
+#define KV_UNROLL _Pragma("GCC unroll 8")
+#define KV_NO_UNROLL _Pragma("GCC unroll 1")
+#endif
+
 #if defined(KV_LEVEL_AVX512)
 #include "simd_avx512.h"
 #elif defined(KV_LEVEL_AVX2)

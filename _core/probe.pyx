@@ -1,0 +1,164 @@
+"""Single kernels, called from Python at a chosen level: for tests and micro-benchmarks.
+
+Every function takes ``level``, a name from ``isa_available()``, or None for the level in use.
+"""
+
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+
+import numpy as np
+
+from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kernels_of, kv_format, kv_input,
+                       kv_kernels)
+
+from .weights import packed_size, type_id
+
+
+cdef const kv_kernels* _level(level) except NULL:
+    return kernels() if level is None else kernels_of(level)
+
+
+def _floats(a, *shape):
+    a = np.ascontiguousarray(a, np.float32)
+    if shape and a.shape != shape:
+        raise ValueError(f"expected float32 {list(shape)}, not {list(a.shape)}")
+    return a
+
+
+def rms_norm(x, weight, eps, level=None):
+    """x [n] / sqrt(mean(x^2) + eps) * weight [n]."""
+    cdef const float[::1] a = _floats(x), w = _floats(weight, len(x))
+    cdef float[::1] out = np.empty(len(x), np.float32)
+    _level(level).rms_norm(&a[0], &w[0], a.shape[0], eps, &out[0])
+    return np.asarray(out)
+
+
+def silu_mul(gate, up, level=None):
+    """silu(gate [n]) * up [n]."""
+    cdef const float[::1] g = _floats(gate), u = _floats(up, len(gate))
+    cdef float[::1] out = np.empty(len(gate), np.float32)
+    _level(level).silu_mul(&g[0], &u[0], g.shape[0], &out[0])
+    return np.asarray(out)
+
+
+def rope(x, cos, sin, scale=1.0, level=None):
+    """Rotates one head x [head_dim] by angles of cos, sin [head_dim / 2], times scale."""
+    cdef const float[::1] a = _floats(x), c = _floats(cos, len(x) // 2), s = _floats(sin, len(x) // 2)
+    cdef float[::1] out = np.empty(len(x), np.float32)
+    _level(level).rope(&a[0], &c[0], &s[0], a.shape[0], scale, &out[0])
+    return np.asarray(out)
+
+
+def quantize(x, level=None):
+    """Blocks of 32 of x [n]: (int8 codes [blocks * 32], float32 scales [blocks], int32 sums of codes [blocks])."""
+    cdef const float[::1] a = _floats(x)
+    cdef int64_t blocks = (len(x) + KV_BLOCK - 1) // KV_BLOCK
+    cdef int8_t[::1] q = np.empty(blocks * KV_BLOCK, np.int8)
+    cdef float[::1] scale = np.empty(blocks, np.float32)
+    cdef int32_t[::1] sums = np.empty(blocks, np.int32)
+    _level(level).quantize(&a[0], a.shape[0], &q[0], &scale[0], &sums[0])
+    return np.asarray(q), np.asarray(scale), np.asarray(sums)
+
+
+def matmul(str type, packed, rows, x, out=None, repeat=1, level=None):
+    """x [n, cols] times a packed matrix [rows, cols], transposed: float32 [n, rows]; added to `out` when given.
+
+    Block types take x quantised to int8 in blocks of 32, as the engine does. With `repeat` the product is
+    computed so many times (for timing).
+    """
+    cdef const kv_kernels* kern = _level(level)
+    cdef const float[:, ::1] a = _floats(x)
+    cdef const uint8_t[::1] w = packed
+    cdef int64_t n = a.shape[0], cols = a.shape[1], t, blocks = (cols + KV_BLOCK - 1) // KV_BLOCK
+    cdef int64_t panels = (rows + KV_PANEL - 1) // KV_PANEL, times = repeat, i
+    cdef int id = type_id(type), add = out is not None
+    if n < 1 or w.shape[0] != packed_size(type, rows, cols):
+        raise ValueError("packed does not have the size of this matrix, or x is empty")
+    result = np.zeros((n, panels * KV_PANEL), np.float32)
+    if add:
+        result[:, :rows] = out
+    cdef float[:, ::1] to = result
+    cdef int8_t[:, ::1] q = np.zeros((n, blocks * KV_BLOCK), np.int8)
+    cdef float[:, ::1] scale = np.zeros((n, blocks), np.float32)
+    cdef int32_t[:, ::1] sums = np.zeros((n, blocks), np.int32)
+    if id >= KV_Q8_0:
+        for t in range(n):
+            kern.quantize(&a[t, 0], cols, &q[t, 0], &scale[t, 0], &sums[t, 0])
+    cdef kv_input input
+    input.f, input.ld, input.blocks = &a[0, 0], cols, blocks
+    input.q, input.scale, input.sum = &q[0, 0], &scale[0, 0], &sums[0, 0]
+    with nogil:
+        for i in range(times):
+            kern.matmul[id](&w[0], panels, cols, &input, n, &to[0, 0], panels * KV_PANEL, add)
+    return result[:, :rows]
+
+
+def softmax_step(scores, visible, m, l, acc, level=None):
+    """One step of the online softmax, on copies: returns (weights, m, l, acc).
+
+    scores [rows, 64], visible int [rows], m and l [rows], acc [rows, head_pad].
+    """
+    cdef float[:, ::1] s = np.array(scores, np.float32), a = np.array(acc, np.float32)
+    cdef int32_t[::1] seen = np.array(visible, np.int32)
+    cdef float[::1] top = np.array(m, np.float32), total = np.array(l, np.float32)
+    if s.shape[1] != KV_TILE or a.shape[1] % 16:
+        raise ValueError("scores must be [rows, 64] and acc [rows, a multiple of 16]")
+    _level(level).softmax_step(&s[0, 0], &seen[0], s.shape[0], a.shape[1], &top[0], &total[0], &a[0, 0])
+    return np.asarray(s), np.asarray(top), np.asarray(total), np.asarray(a)
+
+
+cdef class Tile:
+    """One tile of keys and values in a cache format.
+
+    format: a name from KV_FORMATS. k: float32 [head_dim, 64]. v: float32 [64, head_dim].
+    """
+    cdef const kv_format* format
+    cdef int64_t head_dim, head_pad
+    cdef uint8_t[::1] k, v
+
+    def __init__(self, str format, k, v, level=None):
+        cdef const kv_kernels* kern = _level(level)
+        names = [kern.format[i].name.decode() for i in range(KV_FORMATS)]
+        cdef float[:, ::1] keys = np.array(k, np.float32), values
+        self.format = &kern.format[names.index(format)]
+        self.head_dim = keys.shape[0]
+        self.head_pad = (self.head_dim + 15) // 16 * 16
+        padded = np.zeros((KV_TILE, self.head_pad), np.float32)
+        padded[:, :self.head_dim] = v
+        values = padded
+        self.k = np.zeros(self.format.k_bytes(self.head_dim), np.uint8)
+        self.v = np.zeros(self.format.v_bytes(self.head_dim), np.uint8)
+        self.format.pack_k(&keys[0, 0], self.head_dim, &self.k[0])
+        self.format.pack_v(&values[0, 0], self.head_dim, &self.v[0])
+
+    def put(self, lane, k, v):
+        """Writes one token: k, v [head_dim]."""
+        cdef const float[::1] key = _floats(k, self.head_dim), value = _floats(v, self.head_dim)
+        if not 0 <= lane < KV_TILE:
+            raise ValueError("a tile has lanes 0 to 63")
+        self.format.put_k(&self.k[0], self.head_dim, lane, &key[0])
+        self.format.put_v(&self.v[0], self.head_dim, lane, &value[0])
+
+    def unpack(self):
+        """(keys [head_dim, 64], values [64, head_dim]) as float32."""
+        cdef float[:, ::1] keys = np.empty((self.head_dim, KV_TILE), np.float32)
+        cdef float[:, ::1] values = np.empty((KV_TILE, self.head_pad), np.float32)
+        self.format.unpack_k(&self.k[0], self.head_dim, &keys[0, 0])
+        self.format.unpack_v(&self.v[0], self.head_dim, &values[0, 0])
+        return np.asarray(keys), np.asarray(values)[:, :self.head_dim]
+
+    def k_dot(self, q):
+        """Scores [rows, 64] of queries [rows, head_dim]."""
+        cdef const float[:, ::1] queries = _floats(q, len(q), self.head_dim)
+        cdef float[:, ::1] scores = np.empty((len(q), KV_TILE), np.float32)
+        self.format.k_dot(&self.k[0], KV_TILE, self.head_dim, &queries[0, 0], self.head_dim, len(q), KV_TILE,
+                          &scores[0, 0])
+        return np.asarray(scores)
+
+    def v_accumulate(self, p, acc):
+        """acc [rows, head_dim] + p [rows, 64] times the values."""
+        cdef const float[:, ::1] weights = _floats(p, len(p), KV_TILE)
+        padded = np.zeros((len(p), self.head_pad), np.float32)
+        padded[:, :self.head_dim] = acc
+        cdef float[:, ::1] to = padded
+        self.format.v_accumulate(&self.v[0], self.head_dim, &weights[0, 0], len(p), KV_TILE, &to[0, 0])
+        return padded[:, :self.head_dim]
