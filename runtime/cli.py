@@ -22,6 +22,7 @@ COMMANDS = {"convert": "kvrun.convert.cli", "inspect": "kvrun.inspect"}
 # Their value may be any text, also one that begins with a dash.
 _TEXT_OPTIONS = {"-p": "--prompt", "--prompt": "--prompt", "-f": "--file", "--file": "--file",
                  "--system": "--system", "--stop": "--stop"}
+_MARK = "\0"  # put before such a value, since argparse drops one that is just "--"
 
 _DESCRIPTION = """\
 Run a language model: one answer with -p or -f, otherwise a chat.
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status or 0
     except KvrunError as error:
         return _fail(str(error))
+    except SystemExit as stop:  # argparse, after --help or wrong usage
+        return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -83,6 +86,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"kvrun: {message} (kvrun --help shows the usage)\n")
 
 
+def _text(argument: str) -> str:
+    return argument.removeprefix(_MARK)
+
+
 def _whole(name: str) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
@@ -112,15 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     add("-q", "--quiet", action="store_true", help="no statistics")
 
     add = parser.add_argument_group("prompt").add_argument
-    add("-p", "--prompt", metavar="TEXT", help="answer this prompt; - reads it from standard input")
-    add("-f", "--file", metavar="FILE", help="answer the prompt in this file, less a line break at its end")
-    add("--system", metavar="TEXT", help="system message that the conversation begins with")
+    add("-p", "--prompt", metavar="TEXT", type=_text, help="answer this prompt; - reads it from standard input")
+    add("-f", "--file", metavar="FILE", type=_text,
+        help="answer the prompt in this file, less a line break at its end")
+    add("--system", metavar="TEXT", type=_text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
 
     add = parser.add_argument_group("answer").add_argument
     add("-n", "--max-tokens", metavar="N", type=_whole("max-tokens"), default=-1,
         help="most tokens of an answer; -1, the default: no limit")
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    add("--stop", metavar="TEXT", type=_text, action="append", default=[],
+        help="end before this text; may be repeated")
     add("--ignore-eos", action="store_true", help="go on where the model would end")
     add("--seed", metavar="N", type=_whole("seed"), help="same seed, same text; default: random")
     add("--temperature", metavar="X", type=_real("temperature"),
@@ -160,7 +169,7 @@ def _joined(arguments: Sequence[str]) -> Iterator[str]:
             yield from rest
         if argument in _TEXT_OPTIONS:
             value = next(rest, None)
-            yield argument if value is None else f"{_TEXT_OPTIONS[argument]}={value}"
+            yield argument if value is None else f"{_TEXT_OPTIONS[argument]}={_MARK}{value}"
         else:
             yield argument
 

@@ -12,6 +12,7 @@ from kvrun.errors import OptionError
 
 MAX_SEED = 2**64 - 1
 DEFAULT_CTX = 8192
+MAX_CTX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class CacheOptions:
         least = sinks + window + 64
         if ctx is None:
             ctx = max(min(context_length, DEFAULT_CTX), least)
-        ctx = integer("ctx", ctx)
+        ctx = integer("ctx", ctx, high=MAX_CTX)
         if ctx < least:
             raise OptionError(f"ctx: {ctx} tokens are too few; with {sinks} sinks and a window of {window} "
                               f"it must be at least {least}")
@@ -102,6 +103,9 @@ def number(name: str, value: Any, low: float | None = None, high: float | None =
 def _check_range(name: str, value: float, low: float | None, high: float | None, above: bool) -> None:
     if (low is None or value > low or (value == low and not above)) and (high is None or value <= high):
         return
-    least = f"more than {low}" if above else f"at least {low}"
-    most = "" if high is None else f" and at most {high}"
-    raise OptionError(f"{name}: must be {least}{most}, not {value}")
+    limits = []
+    if low is not None:
+        limits.append(f"more than {low}" if above else f"at least {low}")
+    if high is not None:
+        limits.append(f"at most {high}")
+    raise OptionError(f"{name}: must be {' and '.join(limits)}, not {value}")

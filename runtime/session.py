@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import secrets
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
-from kvrun.options import MAX_SEED, CacheOptions, Sampling, integer
+from kvrun.options import CacheOptions, Sampling, integer
 from kvrun.text import StopStrings
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class Session:
             yield rest
 
     def _sampler(self, sampling: Sampling) -> Any:
-        seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
+        seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         sampler = _core.Sampler(
             temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
             repeat_penalty=sampling.repeat_penalty, repeat_last_n=REPEAT_LAST_N, seed=seed)

