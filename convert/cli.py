@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvrun.errors import KvrunError
+from kvrun.errors import KvrunError, one_line
 
 _EPILOG = """\
 types:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose or sys.stdout.isatty():
             _print_summary(result)
     except KvrunError as error:
-        print("kvrun:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("kvrun:", one_line(error), file=sys.stderr)
         return 1
     except MemoryError:
         print(f"kvrun: {args.checkpoint}: not enough memory to convert it", file=sys.stderr)
@@ -88,7 +88,7 @@ def _print_summary(result: Any) -> None:
         f"read back: all {len(model.tensor_nbytes)} checksums match; {result.seconds:.1f} s",
     ]
     try:
-        print("\n".join(lines), flush=True)
+        print("\n".join(map(one_line, lines)), flush=True)
     except BrokenPipeError:
         # The reader has gone; keep the interpreter from failing once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

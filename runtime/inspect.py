@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kvrun import _core
-from kvrun.errors import KvrunError
+from kvrun.errors import KvrunError, one_line
 from kvrun.modelfile import ModelFile, read_model_file
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = json.dumps(report, indent=2, ensure_ascii=True) if args.json else "\n".join(_lines(report))
         _print(text)
     except KvrunError as error:
-        print("kvrun:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("kvrun:", one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -130,7 +130,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if report["sampling"]:
         rows.append(("sampling", ", ".join(f"{key} {value:g}" for key, value in report["sampling"].items())))
     rows.append(("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight"))
-    lines = [f"{label + ':':<15}{_printable(value)}" for label, value in rows]
+    lines = [f"{label + ':':<15}{one_line(value)}" for label, value in rows]
     for name, entry in report["weight_types"].items():
         lines.append(f"  {name:<6}{entry['tensors']:>5} matrices {_millions(entry['weights']):>10} weights "
                      f"{_size(entry['bytes']):>10}")
@@ -168,11 +168,6 @@ def _size(n: int) -> str:
 
 def _millions(n: int) -> str:
     return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.1f} k"
-
-
-def _printable(text: str) -> str:
-    # A name from a checkpoint must not reach the terminal as a control sequence.
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _print(text: str) -> None:

@@ -382,9 +382,15 @@ class ModelFileWriter:
         *starts, self.nbytes = itertools.accumulate(self._sizes.values(), initial=len(header))
         self._starts = dict(zip(self._sizes, starts))
         self._target = check_output(self.path, self.nbytes)
-        self._open_temporary(header)
-        if tokenizer is not None:
-            self.write(tokenizer_info["kind"], [tokenizer])
+        self._open_temporary()
+        try:
+            with self._reported():
+                self._file.write(header)
+            if tokenizer is not None:
+                self.write(tokenizer_info["kind"], [tokenizer])
+        except BaseException:  # no `with` block has been entered yet
+            self.__exit__()
+            raise
 
     def __enter__(self) -> ModelFileWriter:
         return self
@@ -467,7 +473,7 @@ class ModelFileWriter:
             raise ModelFileError(f"{self.path}: the header would have {len(text)} bytes, at most {MAX_HEADER} fit")
         return len(text).to_bytes(8, "little") + text
 
-    def _open_temporary(self, header: bytes) -> None:
+    def _open_temporary(self) -> None:
         folder, name = os.path.split(self._target)
         self._temporary: str | None = None
         temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
@@ -476,12 +482,6 @@ class ModelFileWriter:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         self._temporary = temporary
         self._file = os.fdopen(fd, "r+b", buffering=1 << 20)
-        try:
-            with self._reported():
-                self._file.write(header)
-        except BaseException:
-            self.__exit__()
-            raise
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ LLAMA = FAMILIES[0]
 
 def read_named(path, kind):
     """The model file's tensors under the checkpoint's names."""
-    metadata, matrices, vectors, _ = numpy_reader.read(path)
+    metadata, matrices, vectors, _ = numpy_reader.load(path)
     description = ModelDescription.from_json(metadata["model"])
     ours = matrices | vectors
     return {theirs: ours.pop(name) for name, theirs in LLAMA.source_names(description, kind)}, description
