@@ -20,13 +20,14 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """A model's chat template.
 
-    `tokens` are the variables that name special tokens (`bos_token`, `eos_token`). With `special`, the text of
-    messages is escaped (see `SpecialTokens.escape`), so that what a person types stays ordinary text whatever
-    special tokens it spells. KvrunError for a template that cannot be used.
+    `tokens` are the variables that name special tokens (`bos_token`, `eos_token`). With `special`, the text
+    of messages is escaped (see `SpecialTokens.escape`), so that what a person types stays ordinary text
+    whatever special tokens it spells. KvrunError for a template that cannot be used.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str] | None = None,
-                 special: SpecialTokens | None = None) -> None:
+    def __init__(
+        self, source: str, tokens: Mapping[str, str] | None = None, special: SpecialTokens | None = None
+    ) -> None:
         self._tokens = dict(tokens or {})
         self._special = special
         try:
@@ -34,12 +35,18 @@ class ChatTemplate:
         except Exception as error:
             raise KvrunError(_report("cannot be used", error)) from None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The text of a conversation, ready for the answer. KvrunError if the template refuses it."""
         try:
             return self._template.render(
-                messages=[self._message(m) for m in messages], add_generation_prompt=add_generation_prompt,
-                tools=None, documents=None, **{**self._tokens, **variables})
+                messages=[self._message(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **{**self._tokens, **variables},
+            )
         except (Exception, RecursionError) as error:
             raise KvrunError(_report("fails on this conversation", error)) from None
 
@@ -65,13 +72,16 @@ def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """A conversation given by a program, copied; OptionError if it is none."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise OptionError(f"message {number} must be a dict with role and content, "
-                              f"not {type(message).__name__}")
+            raise OptionError(
+                f"message {number} must be a dict with role and content, not {type(message).__name__}"
+            )
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise OptionError(f"message {number} has no role")
         calls = content is None and message.get("tool_calls")  # the one kind of message without content
-        if not (isinstance(content, (str, list)) or calls) or not all(isinstance(key, str) for key in message):
+        if not (isinstance(content, (str, list)) or calls) or not all(
+            isinstance(key, str) for key in message
+        ):
             raise OptionError(f"message {number} has no content that is text")
     return [dict(message) for message in messages]
 
@@ -90,7 +100,9 @@ def _environment() -> Any:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -100,13 +112,20 @@ def _environment() -> Any:
 
         return datetime.now().strftime(form)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-               sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment

@@ -1,5 +1,7 @@
-"""The command `kvrun`: one answer, a chat, or a subcommand. Exit status: 0 done, 1 a stated error, 2 wrong usage,
-130 interrupted."""
+"""The command `kvrun`: one answer, a chat, or a subcommand.
+
+Exit status: 0 done, 1 a stated error, 2 wrong usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,14 @@ COMMANDS = {"convert": "kvrun.convert.cli", "inspect": "kvrun.inspect"}
 """Subcommand: the module whose main(argv) runs it."""
 
 # Their value may be any text, also one that begins with a dash.
-_TEXT_OPTIONS = {"-p": "--prompt", "--prompt": "--prompt", "-f": "--file", "--file": "--file",
-                 "--system": "--system", "--stop": "--stop"}
+_TEXT_OPTIONS = {
+    "-p": "--prompt",
+    "--prompt": "--prompt",
+    "-f": "--file",
+    "--file": "--file",
+    "--system": "--system",
+    "--stop": "--stop",
+}
 _MARK = "\0"  # put before such a value, since argparse drops one that is just "--"
 
 _DESCRIPTION = """\
@@ -78,7 +86,7 @@ def _fail(message: str) -> int:
     return 1
 
 
-# --- arguments -----------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,29 +119,61 @@ def _real(name: str) -> Callable[[str], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kvrun", description=_DESCRIPTION, allow_abbrev=False, usage="kvrun [MODEL] [options]",
-                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
+    parser = _Parser(
+        prog="kvrun",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+        usage="kvrun [MODEL] [options]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
     add("--version", action="version", version=f"kvrun {__version__}")
     add("-q", "--quiet", action="store_true", help="no statistics")
 
     add = parser.add_argument_group("prompt").add_argument
-    add("-p", "--prompt", metavar="TEXT", type=_text, help="answer this prompt; - reads it from standard input")
-    add("-f", "--file", metavar="FILE", type=_text,
-        help="answer the prompt in this file, less a line break at its end")
+    add(
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        type=_text,
+        help="answer this prompt; - reads it from standard input",
+    )
+    add(
+        "-f",
+        "--file",
+        metavar="FILE",
+        type=_text,
+        help="answer the prompt in this file, less a line break at its end",
+    )
     add("--system", metavar="TEXT", type=_text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
 
     add = parser.add_argument_group("answer").add_argument
-    add("-n", "--max-tokens", metavar="N", type=_whole("max-tokens"), default=-1,
-        help="most tokens of an answer; -1, the default: no limit")
-    add("--stop", metavar="TEXT", type=_text, action="append", default=[],
-        help="end before this text; may be repeated")
+    add(
+        "-n",
+        "--max-tokens",
+        metavar="N",
+        type=_whole("max-tokens"),
+        default=-1,
+        help="most tokens of an answer; -1, the default: no limit",
+    )
+    add(
+        "--stop",
+        metavar="TEXT",
+        type=_text,
+        action="append",
+        default=[],
+        help="end before this text; may be repeated",
+    )
     add("--ignore-eos", action="store_true", help="go on where the model would end")
     add("--seed", metavar="N", type=_whole("seed"), help="same seed, same text; default: random")
-    add("--temperature", metavar="X", type=_real("temperature"),
-        help="0 takes the likeliest token (default of this and the next: the model's own, or 0.8)")
+    add(
+        "--temperature",
+        metavar="X",
+        type=_real("temperature"),
+        help="0 takes the likeliest token (default of this and the next: the model's own, or 0.8)",
+    )
     add("--top-k", metavar="N", type=_whole("top-k"), help="the N likeliest tokens; 0: all (40)")
     add("--top-p", metavar="X", type=_real("top-p"), help="the likeliest that hold this probability (0.95)")
     add("--min-p", metavar="X", type=_real("min-p"), help="those X times as likely as the likeliest (0.05)")
@@ -143,9 +183,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv", metavar="FORMAT", default="f16", help="format of the key/value cache (f16)")
     add("--kv-k", metavar="FORMAT", help="format of the keys, if another")
     add("--kv-v", metavar="FORMAT", help="format of the values, if another")
-    add("--ctx", metavar="N", type=_whole("ctx"), help="tokens kept (the model's context length, at most 8192)")
+    add(
+        "--ctx",
+        metavar="N",
+        type=_whole("ctx"),
+        help="tokens kept (the model's context length, at most 8192)",
+    )
     add("--sinks", metavar="N", type=_whole("sinks"), default=4, help="first tokens that are always kept (4)")
-    add("--window", metavar="N", type=_whole("window"), default=64, help="newest tokens kept unquantised (64)")
+    add(
+        "--window", metavar="N", type=_whole("window"), default=64, help="newest tokens kept unquantised (64)"
+    )
     add("--threads", metavar="N", type=_whole("threads"), help="default: the CPUs this process may use")
     return parser
 
@@ -174,7 +221,7 @@ def _joined(arguments: Sequence[str]) -> Iterator[str]:
             yield argument
 
 
-# --- prompts -------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
@@ -210,10 +257,12 @@ def utf8(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise OptionError(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+        raise OptionError(
+            f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from None
 
 
-# --- answers -------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -223,8 +272,9 @@ def _run(args: argparse.Namespace) -> int:
     from kvrun.model import load
 
     model = load(args.model or _default_model(), threads=args.threads)
-    session = model.session(kv=args.kv, kv_k=args.kv_k, kv_v=args.kv_v, ctx=args.ctx, sinks=args.sinks,
-                            window=args.window)
+    session = model.session(
+        kv=args.kv, kv_k=args.kv_k, kv_v=args.kv_v, ctx=args.ctx, sinks=args.sinks, window=args.window
+    )
     answer = Answers(session, args)
     if prompt is not None:
         return 0 if answer(prompt) else 130
@@ -236,8 +286,10 @@ def _run(args: argparse.Namespace) -> int:
 def _default_model() -> str:
     path = default_model_path()
     if not os.path.exists(path):
-        raise OptionError(f"no model is given and the default one is not there ({path}): run make demo in a "
-                          "checkout of kvrun, or make a model file with kvrun convert CHECKPOINT -o MODEL")
+        raise OptionError(
+            f"no model is given and the default one is not there ({path}): run make demo in a "
+            "checkout of kvrun, or make a model file with kvrun convert CHECKPOINT -o MODEL"
+        )
     return path
 
 
@@ -252,8 +304,19 @@ class Answers:
         if self._system is not None and self.plain:
             raise OptionError("--system: the model has no chat template")
         self._options: dict[str, Any] = {
-            name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p",
-                                                   "repeat_penalty", "seed", "ignore_eos", "raw")}
+            name: getattr(args, name)
+            for name in (
+                "max_tokens",
+                "temperature",
+                "top_k",
+                "top_p",
+                "min_p",
+                "repeat_penalty",
+                "seed",
+                "ignore_eos",
+                "raw",
+            )
+        }
         self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop]
         self._out = _Output(sys.stdout)
 
@@ -278,9 +341,11 @@ class Answers:
 
     def _report(self) -> None:
         session, stats = self.session, self.session.stats
-        parts = [f"prompt {_rate(stats.prompt_tokens, stats.prompt_tokens_per_second)}",
-                 f"answer {_rate(stats.answer_tokens, stats.decode_tokens_per_second)}",
-                 f"KV cache {session.kv_bytes / 1e6:.1f} MB"]
+        parts = [
+            f"prompt {_rate(stats.prompt_tokens, stats.prompt_tokens_per_second)}",
+            f"answer {_rate(stats.answer_tokens, stats.decode_tokens_per_second)}",
+            f"KV cache {session.kv_bytes / 1e6:.1f} MB",
+        ]
         if session.n_tokens > session.cache.ctx:
             parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
         if sys.stderr is not None:
@@ -294,7 +359,9 @@ def _rate(tokens: int, speed: float) -> str:
 class _Output:
     """Text to a stream at once. A terminal gets no control characters that a model may have written."""
 
-    _visible = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+    _visible = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(
+        range(0x7F, 0xA0), 0xFFFD
+    )
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -40,13 +40,21 @@ class Model:
         self.stop_ids = frozenset(file.stop_ids)
         self._lock = threading.RLock()
         try:
-            self.engine = _core.Engine(file.description, file.weights, file.vectors,
-                                       file.description.rope_inv_freq(), threads)
+            self.engine = _core.Engine(
+                file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads
+            )
         except (ValueError, NotImplementedError) as error:
             raise KvrunError(f"{file.path}: this model cannot be run: {error}") from None
 
-    def session(self, kv: str = "f16", kv_k: str | None = None, kv_v: str | None = None, ctx: int | None = None,
-                sinks: int = 4, window: int = 64) -> Session:
+    def session(
+        self,
+        kv: str = "f16",
+        kv_k: str | None = None,
+        kv_v: str | None = None,
+        ctx: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+    ) -> Session:
         """A session with a key/value cache of its own.
 
         `kv`: format of the cache, or `kv_k` and `kv_v` for keys and values apart. `ctx`: how many tokens it
@@ -55,9 +63,19 @@ class Model:
         """
         return Session(self, kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
 
-    def generate(self, prompt: str | Sequence[Any], *, max_tokens: int = 512, kv: str = "f16",
-                 kv_k: str | None = None, kv_v: str | None = None, ctx: int | None = None, sinks: int = 4,
-                 window: int = 64, **options: Any) -> str:
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        *,
+        max_tokens: int = 512,
+        kv: str = "f16",
+        kv_k: str | None = None,
+        kv_v: str | None = None,
+        ctx: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+        **options: Any,
+    ) -> str:
         """The answer to one prompt, in a session of its own; other options are those of `Session.stream`."""
         session = self.session(kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
         return "".join(session.stream(prompt, max_tokens=max_tokens, **options))
@@ -105,6 +123,9 @@ class Model:
 
         tokenizer, info = self._tokenizer, self.file.tokenizer_info
         ids = {f"{name}_token": info.get(f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
-        tokens = {name: tokenizer.token_bytes(token).decode("utf-8", "replace")
-                  for name, token in ids.items() if token is not None}
+        tokens = {
+            name: tokenizer.token_bytes(token).decode("utf-8", "replace")
+            for name, token in ids.items()
+            if token is not None
+        }
         return ChatTemplate(self.file.chat_template, tokens, tokenizer.special)

@@ -1,4 +1,4 @@
-"""Options of sampling and of the cache: names, defaults and checks, in one place for programs and commands."""
+"""Options of sampling and of the cache: names, defaults and checks, for programs and commands alike."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ class Sampling:
 
     @classmethod
     def resolve(cls, defaults: Mapping[str, Any], **given: Any) -> Sampling:
-        """What is given (not None), else the model's own defaults, else those above. OptionError if unusable."""
+        """What is given (not None), else the model's defaults, else those above. OptionError if unusable."""
         values = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         return cls(
             temperature=number("temperature", values.get("temperature", cls.temperature), low=0),
             top_k=integer("top_k", values.get("top_k", cls.top_k), low=0),
             top_p=number("top_p", values.get("top_p", cls.top_p), low=0, high=1),
             min_p=number("min_p", values.get("min_p", cls.min_p), low=0, high=1),
-            repeat_penalty=number("repeat_penalty", values.get("repeat_penalty", cls.repeat_penalty), low=0,
-                                  above=True),
-            seed=None if values.get("seed") is None else integer("seed", values["seed"], low=0, high=MAX_SEED),
+            repeat_penalty=number(
+                "repeat_penalty", values.get("repeat_penalty", cls.repeat_penalty), low=0, above=True
+            ),
+            seed=None
+            if values.get("seed") is None
+            else integer("seed", values["seed"], low=0, high=MAX_SEED),
         )
 
 
@@ -52,15 +55,24 @@ class CacheOptions:
     window: int
 
     @classmethod
-    def resolve(cls, formats: Mapping[str, Any], context_length: int, kv: str = "f16", kv_k: str | None = None,
-                kv_v: str | None = None, ctx: int | None = None, sinks: int = 4,
-                window: int = 64) -> CacheOptions:
+    def resolve(
+        cls,
+        formats: Mapping[str, Any],
+        context_length: int,
+        kv: str = "f16",
+        kv_k: str | None = None,
+        kv_v: str | None = None,
+        ctx: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+    ) -> CacheOptions:
         """`kv` is the format of both K and V, `kv_k` and `kv_v` that of one. OptionError if unusable."""
         k, v = kv_k or kv, kv_v or kv
         for name, value in (("kv", kv), ("kv_k", k), ("kv_v", v)):
             if not isinstance(value, str) or value not in formats:
-                raise OptionError(f"{name}: there is no cache format {value!r}; "
-                                  f"there is {', '.join(sorted(formats))}")
+                raise OptionError(
+                    f"{name}: there is no cache format {value!r}; there is {', '.join(sorted(formats))}"
+                )
         sinks = integer("sinks", sinks, low=0)
         window = integer("window", window, low=0)
         least = sinks + window + 64
@@ -68,8 +80,10 @@ class CacheOptions:
             ctx = max(min(context_length, DEFAULT_CTX), least)
         ctx = integer("ctx", ctx, high=MAX_CTX)
         if ctx < least:
-            raise OptionError(f"ctx: {ctx} tokens are too few; with {sinks} sinks and a window of {window} "
-                              f"it must be at least {least}")
+            raise OptionError(
+                f"ctx: {ctx} tokens are too few; with {sinks} sinks and a window of {window} "
+                f"it must be at least {least}"
+            )
         return cls(k, v, ctx, sinks, window)
 
 
@@ -85,8 +99,9 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     return value
 
 
-def number(name: str, value: Any, low: float | None = None, high: float | None = None,
-           above: bool = False) -> float:
+def number(
+    name: str, value: Any, low: float | None = None, high: float | None = None, above: bool = False
+) -> float:
     """`value` as a finite float between `low` (excluded with `above`) and `high`; OptionError otherwise."""
     try:
         if isinstance(value, (bool, str, bytes)):

@@ -33,8 +33,9 @@ def _piped(answer: Answers) -> int:
 def _typed(answer: Answers) -> int:
     from prompt_toolkit import PromptSession
 
-    session: Any = PromptSession("> ", multiline=True, key_bindings=_keys(), prompt_continuation="  ",
-                                 reserve_space_for_menu=0)
+    session: Any = PromptSession(
+        "> ", multiline=True, key_bindings=_keys(), prompt_continuation="  ", reserve_space_for_menu=0
+    )
     print("Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:

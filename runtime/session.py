@@ -62,13 +62,20 @@ class Session:
         self.model = model
         self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.context_length, **cache)
         try:
-            self._kv = _core.KVCache(model.engine, k=self.cache.k, v=self.cache.v, ctx=self.cache.ctx,
-                                     sinks=self.cache.sinks, window=self.cache.window)
+            self._kv = _core.KVCache(
+                model.engine,
+                k=self.cache.k,
+                v=self.cache.v,
+                ctx=self.cache.ctx,
+                sinks=self.cache.sinks,
+                window=self.cache.window,
+            )
         except ValueError as error:
             raise OptionError(str(error)) from None
         except MemoryError:
-            raise OptionError(f"not enough memory for a cache of {self.cache.ctx} tokens; "
-                              f"a smaller ctx needs less") from None
+            raise OptionError(
+                f"not enough memory for a cache of {self.cache.ctx} tokens; a smaller ctx needs less"
+            ) from None
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self._running: Iterator[str] | None = None
@@ -120,24 +127,42 @@ class Session:
         """The text of token ids (see `Tokenizer.decode`)."""
         return self.model.detokenize(ids, skip_special)
 
-    def stream(self, prompt: str | Sequence[Any], *, max_tokens: int = -1, temperature: float | None = None,
-               top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-               repeat_penalty: float | None = None, seed: int | None = None, stop: str | Iterable[str] = (),
-               ignore_eos: bool = False, raw: bool = False) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str | Sequence[Any],
+        *,
+        max_tokens: int = -1,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        ignore_eos: bool = False,
+        raw: bool = False,
+    ) -> Iterator[str]:
         """Feed a prompt and yield the answer in pieces of whole characters.
 
         `prompt`: a str is the next turn of the conversation, put through the model's chat template, or with
         `raw` (and for a model without a template) plain text to go on from; a list of messages
-        ({"role": .., "content": ..}) is a whole conversation, in place of the one so far; a list of token ids is
-        fed as it is. `max_tokens`: -1 for no limit, 0 to feed only. The answer ends at the model's stop tokens
-        unless `ignore_eos`, and before any of the strings `stop`. Sampling options that are None are the
-        model's defaults; `temperature` 0 takes the likeliest token; `seed` None is random.
+        ({"role": .., "content": ..}) is a whole conversation, in place of the one so far; a list of token
+        ids is fed as it is. `max_tokens`: -1 for no limit, 0 to feed only. The answer ends at the model's
+        stop tokens unless `ignore_eos`, and before any of the strings `stop`. Sampling options that are None
+        are the model's defaults; `temperature` 0 takes the likeliest token; `seed` None is random.
 
         Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
         interrupting it keeps in the session what was shown. A new stream ends the one before.
         """
-        sampling = Sampling.resolve(self.model.file.sampling, temperature=temperature, top_k=top_k, top_p=top_p,
-                                    min_p=min_p, repeat_penalty=repeat_penalty, seed=seed)
+        sampling = Sampling.resolve(
+            self.model.file.sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            seed=seed,
+        )
         limit = integer("max_tokens", max_tokens, low=-1)
         stops = StopStrings(stop)
         self._end_running()
@@ -148,7 +173,7 @@ class Session:
         self._running = self._run(turn, sampling, limit, stops, stop_ids)
         return self._running
 
-    # --- prompts ------------------------------------------------------------------------------------------
+    # --- prompts ----------------------------------------------------------------------------------
 
     def _turn(self, prompt: str | Sequence[Any], raw: bool) -> _Turn:
         if isinstance(prompt, str):
@@ -183,14 +208,15 @@ class Session:
         known = self._text
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)
-        rest = text if fresh else text[len(known):]
+        rest = text if fresh else text[len(known) :]
         ids = self.model.tokenizer.encode_escaped(rest, continued=not fresh and bool(known))
         return self._something(_Turn(ids, fresh, messages, text))
 
-    # --- answers ------------------------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
-    def _run(self, turn: _Turn, sampling: Sampling, limit: int, stops: StopStrings,
-             stop_ids: frozenset[int]) -> Iterator[str]:
+    def _run(
+        self, turn: _Turn, sampling: Sampling, limit: int, stops: StopStrings, stop_ids: frozenset[int]
+    ) -> Iterator[str]:
         if turn.fresh:
             self._clear()
         self._text = None  # not known again before the end, so that an interruption in between does no harm
@@ -215,7 +241,9 @@ class Session:
             self.messages = [*turn.messages, {"role": "assistant", "content": shown}]
         self._text = turn.text + self.model.chat.escape(text)
 
-    def _decode(self, answer: _Answer, sampling: Sampling, limit: int, stop_ids: frozenset[int]) -> Iterator[str]:
+    def _decode(
+        self, answer: _Answer, sampling: Sampling, limit: int, stop_ids: frozenset[int]
+    ) -> Iterator[str]:
         sampler = self._sampler(sampling)
         while True:
             token = self._sample(sampler)
@@ -237,8 +265,14 @@ class Session:
     def _sampler(self, sampling: Sampling) -> Any:
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         sampler = _core.Sampler(
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-            repeat_penalty=sampling.repeat_penalty, repeat_last_n=REPEAT_LAST_N, seed=seed)
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repeat_penalty=sampling.repeat_penalty,
+            repeat_last_n=REPEAT_LAST_N,
+            seed=seed,
+        )
         if sampling.repeat_penalty != 1:
             for token in self._recent:
                 sampler.accept(token)
@@ -255,10 +289,12 @@ class Session:
             try:
                 self._running.close()
             except ValueError:
-                raise KvrunError("this session is in use by another thread; give each thread its own") from None
+                raise KvrunError(
+                    "this session is in use by another thread; give each thread its own"
+                ) from None
             self._running = None
 
-    # --- feeding ------------------------------------------------------------------------------------------
+    # --- feeding ----------------------------------------------------------------------------------
 
     def _append(self, ids: list[int]) -> None:
         self._recent.extend(ids[-REPEAT_LAST_N:])
@@ -269,13 +305,13 @@ class Session:
         count, waiting = self._state
         fed = self._kv.n_tokens
         if fed != count:
-            self._state = (fed, waiting[fed - count:])
+            self._state = (fed, waiting[fed - count :])
         return self._state[1]
 
     def _flush(self, prompt: bool = False) -> None:
         """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""
         while waiting := self._pending():
-            chunk = np.array(waiting[:_core.MAX_CHUNK], dtype=np.int32)
+            chunk = np.array(waiting[: _core.MAX_CHUNK], dtype=np.int32)
             last = len(chunk) == len(waiting)
             began = time.perf_counter()
             logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")
@@ -291,7 +327,7 @@ class Session:
 
 
 class _Answer:
-    """The text of one answer: what was shown, and what the cache holds (special tokens and a leading space too)."""
+    """The text of one answer: what was shown, and what the cache holds, special tokens included."""
 
     def __init__(self, tokenizer: Any, stops: StopStrings, chat: bool) -> None:
         self._visible = tokenizer.stream(skip_special=True, start=chat)

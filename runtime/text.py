@@ -22,12 +22,14 @@ codecs.register_error(PER_BYTE, _one_per_byte)
 class StreamDecoder:
     """Token ids in, text out as soon as it is certain.
 
-    `piece(token, first)` gives a token's bytes, None for a token that is not shown; `first` is true until one is
-    shown. A character split over tokens is held back until it is complete; bytes that can no longer
+    `piece(token, first)` gives a token's bytes, None for a token that is not shown; `first` is true until
+    one is shown. A character split over tokens is held back until it is complete; bytes that can no longer
     become a character turn into U+FFFD at once. Up to `strip` spaces are dropped at the start of the text.
     """
 
-    def __init__(self, piece: Callable[[int, bool], bytes | None], strip: int = 0, errors: str = "replace") -> None:
+    def __init__(
+        self, piece: Callable[[int, bool], bytes | None], strip: int = 0, errors: str = "replace"
+    ) -> None:
         self._piece = piece
         self._strip = strip
         self._first = True
@@ -70,7 +72,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The text that may be shown now. Sets `stopped` when a stop string is complete; then push no more."""
+        """The text that may be shown now. Sets `stopped` at a complete stop string; then push no more."""
         if not self._stops:
             return piece
         text = self._held + piece
@@ -79,7 +81,7 @@ class StopStrings:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
         keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep:]
+        self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def finish(self) -> str:

@@ -1,8 +1,8 @@
 """Text to token ids and back, from the tokenizer stored in the model file.
 
 `tokenizer.json` runs in the tokenizers library and `tokenizer.model` in SentencePiece, both imported when a
-tokenizer is built. What is added here: special tokens only where they are meant, the bytes of every token, and
-decoding of a stream.
+tokenizer is built. What is added here: special tokens only where they are meant, the bytes of every token,
+and decoding of a stream.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from kvrun.errors import TokenizerError
 from kvrun.text import StreamDecoder
 
 ESCAPE = "\ufdd0"
-"""A noncharacter, which no text contains by right: the character after it is never part of a special token."""
+"""A noncharacter, in no text by right: the character after it is never part of a special token."""
 
 START, INNER, CONTINUED = "start", "inner", "continued"
-"""Where a run of ordinary text stands: at the start of the text, after a special token, or after earlier text.
+"""Where a run of ordinary text stands: at the start, after a special token, or after earlier text.
 SentencePiece's dummy space goes before the first and, with some tokenizers, the second."""
 
 
 class SpecialTokens:
-    """The special tokens of a vocabulary: finding them in a text, and keeping ordinary text apart from them."""
+    """The special tokens of a vocabulary: found in a text, and kept apart from ordinary text."""
 
-    def __init__(self, ids: Mapping[str, int], lstrip: Iterable[int] = (), rstrip: Iterable[int] = ()) -> None:
+    def __init__(
+        self, ids: Mapping[str, int], lstrip: Iterable[int] = (), rstrip: Iterable[int] = ()
+    ) -> None:
         self.ids = {text: token for text, token in ids.items() if text}
         self._lstrip, self._rstrip = frozenset(lstrip), frozenset(rstrip)
 
@@ -75,7 +77,7 @@ class SpecialTokens:
         for match in self._scanner.finditer(text):
             if match.start() < position:  # inside white space that a token has taken
                 continue
-            run.append(text[position:match.start()])
+            run.append(text[position : match.start()])
             position = match.end()
             if match.lastgroup == "literal":
                 run.append(match["literal"])
@@ -84,7 +86,7 @@ class SpecialTokens:
             before, run = "".join(run), []
             before = before.rstrip() if token in self._lstrip else before
             parts += [before, token] if before else [token]
-            while token in self._rstrip and text[position:position + 1].isspace():
+            while token in self._rstrip and text[position : position + 1].isspace():
                 position += 1
         rest = "".join(run) + text[position:]
         return parts + [rest] if rest else parts
@@ -94,14 +96,19 @@ class Tokenizer:
     """The tokenizer of a model. Safe to share between threads.
 
     `info` is the model file's tokenizer entry: `kind`, `add_bos`, `add_eos`, `bos_id`, `eos_id`, and for
-    `tokenizer.model` optionally `added_tokens` ({text: id}) and `legacy` (dummy space after special tokens too,
-    the default). `data` is the tokenizer file. `vocab_size` is the model's, which may be larger than the
-    tokenizer's. `stop_ids` count as special even where the checkpoint does not say so. TokenizerError when it
-    cannot be built.
+    `tokenizer.model` optionally `added_tokens` ({text: id}) and `legacy` (dummy space after special tokens
+    too, the default). `data` is the tokenizer file. `vocab_size` is the model's, which may be larger than
+    the tokenizer's. `stop_ids` count as special even where the checkpoint does not say so. TokenizerError
+    when it cannot be built.
     """
 
-    def __init__(self, info: Mapping[str, Any], data: bytes | memoryview, vocab_size: int = 0,
-                 stop_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        info: Mapping[str, Any],
+        data: bytes | memoryview,
+        vocab_size: int = 0,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
         kind = info.get("kind")
         if kind == "tokenizer.json":
             from kvrun.tokenizer_backends import JsonBackend as backend
@@ -118,8 +125,9 @@ class Tokenizer:
         self._special_ids = frozenset(self.special.ids.values())
         self.vocab_size = max(vocab_size, self._backend.size)
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = True, *,
-               continued: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, *, continued: bool = False
+    ) -> list[int]:
         """Token ids of `text`.
 
         `add_special` adds the tokens that the checkpoint puts before and after a text (BOS, EOS).
@@ -129,7 +137,9 @@ class Tokenizer:
         """
         _check_text(text)
         if continued and self._backend.dummy_space:
-            ids = self._encode_parts(self.special.split(_escape_escapes(text)) if parse_special else [text], True)
+            ids = self._encode_parts(
+                self.special.split(_escape_escapes(text)) if parse_special else [text], True
+            )
         elif parse_special:
             ids = self._backend.encode_parsed(text)
             if ids is None:
@@ -157,11 +167,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of `ids` as a whole; bytes that are not UTF-8 become U+FFFD. TokenizerError for other ids."""
+        """The text of `ids` as a whole; bytes that are no UTF-8 become U+FFFD. TokenizerError: no such id."""
         return self._backend.decode([self._check_id(i) for i in ids], skip_special)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; a special token's are its text. b"" for ids that have no text."""
+        """The bytes that a token stands for: its text if it is special, b"" for ids that have none."""
         return self._backend.piece(self._check_id(token), False)
 
     def is_special(self, token: int) -> bool:
@@ -191,5 +201,7 @@ def _check_text(text: Any) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise TokenizerError(f"text that is not valid Unicode: a lone surrogate (U+{ord(text[error.start]):04X}) "
-                             f"at character {error.start + 1}") from None
+        raise TokenizerError(
+            f"text that is not valid Unicode: a lone surrogate (U+{ord(text[error.start]):04X}) "
+            f"at character {error.start + 1}"
+        ) from None

@@ -1,10 +1,11 @@
 """The two tokenizer libraries behind one interface, for `kvrun.tokenizer`.
 
-A backend has `size` (number of tokens), `special` (a SpecialTokens), `dummy_space` (whether a text gets a space
-put before it), and
-`encode_parsed(text)`   ids with special tokens recognised, or None where the library cannot do that itself
-`encode_run(text, where, literal)`   ids of a run of ordinary text; `literal`: it has text of special tokens in it
-`decode(ids, skip_special)`, `piece(token, first)` (its bytes), `stream(skip_special, start, check)`.
+A backend has `size` (number of tokens), `special` (a SpecialTokens), `dummy_space` (whether a text gets a
+space put before it), and these methods:
+
+encode_parsed(text): ids with special tokens recognised, None where the library cannot do that itself
+encode_run(text, where, literal): ids of ordinary text; `literal`: it has text of special tokens in it
+decode(ids, skip_special), piece(token, first) (its bytes), stream(skip_special, start, check)
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _Backend:
         return StreamDecoder(piece, self.strip if start else 0, self.errors)
 
 
-# --- tokenizer.json ------------------------------------------------------------------------------------------
+# --- tokenizer.json -------------------------------------------------------------------------------
 
 
 class JsonBackend(_Backend):
@@ -58,9 +59,11 @@ class JsonBackend(_Backend):
         added = self._main.get_added_tokens_decoder()
         self.size = max([self.size, *(i + 1 for i in added)])
         special = {i: t for i, t in added.items() if t.special or i in stop_ids}
-        self.special = SpecialTokens({t.content: i for i, t in special.items()},
-                                     (i for i, t in special.items() if t.lstrip),
-                                     (i for i, t in special.items() if t.rstrip))
+        self.special = SpecialTokens(
+            {t.content: i for i, t in special.items()},
+            (i for i, t in special.items() if t.lstrip),
+            (i for i, t in special.items() if t.rstrip),
+        )
         front = [_state(self._main.normalizer), _state(self._main.pre_tokenizer)]
         self.dummy_space = front != [_dummy_space(part, CONTINUED) for part in front]
         self._decoder = _Decoder(_state(self._main.decoder))
@@ -80,7 +83,7 @@ class JsonBackend(_Backend):
         return tokenizer
 
     def _variant(self, where: str, literal: bool) -> Any:
-        """The tokenizer for a run that stands at `where`; with `literal`, special tokens are not recognised."""
+        """The tokenizer for a run that stands at `where`; if `literal`, it recognises no special tokens."""
         if (where == START or not self.dummy_space) and not literal:
             return self._main
         key = (where if self.dummy_space else START, literal)
@@ -154,14 +157,14 @@ def _dummy_space(component: Any, where: str) -> Any:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's map: printable Latin-1 characters stand for their own byte, the other bytes for U+0100 onwards."""
+    """GPT-2's map: printable Latin-1 characters are their own byte, the other bytes U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 class _Decoder:
-    """Bytes of a token's text, by the decoder that tokenizer.json names. Matches the library's own decoding."""
+    """Bytes of a token's text, by the decoder that tokenizer.json names, as the library decodes."""
 
     def __init__(self, spec: Any) -> None:
         steps = _flat(spec)
@@ -172,8 +175,11 @@ class _Decoder:
             raise TokenizerError(f"the model's tokenizer.json has a decoder that is not supported: {name}")
         self._bytes = _byte_of_character() if "ByteLevel" in kinds else None
         self._fallback = "ByteFallback" in kinds
-        self._metaspace = [(s["replacement"], s.get("prepend_scheme", "always") != "never")
-                           for s in steps if s["type"] == "Metaspace"]
+        self._metaspace = [
+            (s["replacement"], s.get("prepend_scheme", "always") != "never")
+            for s in steps
+            if s["type"] == "Metaspace"
+        ]
         self._replace = [_replacement(step) for step in steps if step["type"] == "Replace"]
         self.strip = sum(step.get("start", 0) for step in steps if step["type"] == "Strip")
         self.errors = "replace" if self._bytes else PER_BYTE
@@ -203,12 +209,14 @@ def _flat(spec: Any) -> list[dict[str, Any]]:
 def _replacement(step: Mapping[str, Any]) -> tuple[str, str]:
     pattern = step.get("pattern", {})
     if "String" not in pattern:
-        raise TokenizerError("the model's tokenizer.json has a decoder that replaces by regular expression, "
-                             "which is not supported")
+        raise TokenizerError(
+            "the model's tokenizer.json has a decoder that replaces by regular expression, "
+            "which is not supported"
+        )
     return pattern["String"], step["content"]
 
 
-# --- tokenizer.model -----------------------------------------------------------------------------------------
+# --- tokenizer.model ------------------------------------------------------------------------------
 
 # Appended to the model's bytes this sets normalizer_spec.add_dummy_prefix to false: in Protocol Buffers a
 # repeated occurrence of an embedded message is merged into the first, and the last value of a field holds.
@@ -216,7 +224,7 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceBackend(_Backend):
-    """`tokenizer.model`. Control, unknown and added tokens are special; SentencePiece sees the text between."""
+    """`tokenizer.model`. Control, unknown and added tokens are special; the library gets the text between."""
 
     errors = PER_BYTE
 
@@ -226,8 +234,11 @@ class SentencePieceBackend(_Backend):
         size = self._model.get_piece_size()
         added = _added_tokens(info)
         self.size = max([size, *(i + 1 for i in added.values())])
-        special = {self._model.id_to_piece(i): i for i in range(size)
-                   if self._model.is_control(i) or self._model.is_unknown(i) or i in stop_ids}
+        special = {
+            self._model.id_to_piece(i): i
+            for i in range(size)
+            if self._model.is_control(i) or self._model.is_unknown(i) or i in stop_ids
+        }
         self.special = SpecialTokens(special | added)
         self._texts = {i: text.encode("utf-8") for text, i in self.special.ids.items()}
         self.dummy_space = self._model.encode("a") != self._unprefixed.encode("a")

@@ -1,4 +1,4 @@
-"""A model without weights: real tokenizer, chat template and sampler, an engine that says what it is told to."""
+"""A model without weights: real tokenizer, template and sampler, an engine that says what it is told to."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,10 @@ from kvrun.chat import ChatTemplate
 from kvrun.model import Model
 from kvrun.tokenizer import Tokenizer
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END = 2
 
@@ -31,8 +33,8 @@ def byte_tokenizer():
 class FakeEngine:
     """After the tokens of a prompt it says `script`, one token after the other; then the end token for ever.
 
-    `fed` is everything that went through it since the last reset of the cache. `fault`, if set, is raised once:
-    {"before" | "after": exception}.
+    `fed` is everything that went through it since the last reset of the cache. `fault`, if set, is raised
+    once: {"before" | "after": exception}.
     """
 
     def __init__(self, vocab_size):
@@ -80,7 +82,11 @@ class FakeModel:
     def says(self, *answers):
         """What the engine says next; each answer is text or ids, and ends with the end token."""
         for answer in answers:
-            ids = self.tokenizer.encode(answer, parse_special=False) if isinstance(answer, str) else list(answer)
+            ids = (
+                self.tokenizer.encode(answer, parse_special=False)
+                if isinstance(answer, str)
+                else list(answer)
+            )
             self.engine.script += [*ids, END]
 
     @property

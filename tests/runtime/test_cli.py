@@ -31,8 +31,14 @@ def plain(converted):
 
 
 def command(*arguments, stdin=b"", env=None, **options):
-    done = subprocess.run([*KVRUN, *map(os.fspath, arguments)], input=stdin, capture_output=True, timeout=120,
-                          env={**os.environ, **(env or {})}, **options)
+    done = subprocess.run(
+        [*KVRUN, *map(os.fspath, arguments)],
+        input=stdin,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
     return done.returncode, done.stdout, done.stderr.decode()
 
 
@@ -54,7 +60,7 @@ def refused(result, *words, status=1):
 STEADY = ["-n", "12", "--seed", "3", "--ignore-eos"]
 
 
-# --- answers -------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def test_one_answer(model, capsys):
@@ -62,8 +68,9 @@ def test_one_answer(model, capsys):
     assert status == 0
     expected = kvrun.load(model).generate("The cat", max_tokens=12, seed=3, ignore_eos=True)
     assert out == expected + "\n" * (not expected.endswith("\n"))
-    assert re.fullmatch(r"\[prompt \d+ tokens, [\d.]+ tok/s; answer 12 tokens, [\d.]+ tok/s; KV cache [\d.]+ MB\]\n",
-                        err)
+    assert re.fullmatch(
+        r"\[prompt \d+ tokens, [\d.]+ tok/s; answer 12 tokens, [\d.]+ tok/s; KV cache [\d.]+ MB\]\n", err
+    )
 
 
 def test_quiet(model, capsys):
@@ -95,17 +102,43 @@ def test_system_message(model, capsys):
 
 
 def test_sampling_options_reach_the_session(model, capsys):
-    options = ["--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--repeat-penalty", "1.3"]
-    expected = kvrun.load(model).generate("a", max_tokens=12, seed=3, ignore_eos=True, temperature=1.5, top_k=0,
-                                          top_p=1.0, min_p=0.0, repeat_penalty=1.3)
+    options = [
+        "--temperature",
+        "1.5",
+        "--top-k",
+        "0",
+        "--top-p",
+        "1",
+        "--min-p",
+        "0",
+        "--repeat-penalty",
+        "1.3",
+    ]
+    expected = kvrun.load(model).generate(
+        "a",
+        max_tokens=12,
+        seed=3,
+        ignore_eos=True,
+        temperature=1.5,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repeat_penalty=1.3,
+    )
     out = called(capsys, model, "-q", "-p", "a", *STEADY, *options)[1]
     assert out.removesuffix("\n") == expected.removesuffix("\n")
 
 
 def test_cache_options_reach_the_session(model, capsys):
     sizes = []
-    for options in (["--kv", "f16"], ["--kv-v", "f32"], ["--kv", "f32"], ["--ctx", "30000"], ["--sinks", "8000"],
-                    ["--window", "7000"]):
+    for options in (
+        ["--kv", "f16"],
+        ["--kv-v", "f32"],
+        ["--kv", "f32"],
+        ["--ctx", "30000"],
+        ["--sinks", "8000"],
+        ["--window", "7000"],
+    ):
         err = called(capsys, model, "-p", "a", "-n", "1", "--ctx", "9000", "--threads", "1", *options)[2]
         sizes.append(float(err.split()[-2]))
     assert sizes[0] < sizes[1] < sizes[2] < sizes[3] and len(set(sizes)) == 6
@@ -114,9 +147,9 @@ def test_cache_options_reach_the_session(model, capsys):
 def test_stop_strings(model, capsys):
     whole = called(capsys, model, "-q", "-p", "a", *STEADY)[1]
     cut = len(whole) // 2
-    stop = whole[cut:cut + 3]
+    stop = whole[cut : cut + 3]
     out = called(capsys, model, "-q", "-p", "a", *STEADY, "--stop", "not in it", "--stop", stop)[1]
-    assert out.removesuffix("\n") == whole[:whole.index(stop)].removesuffix("\n")
+    assert out.removesuffix("\n") == whole[: whole.index(stop)].removesuffix("\n")
 
 
 def test_prompts_that_look_like_options(model, capsys):
@@ -124,7 +157,10 @@ def test_prompts_that_look_like_options(model, capsys):
         expected = kvrun.load(model).generate(prompt, max_tokens=12, seed=3, ignore_eos=True)
         status, out, err = called(capsys, model, "-q", "-p", prompt, *STEADY)
         assert status == 0 and out.removesuffix("\n") == expected.removesuffix("\n")
-    same = [called(capsys, model, "-q", *form, *STEADY)[1] for form in (["-px"], ["--prompt=x"], ["--prompt", "x"])]
+    same = [
+        called(capsys, model, "-q", *form, *STEADY)[1]
+        for form in (["-px"], ["--prompt=x"], ["--prompt", "x"])
+    ]
     assert len(set(same)) == 1
     assert called(capsys, "-q", "-p", "a", "--stop", "--", *STEADY, model)[0] == 0
 
@@ -134,7 +170,7 @@ def test_more_tokens_than_the_cache_keeps(model, capsys):
     assert status == 0 and "the cache keeps 132]" in err
 
 
-# --- the model -----------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_the_default_model(model, tmp_path, capsys, monkeypatch):
@@ -170,7 +206,7 @@ def test_subcommands(model, tmp_path, capsys):
     assert called(capsys, "convert", str(tmp_path), "-o", str(tmp_path / "x.bin"))[0] == 1
 
 
-# --- what goes wrong -----------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 def test_prompts_that_cannot_be(model, tmp_path, capsys):
@@ -190,21 +226,47 @@ def test_prompts_that_cannot_be(model, tmp_path, capsys):
     assert command(model, "-p", "-", *STEADY, stdin=b"a\0b\x01")[0] == 0
 
 
-@pytest.mark.parametrize("options, word", [
-    (["--kv", "q9"], "f16"), (["--kv-k", "x"], "kv_k"), (["--ctx", "10"], "at least 132"), (["--ctx", "x"], "ctx"),
-    (["--sinks", "-1"], "sinks"), (["--window", "1.5"], "window"), (["--threads", "0"], "threads"),
-    (["--threads", "many"], "threads"), (["--temperature", "-1"], "temperature"), (["--temperature", "hot"], "number"),
-    (["--temperature", "nan"], "finite"), (["--top-k", "-1"], "top_k"), (["--top-p", "2"], "top_p"),
-    (["--min-p", "-1"], "min_p"), (["--repeat-penalty", "0"], "repeat_penalty"), (["--seed", "-1"], "seed"),
-    (["-n", "-2"], "max_tokens"), (["-n", "few"], "max-tokens"), (["--stop", ""], "stop string"),
-    (["--ctx", "999999999999999"], "ctx"),
-])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (["--kv", "q9"], "f16"),
+        (["--kv-k", "x"], "kv_k"),
+        (["--ctx", "10"], "at least 132"),
+        (["--ctx", "x"], "ctx"),
+        (["--sinks", "-1"], "sinks"),
+        (["--window", "1.5"], "window"),
+        (["--threads", "0"], "threads"),
+        (["--threads", "many"], "threads"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "hot"], "number"),
+        (["--temperature", "nan"], "finite"),
+        (["--top-k", "-1"], "top_k"),
+        (["--top-p", "2"], "top_p"),
+        (["--min-p", "-1"], "min_p"),
+        (["--repeat-penalty", "0"], "repeat_penalty"),
+        (["--seed", "-1"], "seed"),
+        (["-n", "-2"], "max_tokens"),
+        (["-n", "few"], "max-tokens"),
+        (["--stop", ""], "stop string"),
+        (["--ctx", "999999999999999"], "ctx"),
+    ],
+)
 def test_option_values_that_cannot_be(model, capsys, options, word):
     refused(called(capsys, model, "-p", "a", *options), word)
 
 
-@pytest.mark.parametrize("arguments", [["--nonsense"], ["a", "b"], ["-p"], ["-n"], ["-p", "a", "-f", "b"],
-                                       ["--temp", "1"], ["-p", "a", "--raw", "--system", "b"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nonsense"],
+        ["a", "b"],
+        ["-p"],
+        ["-n"],
+        ["-p", "a", "-f", "b"],
+        ["--temp", "1"],
+        ["-p", "a", "--raw", "--system", "b"],
+    ],
+)
 def test_wrong_usage(capsys, arguments):
     refused(called(capsys, *arguments), "--help", status=2)
 
@@ -223,7 +285,7 @@ def test_a_model_without_tokenizer(source, tmp_path, capsys):
     refused(called(capsys, str(tmp_path / "m.bin"), "-p", "a"), "without a tokenizer")
 
 
-# --- help and version ----------------------------------------------------------------------------------------
+# --- help and version -----------------------------------------------------------------------------
 
 
 def test_help_and_version(capsys):
@@ -235,7 +297,7 @@ def test_help_and_version(capsys):
     assert called(capsys, "--version") == (0, f"kvrun {__version__}\n", "")
 
 
-# --- pipes, interruptions, terminals ----------------------------------------------------------------------------
+# --- pipes, interruptions, terminals --------------------------------------------------------------
 
 
 def endless(model):
@@ -260,11 +322,15 @@ def test_output_that_cannot_be_written(model):
 
 def test_closed_streams(model):
     for closed in (">&-", "<&-", "2>&-"):
-        status = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *KVRUN, model, "-p", "a", *STEADY],
-                                capture_output=True, timeout=60)
+        status = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *KVRUN, model, "-p", "a", *STEADY],
+            capture_output=True,
+            timeout=60,
+        )
         assert status.returncode == (1 if closed == ">&-" else 0) and b"Traceback" not in status.stderr
-    done = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *KVRUN, model, "-p", "-"], capture_output=True,
-                          timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *KVRUN, model, "-p", "-"], capture_output=True, timeout=60
+    )
     refused((done.returncode, done.stdout, done.stderr.decode()), "standard input is closed")
 
 
@@ -278,7 +344,9 @@ def test_ctrl_c_ends_one_answer_with_130(model):
 
 def test_a_locale_without_the_characters(model):
     wild = ["--temperature", "5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "60", "--ignore-eos"]
-    status, out, err = command(model, "-q", "-p", "a", "--seed", "1", *wild, env={"PYTHONIOENCODING": "ascii"})
+    status, out, err = command(
+        model, "-q", "-p", "a", "--seed", "1", *wild, env={"PYTHONIOENCODING": "ascii"}
+    )
     assert status == 0 and err == "" and out.isascii()
 
 
@@ -286,7 +354,9 @@ def test_chat_from_a_pipe_keeps_the_conversation(model):
     status, out, err = command(model, *STEADY, stdin=b"one\n\ntwo\r\nthree")
     assert status == 0
     session = kvrun.load(model).session()
-    texts = ["".join(session.stream(p, max_tokens=12, seed=3, ignore_eos=True)) for p in ("one", "two", "three")]
+    texts = [
+        "".join(session.stream(p, max_tokens=12, seed=3, ignore_eos=True)) for p in ("one", "two", "three")
+    ]
     assert out.decode() == "".join(t + "\n" * (not t.endswith("\n")) for t in texts)
     assert len(err.splitlines()) == 3
 
@@ -311,7 +381,7 @@ class Terminal:
                 if "\x1b[6n" in text:  # asks where the cursor is
                     os.write(self.fd, b"\x1b[1;1R")
                 self.seen += text
-        self.seen = self.seen[match.end():]
+        self.seen = self.seen[match.end() :]
         return match
 
     def type(self, text):

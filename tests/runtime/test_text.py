@@ -21,21 +21,30 @@ def run(stops, pieces):
 
 def expected(stops, text):
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-    return (text[:min(ends)[1]], True) if ends else (text, False)
+    return (text[: min(ends)[1]], True) if ends else (text, False)
 
 
-@given(stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), text=st.text("abc", max_size=12),
-       data=st.data())
+@given(
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    text=st.text("abc", max_size=12),
+    data=st.data(),
+)
 def test_the_same_wherever_the_pieces_are_cut(stops, text, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
     assert run(stops, pieces) == expected(stops, text)
 
 
-@pytest.mark.parametrize("stops, pieces, shown", [
-    ("stop", ["a st", "op b"], "a "), ("aab", ["aa", "ab"], "a"), (["\n\n"], ["x\n", "y\n", "\n"], "x\ny"),
-    (["abc", "b"], ["abc"], "a"), ("é", ["caf", "é"], "caf"),
-])
+@pytest.mark.parametrize(
+    "stops, pieces, shown",
+    [
+        ("stop", ["a st", "op b"], "a "),
+        ("aab", ["aa", "ab"], "a"),
+        (["\n\n"], ["x\n", "y\n", "\n"], "x\ny"),
+        (["abc", "b"], ["abc"], "a"),
+        ("é", ["caf", "é"], "caf"),
+    ],
+)
 def test_examples(stops, pieces, shown):
     assert run(stops, pieces) == (shown, True)
 

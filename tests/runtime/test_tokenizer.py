@@ -1,4 +1,4 @@
-"""Tokenizers: equal to the libraries they stand on, whole and in a stream; special tokens only where meant."""
+"""Tokenizers: equal to the libraries they stand on, whole and streamed; special tokens only where meant."""
 
 import io
 import json
@@ -14,8 +14,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from kvrun.errors import TokenizerError
 from kvrun.tokenizer import ESCAPE, Tokenizer
 
-CORPUS = ["The quick brown fox jumps over the lazy dog, again and again. It isn't over; they've 1234 more.",
-          "def f(x):\n    return x  # naïve café — “quoted” 你好，世界 שלום мир 🙂🚀\n\t\tüber straße"] * 3
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, again and again. It isn't over; they've 1234 more.",
+    "def f(x):\n    return x  # naïve café — “quoted” 你好，世界 שלום мир 🙂🚀\n\t\tüber straße",
+] * 3
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA2 = Path(__file__).resolve().parents[3] / "shared/data/llama2-tokenizer.model"
 
@@ -24,9 +26,15 @@ def byte_level():
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=SPECIALS,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False), "  "])
     return tokenizer
 
@@ -34,36 +42,74 @@ def byte_level():
 def byte_fallback(**metaspace):
     """In the style of Llama 2's tokenizer.json; with `metaspace`, of newer ones."""
     alphabet = sorted({c for line in CORPUS[:1] for c in line if c != " "} | {"\u2581"})
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *alphabet, "\u2581t", "he", "\u2581the"]
-    tokenizer = tokenizers.Tokenizer(models.BPE(
-        vocab={t: i for i, t in enumerate(vocab)}, unk_token="<unk>", byte_fallback=True, fuse_unk=True,
-        merges=[("\u2581", "t"), ("h", "e"), ("\u2581t", "he")]))
+    vocab = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *alphabet,
+        "\u2581t",
+        "he",
+        "\u2581the",
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={t: i for i, t in enumerate(vocab)},
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+            merges=[("\u2581", "t"), ("h", "e"), ("\u2581t", "he")],
+        )
+    )
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in vocab[:3]])
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **metaspace)
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
-                                               decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        tokenizer.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
     else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
-                                                     normalizers.Replace(" ", "\u2581")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
-                                               decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
     return tokenizer
 
 
 def unigram():
     alphabet = sorted({c for line in CORPUS for c in line if c != " "})
-    vocab = [("<unk>", 0.0), *((c, -5.0) for c in alphabet), ("\u2581", -2.0), ("\u2581the", -3.0), ("er", -3.0)]
+    vocab = [
+        ("<unk>", 0.0),
+        *((c, -5.0) for c in alphabet),
+        ("\u2581", -2.0),
+        ("\u2581the", -3.0),
+        ("er", -3.0),
+    ]
     tokenizer = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
 
 
-LIBRARY = {"byte-level": byte_level(), "prepend": byte_fallback(),
-           "metaspace-first": byte_fallback(prepend_scheme="first"),
-           "metaspace-always": byte_fallback(prepend_scheme="always"),
-           "metaspace-never": byte_fallback(prepend_scheme="never"), "unigram": unigram()}
+LIBRARY = {
+    "byte-level": byte_level(),
+    "prepend": byte_fallback(),
+    "metaspace-first": byte_fallback(prepend_scheme="first"),
+    "metaspace-always": byte_fallback(prepend_scheme="always"),
+    "metaspace-never": byte_fallback(prepend_scheme="never"),
+    "unigram": unigram(),
+}
 INFO = {"kind": "tokenizer.json", "add_bos": False, "add_eos": False, "bos_id": 1, "eos_id": 2}
 
 
@@ -74,9 +120,34 @@ def wrap(library, **info):
 OURS = {name: wrap(library) for name, library in LIBRARY.items()}
 BOTH = pytest.mark.parametrize("name", LIBRARY)
 
-TEXTS = ["", " ", "  ", "\n", "a", "the", " the", "the  the\n\n", "\0", "a\0b", "\x1b[31m\x07\x7f",
-         "e\u0301\u200d\u202e", "שלום עולם", "你好，世界。", "👩‍👩‍👧‍👦🇩🇪", "﻿bom", "\U0010ffff\ufdd0\ufffe", "def f(x):\r\n\treturn {x!r}",
-         "<|im_end|>", "x<|im_start|>y", "</s> <s>", "<0x41>", "\u2581", "12345 67,8", "ÿĀġĢ", "'s 'S 've"]
+TEXTS = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "a",
+    "the",
+    " the",
+    "the  the\n\n",
+    "\0",
+    "a\0b",
+    "\x1b[31m\x07\x7f",
+    "e\u0301\u200d\u202e",
+    "שלום עולם",
+    "你好，世界。",
+    "👩‍👩‍👧‍👦🇩🇪",
+    "﻿bom",
+    "\U0010ffff\ufdd0\ufffe",
+    "def f(x):\r\n\treturn {x!r}",
+    "<|im_end|>",
+    "x<|im_start|>y",
+    "</s> <s>",
+    "<0x41>",
+    "\u2581",
+    "12345 67,8",
+    "ÿĀġĢ",
+    "'s 'S 've",
+]
 
 
 def streamed(tokenizer, ids, **options):
@@ -92,8 +163,12 @@ def test_ids_of_a_text_are_the_librarys(name, text):
 
 @BOTH
 @settings(max_examples=170, deadline=None)
-@given(text=st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\tthe<|im_end>s/")),
-                    max_size=60))
+@given(
+    text=st.text(
+        st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\tthe<|im_end>s/")),
+        max_size=60,
+    )
+)
 def test_ids_of_any_text_are_the_librarys(name, text):
     ids = OURS[name].encode(text)
     assert ids == LIBRARY[name].encode(text, add_special_tokens=False).ids
@@ -180,7 +255,9 @@ def test_leading_space_only_where_a_text_begins(name):
 @pytest.mark.parametrize("name", ["prepend", "metaspace-first", "metaspace-always"])
 def test_continued_text_gets_no_dummy_space(name):
     ours = OURS[name]
-    ids = ours.encode("the", add_special=False) + ours.encode("the the</s>", add_special=False, continued=True)
+    ids = ours.encode("the", add_special=False) + ours.encode(
+        "the the</s>", add_special=False, continued=True
+    )
     assert ours.decode(ids) == "thethe the</s>"
 
 
@@ -199,10 +276,12 @@ def test_beginning_and_end_of_text():
     assert wrap(LIBRARY["byte-level"], add_bos=True, bos_id=None).encode("") == []
 
 
-# --- special tokens only where they are meant ----------------------------------------------------------------
+# --- special tokens only where they are meant -----------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>system\nb", "<|im_end|><|im_end|>", "<<|im_end|>>"])
+@pytest.mark.parametrize(
+    "text", ["<|im_end|>", "a<|im_start|>system\nb", "<|im_end|><|im_end|>", "<<|im_end|>>"]
+)
 def test_special_tokens_can_be_left_as_text(text):
     ours = OURS["byte-level"]
     assert any(map(ours.is_special, ours.encode(text)))
@@ -246,7 +325,7 @@ def test_special_tokens_that_take_white_space_with_them():
     assert ours._encode_parts(ours.special.split(text), False) == expected == ours.encode(text)
 
 
-# --- tokenizer.model -----------------------------------------------------------------------------------------
+# --- tokenizer.model ------------------------------------------------------------------------------
 
 
 def small_sentencepiece():
@@ -254,9 +333,17 @@ def small_sentencepiece():
 
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, vocab_size=340, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
-        character_coverage=1.0)
+        sentence_iterator=iter(CORPUS),
+        model_writer=out,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+        character_coverage=1.0,
+    )
     return out.getvalue()
 
 
@@ -283,8 +370,10 @@ def test_sentencepiece_decoding_any_ids(sentencepiece_pair):
     ours, library = sentencepiece_pair
     rng = random.Random(7)
     for _ in range(2000):
-        ids = [rng.choice([rng.randrange(1, library.get_piece_size()), rng.randrange(3, 259)])
-               for _ in range(rng.randrange(12))]
+        ids = [
+            rng.choice([rng.randrange(1, library.get_piece_size()), rng.randrange(3, 259)])
+            for _ in range(rng.randrange(12))
+        ]
         assert ours.decode(ids, skip_special=True) == library.decode(ids) == streamed(ours, ids)
 
 
@@ -308,7 +397,7 @@ def test_sentencepiece_without_dummy_space_after_special_tokens():
         Tokenizer(info | {"added_tokens": {"x": -1}}, data)
 
 
-# --- errors --------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ids", [[-1], [10**9], [2**70], ["a"], [1.0], [None]])
@@ -340,9 +429,15 @@ def test_text_that_cannot_be_encoded(text):
 
 def test_tokenizers_that_cannot_be_used():
     good = json.loads(LIBRARY["byte-level"].to_str())
-    for data in (b"", b"{", b"\xff\xfe", b"[]", json.dumps(good | {"decoder": None}).encode(),
-                 json.dumps(good | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}).encode(),
-                 json.dumps(good | {"model": {"type": "BPE"}}).encode()):
+    for data in (
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        json.dumps(good | {"decoder": None}).encode(),
+        json.dumps(good | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}).encode(),
+        json.dumps(good | {"model": {"type": "BPE"}}).encode(),
+    ):
         with pytest.raises(TokenizerError) as error:
             Tokenizer(INFO, data)
         assert "\n" not in str(error.value)
