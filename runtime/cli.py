@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", type=_text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
 
-    add = parser.add_argument_group("answer").add_argument
+    add = parser.add_argument_group(
+        "answer", "Defaults of sampling in parentheses, where the model file has none of its own."
+    ).add_argument
     add(
         "-n",
         "--max-tokens",
@@ -164,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_text,
         action="append",
         default=[],
-        help="end before this text; may be repeated",
+        help="end before this text; may be given several times",
     )
     add("--ignore-eos", action="store_true", help="go on where the model would end")
     add("--seed", metavar="N", type=_whole("seed"), help="same seed, same text; default: random")
@@ -172,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         metavar="X",
         type=_real("temperature"),
-        help="0 takes the likeliest token (default of this and the next: the model's own, or 0.8)",
+        help="0 takes the likeliest token (0.8)",
     )
     add("--top-k", metavar="N", type=_whole("top-k"), help="the N likeliest tokens; 0: all (40)")
     add("--top-p", metavar="X", type=_real("top-p"), help="the likeliest that hold this probability (0.95)")
