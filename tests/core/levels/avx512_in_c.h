@@ -1,0 +1,96 @@
+/* The AVX-512 intrinsics that the kernels use, in plain C, for machines without the instructions. Included first. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "f16.h"
+
+typedef float v16f __attribute__((vector_size(64), aligned(1), may_alias));
+typedef int32_t v16i __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint16_t v32u __attribute__((vector_size(64), aligned(1), may_alias));
+
+#define FN static inline __attribute__((always_inline, unused))
+#define LANES(type, expression)      \
+    do {                             \
+        type r;                      \
+        for (int i = 0; i < 16; i++) \
+            r[i] = (expression);     \
+        return r;                    \
+    } while (0)
+
+FN v16f in_c_loadu_ps(const void *p) { v16f r; memcpy(&r, p, 64); return r; }
+FN void in_c_storeu_ps(void *p, v16f a) { memcpy(p, &a, 64); }
+FN v16f in_c_set1_ps(float x) { LANES(v16f, x); }
+FN v16f in_c_fmadd_ps(v16f a, v16f b, v16f c) { LANES(v16f, fmaf(a[i], b[i], c[i])); }
+FN v16f in_c_max_ps(v16f a, v16f b) { LANES(v16f, a[i] > b[i] ? a[i] : b[i]); }
+FN v16f in_c_min_ps(v16f a, v16f b) { LANES(v16f, a[i] < b[i] ? a[i] : b[i]); }
+FN v16f in_c_abs_ps(v16f a) { LANES(v16f, fabsf(a[i])); }
+FN v16f in_c_roundscale_ps(v16f a, int mode) { (void)mode; LANES(v16f, rintf(a[i])); }
+FN v16i in_c_cvtps_epi32(v16f a) { LANES(v16i, (int32_t)rintf(a[i])); }
+FN v16f in_c_cvtepi32_ps(v16i a) { LANES(v16f, (float)a[i]); }
+FN float in_c_reduce_add_ps(v16f a) { float s = 0; for (int i = 0; i < 16; i++) s += a[i]; return s; }
+FN float in_c_reduce_max_ps(v16f a) { float m = a[0]; for (int i = 1; i < 16; i++) m = a[i] > m ? a[i] : m; return m; }
+FN int32_t in_c_reduce_add_epi32(v16i a) { int32_t s = 0; for (int i = 0; i < 16; i++) s += a[i]; return s; }
+
+FN v16i in_c_loadu_si512(const void *p) { v16i r; memcpy(&r, p, 64); return r; }
+FN v16i in_c_set1_epi32(int32_t x) { LANES(v16i, x); }
+FN v16i in_c_set1_epi8(char x) { v16i r; memset(&r, x, 64); return r; }
+FN v16i in_c_srli_epi16(v16i a, int n) { return (v16i)((v32u)a >> n); }
+FN v16i in_c_dpbusd_epi32(v16i s, v16i w, v16i x)
+{
+    const uint8_t *u = (const uint8_t *)&w;
+    const int8_t *v = (const int8_t *)&x;
+    for (int i = 0; i < 64; i++)
+        s[i / 4] += u[i] * v[i];
+    return s;
+}
+FN __m128i in_c_cvtsepi32_epi8(v16i a)
+{
+    int8_t r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = (int8_t)(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]);
+    return _mm_loadu_si128((const __m128i *)r);
+}
+typedef struct { uint16_t h[16]; } v16h;
+FN v16h in_c_load_halves(const void *p) { v16h r; memcpy(&r, p, 32); return r; }
+FN v16f in_c_cvtph_ps(v16h a) { LANES(v16f, kv_f16_float(a.h[i])); }
+FN v16h in_c_cvtps_ph(v16f a, int mode) { v16h r; (void)mode; for (int i = 0; i < 16; i++) r.h[i] = kv_float_f16(a[i]); return r; }
+FN void in_c_store_halves(void *p, v16h a) { memcpy(p, &a, 32); }
+
+#define __m512 v16f
+#define __m512i v16i
+#define _mm512_loadu_ps in_c_loadu_ps
+#define _mm512_storeu_ps in_c_storeu_ps
+#define _mm512_set1_ps in_c_set1_ps
+#define _mm512_setzero_ps() in_c_set1_ps(0)
+#define _mm512_add_ps(a, b) ((a) + (b))
+#define _mm512_sub_ps(a, b) ((a) - (b))
+#define _mm512_mul_ps(a, b) ((a) * (b))
+#define _mm512_div_ps(a, b) ((a) / (b))
+#define _mm512_fmadd_ps in_c_fmadd_ps
+#define _mm512_max_ps in_c_max_ps
+#define _mm512_min_ps in_c_min_ps
+#define _mm512_abs_ps in_c_abs_ps
+#define _mm512_roundscale_ps in_c_roundscale_ps
+#define _mm512_cvtps_epi32 in_c_cvtps_epi32
+#define _mm512_cvtepi32_ps in_c_cvtepi32_ps
+#define _mm512_castsi512_ps(a) ((v16f)(a))
+#define _mm512_reduce_add_ps in_c_reduce_add_ps
+#define _mm512_reduce_max_ps in_c_reduce_max_ps
+#define _mm512_reduce_add_epi32 in_c_reduce_add_epi32
+#define _mm512_loadu_si512 in_c_loadu_si512
+#define _mm512_setzero_si512() in_c_set1_epi32(0)
+#define _mm512_set1_epi32 in_c_set1_epi32
+#define _mm512_set1_epi8 in_c_set1_epi8
+#define _mm512_and_si512(a, b) ((a) & (b))
+#define _mm512_add_epi32(a, b) ((a) + (b))
+#define _mm512_sub_epi32(a, b) ((a) - (b))
+#define _mm512_slli_epi32(a, n) ((a) << (n))
+#define _mm512_srli_epi16 in_c_srli_epi16
+#define _mm512_dpbusd_epi32 in_c_dpbusd_epi32
+#define _mm512_cvtsepi32_epi8 in_c_cvtsepi32_epi8
+#define _mm512_cvtph_ps in_c_cvtph_ps
+#define _mm512_cvtps_ph in_c_cvtps_ph
+#define _mm256_loadu_si256 in_c_load_halves
+#define _mm256_storeu_si256 in_c_store_halves

@@ -1,0 +1,166 @@
+"""Every kernel at every level of this CPU against NumPy in float64, on fresh random data."""
+
+import numpy as np
+import pytest
+
+from kvrun import _core
+from kvrun._core import probe
+
+LEVELS = _core.isa_available()
+SHAPES = [(16, 32, 1), (48, 96, 3), (40, 576, 1), (33, 100, 5), (16, 577, 9), (7, 31, 17), (1, 1, 1)]
+BLOCK_TYPES = ("q8_0", "q4_1", "q4_0")
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().entropy
+    print(f"seed {seed}")  # shown when a test fails
+    return np.random.default_rng(seed)
+
+
+def close(actual, expected, tolerance):
+    """Within a tolerance relative to the largest expected value."""
+    expected = np.asarray(expected, np.float64)
+    assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-30)
+
+
+def as_quantized(x, level):
+    """The inputs that a block product really takes, in float64."""
+    rows = []
+    for row in x:
+        codes, scales, _ = probe.quantize(row, level)
+        rows.append((codes * np.repeat(scales.astype(np.float64), 32))[: len(row)])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows, cols, n", SHAPES)
+@pytest.mark.parametrize("type", _core.WEIGHT_TYPES)
+def test_matmul(type, rows, cols, n, level, rng):
+    weights = rng.standard_normal((rows, cols)).astype(np.float32)
+    packed = _core.pack(type, weights)
+    x = rng.standard_normal((n, cols)).astype(np.float32)
+    inputs = as_quantized(x, level) if type in BLOCK_TYPES else x.astype(np.float64)
+    expected = inputs @ _core.unpack(type, packed, rows, cols).astype(np.float64).T
+    close(probe.matmul(type, packed, rows, x, level=level), expected, 1e-5)
+    before = rng.standard_normal((n, rows)).astype(np.float32)
+    close(probe.matmul(type, packed, rows, x, out=before, level=level), expected + before, 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", BLOCK_TYPES)
+def test_matmul_of_extreme_codes(type, level, rng):
+    """All codes and inputs at their ends: no intermediate sum may overflow or saturate."""
+    codes = {"q8_0": 34, "q4_1": 20, "q4_0": 18}[type]
+    head = {"q8_0": 2, "q4_1": 4, "q4_0": 2}[type]
+    for byte in (0x80, 0x7F, 0x81) if type == "q8_0" else (0x00, 0xFF, 0x0F):
+        raw = np.full((16, 3, codes), byte, np.uint8)
+        raw[..., :head] = np.full(head // 2, 0.5, np.float16).view(np.uint8)
+        packed = _core.pack_raw(type, raw, 16, 96)
+        for sign in (1.0, -1.0):
+            x = np.full((5, 96), sign, np.float32)
+            expected = as_quantized(x, level) @ _core.unpack(type, packed, 16, 96).astype(np.float64).T
+            close(probe.matmul(type, packed, 16, x, level=level), expected, 1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 576])
+def test_quantize(n, level, rng):
+    x = (rng.standard_normal(n) * 10 ** rng.uniform(-3, 3)).astype(np.float32)
+    codes, scales, sums = probe.quantize(x, level)
+    padded = np.zeros(len(codes), np.float32)
+    padded[:n] = x
+    blocks = padded.reshape(-1, 32).astype(np.float64)
+    np.testing.assert_allclose(scales, np.abs(blocks).max(1) / 127, rtol=1e-6)
+    assert np.abs(codes.reshape(-1, 32) - blocks / scales[:, None].astype(np.float64)).max() <= 0.5 + 1e-4
+    np.testing.assert_array_equal(sums, codes.reshape(-1, 32).sum(1, dtype=np.int32))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_quantize_of_zeros(level):
+    codes, scales, sums = probe.quantize(np.zeros(64, np.float32), level)
+    assert not codes.any() and not scales.any() and not sums.any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 576])
+def test_rms_norm(n, level, rng):
+    x, weight = rng.standard_normal((2, n)).astype(np.float32) * 3
+    exact = x.astype(np.float64)
+    close(probe.rms_norm(x, weight, 1e-5, level), exact / np.sqrt((exact**2).mean() + 1e-5) * weight, 1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_silu_mul(level, rng):
+    gate = np.concatenate([rng.uniform(-100, 100, 1000), rng.uniform(-3, 3, 1000), [0, -1e4, 1e4, -88, 88]])
+    gate, up = gate.astype(np.float32), rng.standard_normal(len(gate)).astype(np.float32)
+    exact = gate.astype(np.float64)
+    expected = exact / (1 + np.exp(np.minimum(-exact, 700))) * up
+    np.testing.assert_allclose(probe.silu_mul(gate, up, level), expected, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 128])
+def test_rope(head_dim, level, rng):
+    x = rng.standard_normal(head_dim).astype(np.float32)
+    angles = rng.uniform(0, 7, head_dim // 2)
+    turned = (x[: head_dim // 2] + 1j * x[head_dim // 2:]) * np.exp(1j * angles) * 0.125
+    got = probe.rope(x, np.cos(angles), np.sin(angles), 0.125, level)
+    close(got, np.concatenate([turned.real, turned.imag]), 1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_softmax_over_many_tiles(level, rng):
+    """Ten tiles one after the other give the softmax of all of them, whatever each row sees of each."""
+    rows, tiles = 5, 10
+    scores = (rng.standard_normal((tiles, rows, 64)) * 20).astype(np.float32)
+    visible = rng.integers(-3, 65, (tiles, rows))
+    visible[0, :4] = [64, 1, 0, 17]
+    visible[1:, 4] = 0      # a row that sees one token of one tile
+    visible[0, 4] = 1
+    m, l, acc = np.full(rows, -np.inf), np.zeros(rows), np.zeros((rows, 16))
+    values = rng.standard_normal((tiles, 64, 16))
+    for tile in range(tiles):
+        weights, m, l, acc = probe.softmax_step(scores[tile], visible[tile], m, l, acc, level)
+        acc = acc + weights @ values[tile]
+    seen = np.arange(64) < visible[:, :, None]                       # [tiles, rows, 64]
+    exact = np.where(seen, scores.astype(np.float64), -np.inf)
+    p = np.exp(exact - exact.max((0, 2), keepdims=True))
+    expected = np.einsum("trk,tkc->rc", p, values) / p.sum((0, 2))[:, None]
+    close(acc / l[:, None], expected, 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11, 32])
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("format", _core.KV_FORMATS)
+def test_tile(format, head_dim, rows, level, rng):
+    """k_dot and v_accumulate against float64 over the unpacked tile."""
+    tile = probe.Tile(format, rng.standard_normal((head_dim, 64)), rng.standard_normal((64, head_dim)), level)
+    keys, values = (x.astype(np.float64) for x in tile.unpack())
+    q = rng.standard_normal((rows, head_dim)).astype(np.float32)
+    p = rng.uniform(0, 1, (rows, 64)).astype(np.float32)
+    acc = rng.standard_normal((rows, head_dim)).astype(np.float32)
+    close(tile.k_dot(q), q.astype(np.float64) @ keys, 1e-5)
+    close(tile.v_accumulate(p, acc), acc + p.astype(np.float64) @ values, 1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("format, dtype", [("f32", np.float32), ("f16", np.float16)])
+@pytest.mark.parametrize("head_dim", [8, 20, 64])
+def test_tile_token_by_token(head_dim, format, dtype, level, rng):
+    """Tokens put in one by one lie where pack puts them, and nothing but rounding to the format happens."""
+    k = rng.standard_normal((head_dim, 64)).astype(np.float32)
+    v = rng.standard_normal((64, head_dim)).astype(np.float32)
+    tile = probe.Tile(format, np.zeros_like(k), np.zeros_like(v), level)
+    for lane in rng.permutation(64):
+        tile.put(lane, k[:, lane], v[lane])
+    for got, packed, exact in zip(tile.unpack(), probe.Tile(format, k, v, level).unpack(), (k, v)):
+        np.testing.assert_array_equal(got, packed)
+        np.testing.assert_array_equal(got, exact.astype(dtype).astype(np.float32))
+
+
+def test_levels():
+    assert LEVELS[-1] == "scalar" and _core.isa() in LEVELS
+    with pytest.raises(ValueError, match="instruction set 'sse9' is not one of"):
+        probe.quantize(np.zeros(32, np.float32), "sse9")

@@ -1,0 +1,62 @@
+"""The kernels of every level against the scalar ones, also levels that this CPU does not run.
+
+``levels/check.c`` is built with the kernels of one level and run: natively, for AVX-512 on a CPU without it with the
+intrinsics written in C, for NEON under qemu-aarch64 (packages gcc-aarch64-linux-gnu and qemu-user).
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvrun import _core
+
+HERE = Path(__file__).parent / "levels"
+KERNELS = Path(__file__).parents[2] / "_core" / "kernels"
+SOURCES = ("vector", "matmul", "attention", "table")
+X86 = platform.machine() in ("x86_64", "AMD64")
+EMULATED = ["-include", str(HERE / "avx512_in_c.h"), "-Wno-psabi"]
+
+# level: (compiler, its flags, how the program is run)
+WAYS = {
+    "avx2": ("gcc", ["-mavx2", "-mfma", "-mf16c"], []),
+    "avx512": ("gcc", EMULATED, []),
+    "neon": ("aarch64-linux-gnu-gcc", ["-march=armv8.2-a+dotprod"], ["qemu-aarch64"]),
+}
+if "avx512" in _core.isa_available():
+    WAYS["avx512"] = ("gcc", ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mf16c"], [])
+if platform.machine() in ("aarch64", "arm64"):
+    WAYS["neon"] = ("gcc", ["-march=armv8.2-a+dotprod"], [])
+
+
+def build(level, compiler, flags, folder):
+    common = [compiler, "-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{KERNELS}"]
+    objects = []
+    for source in SOURCES:
+        for name, extra in (("scalar", []), (level, flags)):
+            objects.append(str(folder / f"{source}.{name}.o"))
+            subprocess.run([*common, *extra, f"-DKV_LEVEL={name}", f"-DKV_LEVEL_{name.upper()}", "-c",
+                            str(KERNELS / f"{source}.c"), "-o", objects[-1]], check=True)
+    program = folder / "check"
+    subprocess.run([*common, f"-DCHECKED={level}", "-static", str(HERE / "check.c"), str(KERNELS / "pack.c"), *objects,
+                    "-lm", "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("level", WAYS)
+def test_level_agrees_with_scalar(level, tmp_path):
+    compiler, flags, runner = WAYS[level]
+    if level.startswith("avx") and not X86:
+        pytest.skip("the AVX levels are for x86")
+    if level == "avx2" and "avx2" not in _core.isa_available():
+        pytest.skip("this CPU has no AVX2")
+    for tool in [compiler, *runner]:
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    program = build(level, compiler, flags, tmp_path)
+    for seed in ("1", str(hash(tmp_path) % 2**32)):
+        result = subprocess.run([*runner, str(program), seed], capture_output=True, text=True)
+        assert result.returncode == 0, f"seed {seed}: {result.stdout}{result.stderr}"
+        assert f"{level}: 0 differences" in result.stdout
