@@ -117,7 +117,7 @@ def test_at_least_the_newest_are_visible(options):
     for n in range(1, 5 * options["ctx"]):
         cache.append()
         seen = cache.visible()
-        if n <= options["ctx"]:
+        if n <= options["sinks"] + rounded:
             assert seen == list(range(n))
         else:
             newest = seen[len(cache.sinks):]
