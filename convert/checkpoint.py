@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,21 @@ from kvrun.modelfile import SAMPLING_KEYS
 
 # Tokens that end a turn or a text wherever they are special tokens, even if no config says so.
 WELL_KNOWN_STOPS = (
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<end_of_turn>",
-    "</s>", "<|return|>", "<|eos|>", "<eos>", "<|end_of_sentence|>", "<|end_of_turn|>", "<|end_of_role|>",
-)  # fmt: skip
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "</s>",
+    "<|return|>",
+    "<|eos|>",
+    "<eos>",
+    "<|end_of_sentence|>",
+    "<|end_of_turn|>",
+    "<|end_of_role|>",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` maps our names, in file order, to where the values are; all shapes have been checked."""
+    """`tensors` maps our names, in file order, to where the values are; all shapes have been checked.
+
+    `files` are those that the checkpoint consists of.
+    """
 
     form: str
     description: ModelDescription
@@ -81,14 +97,18 @@ def select_tensors(
     for ours, theirs in wanted:
         tensor = available[theirs]
         if tensor.shape != shapes[ours]:
-            raise ConvertError(f"{where}: tensor {theirs} has shape {list(tensor.shape)}, "
-                               f"but the config says {list(shapes[ours])}")
+            raise ConvertError(
+                f"{where}: tensor {theirs} has shape {list(tensor.shape)}, "
+                f"but the config says {list(shapes[ours])}"
+            )
         chosen[ours] = tensor
     unused = sorted(set(available) - {theirs for _, theirs in wanted})
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        raise ConvertError(f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model "
-                           "with this config")
+        raise ConvertError(
+            f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model "
+            "with this config"
+        )
     return chosen
 
 
@@ -109,7 +129,12 @@ def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[s
 def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
     """Read everything but the tensors' data. `path` is a Hugging Face folder or a GGUF file."""
     if not os.path.exists(path):
-        raise ConvertError(f"{path}: no such file or folder")
+        hint = (
+            "; download the checkpoint first and give its folder"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+            else ""
+        )
+        raise ConvertError(f"{path}: no such file or folder{hint}")
     if os.path.isdir(path):
         from kvrun.convert.huggingface import open_folder
 
@@ -122,8 +147,10 @@ def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
     except OSError as error:
         raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
     if magic != b"GGUF":
-        raise ConvertError(f"{path}: neither a GGUF file nor a folder; for a Hugging Face checkpoint give the "
-                           "folder with its config.json")
+        raise ConvertError(
+            f"{path}: neither a GGUF file nor a folder; for a Hugging Face checkpoint give the "
+            "folder with its config.json"
+        )
     from kvrun.convert.gguf_source import open_gguf
 
     return open_gguf(path, tokenizer)

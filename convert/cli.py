@@ -35,9 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or a .gguf file")
     parser.add_argument("-o", "--output", metavar="MODEL", required=True, help="the model file to write")
-    parser.add_argument("--type", metavar="T", default="same", type=_weight_type,
-                        help="same (default), f32, f16, bf16, q8_0, q4_1 or q4_0")
-    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out (token ids only)")
+    parser.add_argument(
+        "--type",
+        metavar="T",
+        default="same",
+        type=_weight_type,
+        help="same (default), f32, f16, bf16, q8_0, q4_1 or q4_0",
+    )
+    parser.add_argument(
+        "--no-tokenizer", action="store_true", help="leave the tokenizer out (token ids only)"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="print the summary even when piped")
     return parser
 
@@ -52,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with _terminable(), _progress_bar() as progress:
-            result = convert(args.checkpoint, args.output, args.type, tokenizer=not args.no_tokenizer,
-                             progress=progress)  # fmt: skip
+            result = convert(
+                args.checkpoint, args.output, args.type, tokenizer=not args.no_tokenizer, progress=progress
+            )
         if args.verbose or sys.stdout.isatty():
             _print_summary(result)
     except KvrunError as error:
@@ -83,7 +91,8 @@ def _print_summary(result: Any) -> None:
     lines = [
         f"{model.path}: {model.description.name} ({model.description.architecture})",
         *result.notes,
-        f"{model.nbytes / 1e6:.1f} MB, {result.n_weights / 1e6:.1f} M weights at {result.bits_per_weight:.2f} bits: "
+        f"{model.nbytes / 1e6:.1f} MB, {result.n_weights / 1e6:.1f} M weights at "
+        f"{result.bits_per_weight:.2f} bits: "
         + ", ".join(f"{count} {name}" for name, count in sorted(types.items())),
         f"read back: all {len(model.tensor_nbytes)} checksums match; {result.seconds:.1f} s",
     ]

@@ -37,7 +37,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 class Family:
     """How the checkpoints of one family are read. The two functions give the fields of `ModelDescription`.
 
-    `from_gguf` takes the metadata under the architecture's prefix and the shapes and small tensors of the file.
+    `from_gguf` takes the metadata under the architecture's prefix, and what the tensors say.
     """
 
     architecture: str
@@ -45,7 +45,7 @@ class Family:
     hf_type: str
     gguf_type: str
     from_config: Callable[[Fields], dict[str, Any]]
-    from_gguf: Callable[[Fields, "GgufFacts"], dict[str, Any]]
+    from_gguf: Callable[[Fields, GgufFacts], dict[str, Any]]
     names: Mapping[str, tuple[str, str]] = field(default_factory=lambda: LLAMA_NAMES)
     gguf_permuted: tuple[str, ...] = ("attn.q", "attn.k")
     """Tensors whose rows GGUF stores with the two halves of each head interleaved."""
@@ -99,7 +99,11 @@ def llama_from_config(config: Fields) -> dict[str, Any]:
 
 
 def _head_dim(fields: Fields, name: str, hidden: int, heads: int) -> int:
-    return fields.fail(name, f"{heads} does not divide the hidden size {hidden}") if hidden % heads else hidden // heads
+    return (
+        fields.fail(name, f"{heads} does not divide the hidden size {hidden}")
+        if hidden % heads
+        else hidden // heads
+    )
 
 
 def rope_from_config(config: Fields) -> tuple[float, dict[str, Any] | None]:
@@ -112,7 +116,9 @@ def rope_from_config(config: Fields) -> tuple[float, dict[str, Any] | None]:
         return theta, None
     theta = rope.number("rope_theta", theta)
     rope.refuse("partial_rotary_factor", (1.0,), "rotating a part of each head is not supported yet")
-    kind = rope.text("rope_type" if "rope_type" in rope else "type", "default" if "rope_theta" in rope else REQUIRED)
+    kind = rope.text(
+        "rope_type" if "rope_type" in rope else "type", "default" if "rope_theta" in rope else REQUIRED
+    )
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -170,9 +176,7 @@ def rope_from_gguf(meta: Fields, facts: GgufFacts) -> dict[str, Any] | None:
     return {"type": "linear", "factor": factor} if factor != 1.0 else None
 
 
-FAMILIES = (
-    Family("llama", "LlamaForCausalLM", "llama", "llama", llama_from_config, llama_from_gguf),
-)
+FAMILIES = (Family("llama", "LlamaForCausalLM", "llama", "llama", llama_from_config, llama_from_gguf),)
 
 
 def family_of_config(config: Fields) -> Family:

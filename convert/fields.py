@@ -94,7 +94,7 @@ def read_json(folder: str, name: str) -> Fields | None:
     try:
         if os.path.getsize(path) > _MAX_JSON:
             raise ConvertError(f"{path}: too large for a JSON file ({os.path.getsize(path)} bytes)")
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             values = json.load(file)
     except FileNotFoundError:
         return None

@@ -1,7 +1,7 @@
 """Reader of the GGUF container: metadata and where the tensors lie.
 
-Follows the published specification, versions 2 and 3, little-endian. A vocabulary has hundreds of thousands of
-strings; reading them straight from the bytes takes a fraction of a second and no more memory than the strings.
+Follows the published specification, versions 2 and 3, little-endian. A vocabulary has hundreds of thousands
+of strings; read straight from the bytes they take a fraction of a second and no more memory than they need.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ import numpy as np
 from kvrun.convert.tensors import BLOCKS, PLAIN, StoredTensor
 from kvrun.errors import ConvertError
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_DEPTH = 4
 _TENSOR_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
 
 
 class GgufFile:
-    """`metadata`: Python values by key; `tensors`: by name, shapes as [rows, cols]. ConvertError if unusable."""
+    """`metadata`: values by key; `tensors`: by name, shapes as [rows, cols]. ConvertError if unusable."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -59,8 +71,10 @@ class GgufFile:
                 raise ValueError(f"tensor {name[:80]} appears twice")
             tensor = _stored_tensor(self.path, name, shape, number, data_start + offset)
             if tensor.offset + tensor.nbytes > cursor.size:
-                raise ConvertError(f"{self.path}: truncated: tensor {name} ends at byte {tensor.offset + tensor.nbytes},"
-                                   f" the file has {cursor.size}; download it again")  # fmt: skip
+                raise ConvertError(
+                    f"{self.path}: truncated: tensor {name} ends at byte {tensor.offset + tensor.nbytes},"
+                    f" the file has {cursor.size}; download it again"
+                )
             self.tensors[name] = tensor
 
     def _tensor_info(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

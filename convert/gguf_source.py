@@ -38,11 +38,14 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
     factors = available.pop(_ROPE_FACTORS, None)
     shapes = {name: tensor.shape for name, tensor in available.items()}
     facts = GgufFacts(shapes, _rope_factors(factors))
-    description = describe(path, {
-        "architecture": family.architecture,
-        "name": meta.text("general.name", os.path.splitext(os.path.basename(path))[0]),
-        **family.from_gguf(meta.under(f"{family.gguf_type}."), facts),
-    })  # fmt: skip
+    description = describe(
+        path,
+        {
+            "architecture": family.architecture,
+            "name": meta.text("general.name", os.path.splitext(os.path.basename(path))[0]),
+            **family.from_gguf(meta.under(f"{family.gguf_type}."), facts),
+        },
+    )
     tensors = select_tensors(path, available, family.source_names(description, GGUF), description)
     vocabulary = read_tokenizer(meta) if tokenizer else Vocabulary("none", None, {})
     return Checkpoint(
@@ -77,7 +80,9 @@ def _rope_factors(tensor: StoredTensor | None) -> list[float] | None:
     if tensor is None:
         return None
     if len(tensor.shape) != 1:
-        raise ConvertError(f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension")
+        raise ConvertError(
+            f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension"
+        )
     values = tensor.vector().tolist()
     return None if all(value == 1.0 for value in values) else values
 
@@ -88,7 +93,9 @@ def _unpermuted(
     """GGUF interleaves the halves of each head of these; ours keeps them one after the other."""
     order = tuple(range(0, description.head_dim, 2)) + tuple(range(1, description.head_dim, 2))
     return {
-        name: tensor.with_rows_from(order) if name.rpartition(".")[0].endswith(family.gguf_permuted) else tensor
+        name: tensor.with_rows_from(order)
+        if name.rpartition(".")[0].endswith(family.gguf_permuted)
+        else tensor
         for name, tensor in tensors.items()
     }
 

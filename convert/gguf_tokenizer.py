@@ -126,10 +126,18 @@ def _tokenizer_json(
     names: list[str], types: list[int], merges: list[list[str]], rules: dict[str, Any], info: dict[str, Any]
 ) -> dict[str, Any]:
     added = [
-        {"id": i, "content": names[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": type != _USER_DEFINED}
-        for i, type in enumerate(types) if type in (_CONTROL, _UNKNOWN, _USER_DEFINED) and names[i]
-    ]  # fmt: skip
+        {
+            "id": i,
+            "content": names[i],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": type != _USER_DEFINED,
+        }
+        for i, type in enumerate(types)
+        if type in (_CONTROL, _UNKNOWN, _USER_DEFINED) and names[i]
+    ]
     return {
         "version": "1.0",
         "truncation": None,
@@ -180,6 +188,7 @@ def _post_processor(names: list[str], info: dict[str, Any]) -> dict[str, Any] | 
         "single": template("A"),
         "pair": template("A", "B"),
         "special_tokens": {
-            names[token]: {"id": names[token], "ids": [token], "tokens": [names[token]]} for token in before + after
+            names[token]: {"id": names[token], "ids": [token], "tokens": [names[token]]}
+            for token in before + after
         },
     }

@@ -18,7 +18,9 @@ _NAMES = ("bos", "eos", "pad", "unk")
 
 def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vocabulary:
     """tokenizer.json, or else tokenizer.model. ConvertError if there is neither or it cannot be read."""
-    settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
+    settings = read_json(folder, "tokenizer_config.json") or Fields(
+        {}, os.path.join(folder, "tokenizer_config.json")
+    )
     for kind, probe in (("tokenizer.json", _probe_json), ("tokenizer.model", _probe_sentencepiece)):
         path = os.path.join(folder, kind)
         try:
@@ -85,7 +87,12 @@ def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
         number = processor.piece_to_id(text)
         return number if number != processor.unk_id() or text == processor.id_to_piece(number) else None
 
-    ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
+    ids = {
+        "bos": processor.bos_id(),
+        "eos": processor.eos_id(),
+        "pad": processor.pad_id(),
+        "unk": processor.unk_id(),
+    }
     info: dict[str, Any] = {f"{name}_id": number if number >= 0 else None for name, number in ids.items()}
     info["added_tokens"] = {text: number for text, (number, _) in added.items()}
     info["legacy"] = settings.flag("legacy", True)
@@ -134,8 +141,10 @@ def _resolve_added(info: dict[str, Any], settings: Fields) -> None:
         return
     for what, tokens, name in (("before", before, "bos"), ("after", after, "eos")):
         if len(tokens) > 1:
-            settings.fail("tokenizer_class", f"tokenizer.json puts {len(tokens)} tokens {what} a text; one at most is "
-                                             "supported")  # fmt: skip
+            settings.fail(
+                "tokenizer_class",
+                f"tokenizer.json puts {len(tokens)} tokens {what} a text; one at most is supported",
+            )
         # What stands before a text is BOS, whatever the configs call by that name.
         info[f"add_{name}"] = bool(tokens)
         if tokens:

@@ -18,6 +18,16 @@ from kvrun.description import ModelDescription, strict_json
 from kvrun.errors import ConvertError
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _MAX_HEADER = 100_000_000
 # Buffers that old versions of transformers saved; they are computed from the config.
@@ -32,9 +42,9 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint{_gguf_hint(folder)}")
     family = family_of_config(config)
     name = _model_name(folder)
-    description = describe(config.where, {
-        "architecture": family.architecture, "name": name, **family.from_config(config)
-    })  # fmt: skip
+    description = describe(
+        config.where, {"architecture": family.architecture, "name": name, **family.from_config(config)}
+    )
     available = _without_prefix(folder, _read_headers(folder))
     wanted = list(family.source_names(description, HF))
     _check_types_and_head(available, family, description, config)
@@ -48,12 +58,22 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         vocabulary=vocabulary,
         stop_ids=_stop_ids(config, generation, vocabulary),
         chat_template=_chat_template(folder),
-        sampling=sampling_defaults(generation, {
-            "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-            "repeat_penalty": "repetition_penalty",
-        }),
-        files=tuple(sorted({tensor.path for tensor in tensors.values()})),
-    )  # fmt: skip
+        sampling=sampling_defaults(
+            generation,
+            {
+                "temperature": "temperature",
+                "top_k": "top_k",
+                "top_p": "top_p",
+                "min_p": "min_p",
+                "repeat_penalty": "repetition_penalty",
+            },
+        ),
+        files=tuple(
+            sorted(
+                {tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS}
+            )
+        ),
+    )
 
 
 def _model_name(folder: str) -> str:
@@ -69,9 +89,9 @@ def _refuse_pickles(folder: str) -> None:
     for pattern in _PICKLES:
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
             raise ConvertError(
-                f"{path}: a pickle, which can run any code when it is loaded, is refused; save the checkpoint as "
-                "safetensors: transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, "
-                "safe_serialization=True)"
+                f"{path}: pickles are refused, since loading one can run any code; save the checkpoint as "
+                "safetensors: transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
+                ".save_pretrained(NEW_FOLDER, safe_serialization=True)"
             )
 
 
@@ -118,7 +138,9 @@ def _weight_files(folder: str) -> dict[str, list[str] | None]:
             raise ConvertError(f"{folder}: several safetensors files and no model.safetensors.index.json")
     total = int(weights[0][15:20])
     if len(weights) != total:
-        raise ConvertError(f"{folder}: {len(weights)} of {total} safetensors files are there; download the others")
+        raise ConvertError(
+            f"{folder}: {len(weights)} of {total} safetensors files are there; download the others"
+        )
     return dict.fromkeys(weights)
 
 
@@ -138,7 +160,7 @@ def _files_of_index(folder: str, index: Fields) -> dict[str, list[str] | None]:
 
 
 def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, every offset checked against the file. ConvertError if it is damaged."""
+    """The tensors of a safetensors file, all offsets checked. ConvertError if it is damaged."""
     try:
         if not os.path.isfile(path):
             raise ConvertError(f"{path}: not a regular file")
@@ -170,8 +192,10 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     if not sound:
         raise ConvertError(f"{path}: damaged safetensors header: tensor {name[:80]}")
     if data_start + end > size:
-        raise ConvertError(f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; "
-                           "download it again")
+        raise ConvertError(
+            f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; "
+            "download it again"
+        )
     if dtype not in _DTYPES:
         # It is refused only if the model needs it: checkpoints carry integer buffers.
         return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
@@ -179,7 +203,9 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     row_bytes = width * (shape[-1] if shape else 1)
     count = int(np.prod(shape[:-1], dtype=object)) if shape else 1
     if count * row_bytes != end - start:
-        raise ConvertError(f"{path}: damaged safetensors header: tensor {name} {shape} has {end - start} bytes")
+        raise ConvertError(
+            f"{path}: damaged safetensors header: tensor {name} {shape} has {end - start} bytes"
+        )
     return StoredTensor(name, path, data_start + start, tuple(shape), _DTYPES[dtype], row_bytes)
 
 
@@ -202,12 +228,16 @@ def _check_types_and_head(
     """Check the tensors' types; remove an output head that only repeats the embedding."""
     for tensor in available.values():
         if tensor.type not in PLAIN:
-            raise ConvertError(f"{tensor.path}: tensor {tensor.name} has type {tensor.type}, which is not supported "
-                               f"yet (supported: {', '.join(_DTYPES)})")
+            raise ConvertError(
+                f"{tensor.path}: tensor {tensor.name} has type {tensor.type}, which is not supported "
+                f"yet (supported: {', '.join(_DTYPES)})"
+            )
     embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
     if description.tie_embeddings and head in available and embed in available:
         if not _equal(available[embed], available[head]):
-            config.fail("tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both")
+            config.fail(
+                "tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both"
+            )
         del available[head]
 
 

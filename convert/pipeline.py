@@ -17,7 +17,8 @@ from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
 from kvrun.convert.tensors import StoredTensor
 from kvrun.errors import ConvertError, OptionError
-from kvrun.modelfile import ModelFile, ModelFileWriter, check_output
+from kvrun.modelfile import ModelFile
+from kvrun.modelwriter import ModelFileWriter, check_output
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "same")
 _SENSITIVE = ("embed.weight", "head.weight")
@@ -28,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """The finished, checked file. `notes`: one line for every kind of tensor whose values had to change form."""
+    """The finished, checked file. `notes`: one line for every quantised type that was dequantised."""
 
     model: ModelFile
     seconds: float
@@ -53,10 +54,11 @@ def convert(
 ) -> ConvertResult:
     """Convert a Hugging Face folder or a GGUF file to a model file.
 
-    `type` is one of `TYPES`; "same" keeps the type of every tensor where that is lossless. With q4_0 and q4_1,
-    embedding and output head become q8_0, unless the source has them in the type asked for. `tokenizer=False`
-    leaves the tokenizer out. The file appears under its name only when it is complete and its checksums match.
-    ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be written.
+    `type` is one of `TYPES`; "same" keeps the type of every tensor where that is lossless. With q4_0 and
+    q4_1, embedding and output head become q8_0, unless the source has them in the type asked for.
+    `tokenizer=False` leaves the tokenizer out. The file appears under its name only when it is complete and
+    its checksums match. ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be
+    written.
     """
     started = time.monotonic()
     if type not in TYPES:
@@ -65,8 +67,11 @@ def convert(
     check_output(output)
     source = open_checkpoint(checkpoint, tokenizer)
     _check_not_source(output, source)
-    types = {name: _target_type(name, tensor, type) for name, tensor in source.tensors.items()
-             if not name.endswith((".bias", "norm.weight"))}  # fmt: skip
+    types = {
+        name: _target_type(name, tensor, type)
+        for name, tensor in source.tensors.items()
+        if not name.endswith((".bias", "norm.weight"))
+    }
     with _writer(checkpoint, output, source, types) as writer:
         _write_tensors(writer, source, types, progress or _silent)
         model = writer.finish(_counted("checking", writer.nbytes, progress or _silent))
@@ -91,8 +96,10 @@ def _counted(stage: str, total: int, progress: Progress) -> Callable[[int], None
 
 def _check_not_source(output: str, source: Checkpoint) -> None:
     for path in source.files:
-        if os.path.exists(output) and os.path.samefile(output, path):
-            raise ConvertError(f"{output}: the model would overwrite the checkpoint it comes from; use another name")
+        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
+            raise ConvertError(
+                f"{output}: the model would overwrite the checkpoint it comes from; use another name"
+            )
 
 
 def _target_type(name: str, tensor: StoredTensor, asked: str) -> str:
@@ -128,14 +135,20 @@ def _write_tensors(
     writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress
 ) -> None:
     """Pack slabs on several threads, a few ahead of the one that is written."""
-    workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(
+        4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     slabs = {name: list(tensor.slabs()) for name, tensor in source.tensors.items()}
     add = _counted("converting", sum(tensor.nbytes for tensor in source.tensors.values()), progress)
 
     def work(task: tuple[str, int, int]) -> tuple[int, np.ndarray]:
         name, start, stop = task
         tensor = source.tensors[name]
-        data = tensor.packed(start, stop, types[name]) if name in types else tensor.floats(start, stop).reshape(-1)
+        data = (
+            tensor.packed(start, stop, types[name])
+            if name in types
+            else tensor.floats(start, stop).reshape(-1)
+        )
         return (stop - start) * tensor.row_bytes, data
 
     def done_in_order(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:

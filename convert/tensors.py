@@ -45,10 +45,12 @@ class StoredTensor:
         """The same tensor, its rows put in another order as they are read; of a vector, the values."""
         if len(self.shape) == 2:
             return replace(self, row_order=order)
-        return replace(self, shape=(*self.shape, 1), row_bytes=self.row_bytes // self.shape[0], row_order=order)
+        return replace(
+            self, shape=(*self.shape, 1), row_bytes=self.row_bytes // self.shape[0], row_order=order
+        )
 
     def slabs(self) -> Iterator[tuple[int, int]]:
-        """Row ranges (start, stop) that cover the tensor; whole panels of 16 rows and whole groups of rows."""
+        """Row ranges (start, stop) that cover the tensor, of whole panels of 16 rows and whole groups."""
         unit = math.lcm(16, len(self.row_order) or 1)
         step = max(1, SLAB // (4 * self.shape[-1] * unit)) * unit
         for start in range(0, self.rows, step):
@@ -90,7 +92,7 @@ class StoredTensor:
         return self.floats(0, self.rows).reshape(-1)
 
     def packed(self, start: int, stop: int, type: str) -> np.ndarray:
-        """Rows start to stop in the core's layout: uint8 [n]. Values change only if `type` is another type."""
+        """Rows start to stop in the core's layout: uint8 [n]. If `type` is the tensor's, no value changes."""
         if type == self.type:
             return _core.pack_raw(type, self.raw(start, stop), stop - start, self.shape[1])
         values = self.floats(start, stop)
@@ -103,14 +105,18 @@ class StoredTensor:
         if not math.isfinite(largest):
             raise ConvertError(f"{self.path}: tensor {self.name} holds NaN or infinite values")
         if largest > 65504 and type not in ("f32", "bf16"):
-            raise ConvertError(f"{self.path}: tensor {self.name} holds {largest:g}, too large for {type}: "
-                               "use --type bf16 or f32")
+            raise ConvertError(
+                f"{self.path}: tensor {self.name} holds {largest:g}, too large for {type}: "
+                "use --type bf16 or f32"
+            )
 
 
 def _dequantized(name: str, type: str, raw: np.ndarray) -> np.ndarray:
     import gguf
 
     try:
-        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]).astype(np.float32, copy=False)
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]).astype(
+            np.float32, copy=False
+        )
     except NotImplementedError:
         raise ConvertError(f"tensor {name} has type {type.upper()}, which is not supported yet") from None

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
     """Everything that the command shows, as plain values. Sizes are in bytes.
 
-    `kv_memory` maps a cache format, K and V alike, to the bytes at each context length, as they are allocated.
+    `kv_memory` maps a cache format, for K and V alike, to the bytes allocated at each context length.
     """
     weights = model.weights
     n_weights = sum(weight.rows * weight.cols for weight in weights.values())
@@ -87,7 +87,9 @@ def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
 def kv_memory(model: ModelFile) -> dict[str, dict[str, int]]:
     """{format: {context length: bytes}}, with the default sinks and window."""
     return {
-        name: {str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, WINDOW) for ctx in CONTEXTS}
+        name: {
+            str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, WINDOW) for ctx in CONTEXTS
+        }
         for name in _core.KV_FORMATS
     }
 
@@ -114,14 +116,23 @@ def _lines(report: dict[str, Any]) -> list[str]:
     rope = f"base {model['rope_theta']:g}" + _scaling(model["rope_scaling"])
     rows = [
         ("model", f"{model['name']} ({model['architecture']}), {_millions(report['parameters'])} parameters"),
-        ("file", f"{report['path']}, {_size(report['bytes'])}"
-                 + (", all checksums match" if report["verified"] else "")),
+        (
+            "file",
+            f"{report['path']}, {_size(report['bytes'])}"
+            + (", all checksums match" if report["verified"] else ""),
+        ),
         ("source", f"{source.get('form', 'unknown')} {source.get('name', '')}".strip()),
-        ("layers", f"{model['n_layers']}, hidden size {model['hidden_size']}, "
-                   f"feed-forward {model['intermediate_size']}, {model['activation']}"),
+        (
+            "layers",
+            f"{model['n_layers']}, hidden size {model['hidden_size']}, "
+            f"feed-forward {model['intermediate_size']}, {model['activation']}",
+        ),
         ("attention", heads + (", biases" if model["attention_bias"] else "")),
         ("rope", rope),
-        ("vocabulary", f"{model['vocab_size']} tokens, {'tied' if model['tie_embeddings'] else 'separate'} head"),
+        (
+            "vocabulary",
+            f"{model['vocab_size']} tokens, {'tied' if model['tie_embeddings'] else 'separate'} head",
+        ),
         ("trained on", f"{model['context_length']} tokens"),
         ("tokenizer", _tokenizer(info)),
         ("stops at", ", ".join(map(str, report["stop_ids"])) or "no token"),
@@ -129,16 +140,22 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
     if report["sampling"]:
         rows.append(("sampling", ", ".join(f"{key} {value:g}" for key, value in report["sampling"].items())))
-    rows.append(("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight"))
+    rows.append(
+        ("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight")
+    )
     lines = [f"{label + ':':<15}{one_line(value)}" for label, value in rows]
     for name, entry in report["weight_types"].items():
-        lines.append(f"  {name:<6}{entry['tensors']:>5} matrices {_millions(entry['weights']):>10} weights "
-                     f"{_size(entry['bytes']):>10}")
+        lines.append(
+            f"  {name:<6}{entry['tensors']:>5} matrices {_millions(entry['weights']):>10} weights "
+            f"{_size(entry['bytes']):>10}"
+        )
     return lines + [""] + _kv_lines(report["kv_memory"])
 
 
 def _kv_lines(memory: dict[str, dict[str, int]]) -> list[str]:
-    lines = [f"{'cache':<8}" + "".join(f"{int(ctx) // 1024:>11}k" for ctx in map(str, CONTEXTS)) + "   tokens"]
+    lines = [
+        f"{'cache':<8}" + "".join(f"{int(ctx) // 1024:>11}k" for ctx in map(str, CONTEXTS)) + "   tokens"
+    ]
     for name, sizes in memory.items():
         lines.append(f"{name:<8}" + "".join(f"{_size(size):>12}" for size in sizes.values()))
     return lines

@@ -1,20 +1,17 @@
 """The model file: a safetensors file with a fixed layout, read without copying (docs/format.md).
 
 `read_model_file` checks every name, type, shape, offset and size against the model description and the
-file's real length before anything is used. `ModelFileWriter` writes one, streaming, under a temporary name.
+file's real length before anything is used. `kvrun.modelwriter` writes such files.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
-import json
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +27,18 @@ ALIGNMENT = 64
 MAX_HEADER = 100_000_000
 TOKENIZER_KINDS = ("tokenizer.json", "tokenizer.model", "none")
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
-_REQUIRED = ("format", "version", "model", "weights", "tokenizer", "stop_ids", "sampling", "source",
-             "checksums", "header_checksum")
+_REQUIRED = (
+    "format",
+    "version",
+    "model",
+    "weights",
+    "tokenizer",
+    "stop_ids",
+    "sampling",
+    "source",
+    "checksums",
+    "header_checksum",
+)
 _OPTIONAL = ("chat_template",)
 _CHUNK = 16 << 20
 
@@ -66,9 +73,12 @@ class ModelFile:
         self.source: dict[str, Any] = meta.source
         self.fingerprint: str = hashlib.sha256(memoryview(mapping)[:data_start]).hexdigest()
         self._checksums = meta.checksums
+        self._mapping = mapping
+        self._starts: dict[str, int] = {}
         self._spans: dict[str, memoryview] = {}
         buffer = memoryview(mapping)
         for name, start, end in _checked_layout(path, header, meta, self.nbytes - data_start):
+            self._starts[name] = data_start + start
             self._spans[name] = buffer[data_start + start : data_start + end]
             self._add(name, meta)
 
@@ -101,16 +111,23 @@ class ModelFile:
             for start in range(0, len(span), _CHUNK):
                 part = span[start : start + _CHUNK]
                 digest.update(part)
+                self._forget(self._starts[name] + start, len(part))
                 if progress:
                     progress(len(part))
             if digest.hexdigest() != self._checksums[name]:
                 raise ModelFileError(
-                    f"{self.path}: tensor {name} is damaged (checksum differs); copy or convert the file again"
+                    f"{self.path}: tensor {name} is damaged (checksum differs): copy or convert it again"
                 )
+
+    def _forget(self, start: int, length: int) -> None:
+        """Unmap pages that were only read through, lest the whole file count as memory in use."""
+        if hasattr(self._mapping, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            first = start - start % mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
 
 def read_model_file(path: str | os.PathLike[str], verify: bool = False) -> ModelFile:
-    """Map a model file and check its header; with `verify` also every checksum. ModelFileError if unusable."""
+    """Map a model file and check its header; `verify`: and all checksums. ModelFileError if unusable."""
     path = os.fspath(path)
     try:
         with open(path, "rb", opener=_open_regular) as file:
@@ -158,8 +175,10 @@ def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:
         raise ModelFileError(f"{path}: not a kvrun model file")
     meta = header.get("__metadata__")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ModelFileError(f"{path}: a safetensors file, but not a kvrun model; kvrun convert makes one "
-                             "from a checkpoint folder")
+        raise ModelFileError(
+            f"{path}: a safetensors file, but not a kvrun model; kvrun convert makes one "
+            "from a checkpoint folder"
+        )
     if (8 + length) % ALIGNMENT:
         raise ModelFileError(f"{path}: damaged header: data does not start on a {ALIGNMENT}-byte boundary")
     return header, 8 + length
@@ -196,8 +215,10 @@ class _Metadata:
         if not isinstance(version, str) or not version.isascii() or not version.isdigit() or len(version) > 9:
             self._fail("version", "missing or not a number")
         if int(version) > VERSION:
-            raise ModelFileError(f"{self._path}: format version {version} is newer than this kvrun reads "
-                                 f"({VERSION}); upgrade kvrun")
+            raise ModelFileError(
+                f"{self._path}: format version {version} is newer than this kvrun reads "
+                f"({VERSION}); upgrade kvrun"
+            )
         if int(version) != VERSION:
             self._fail("version", f"{version} was never published")
         for name in _REQUIRED:
@@ -331,205 +352,3 @@ def _checked_entry(path: str, name: str, entry: Any, start: int, size: int | Non
     if entry["dtype"] != dtype or not _is_shape(entry["shape"], shape):
         raise ModelFileError(f"{where}: is not {dtype} {list(shape)}")
     return offsets[1]
-
-
-class ModelFileWriter:
-    """Writes a model file, streaming, under a temporary name in the same folder; a context manager.
-
-        with ModelFileWriter(path, description, types, tokenizer_info=info, tokenizer=data, ...) as writer:
-            for name in description.tensor_shapes():
-                writer.write(name, chunks)
-            model = writer.finish()
-
-    `types` gives the weight type of every matrix. Every tensor is written once, in any order. `finish` flushes
-    to disk, reads the file back against its checksums and only then gives it its name. Leaving the block without
-    `finish` removes the temporary file. ModelFileError when the file cannot be written.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        description: ModelDescription,
-        types: Mapping[str, str],
-        *,
-        tokenizer_info: Mapping[str, Any],
-        tokenizer: bytes | None,
-        stop_ids: Iterable[int] = (),
-        chat_template: str | None = None,
-        sampling: Mapping[str, float] | None = None,
-        source: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.path = os.fspath(path)
-        self._shapes = description.tensor_shapes()
-        self._types = dict(types)
-        self._sizes = tensor_sizes(description, types)
-        self._metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "model": description.to_json(),
-            "weights": self._weights_json(),
-            "tokenizer": _dumps(dict(tokenizer_info)),
-            "stop_ids": _dumps(sorted(set(stop_ids))),
-            "sampling": _dumps(dict(sampling or {})),
-            "source": _dumps(dict(source or {})),
-        }
-        if chat_template is not None:
-            self._metadata["chat_template"] = chat_template
-        if tokenizer is not None:
-            self._sizes[tokenizer_info["kind"]] = len(tokenizer)
-        self._checksums: dict[str, str] = {}
-        header = self._header()
-        *starts, self.nbytes = itertools.accumulate(self._sizes.values(), initial=len(header))
-        self._starts = dict(zip(self._sizes, starts))
-        self._target = check_output(self.path, self.nbytes)
-        self._open_temporary()
-        try:
-            with self._reported():
-                self._file.write(header)
-            if tokenizer is not None:
-                self.write(tokenizer_info["kind"], [tokenizer])
-        except BaseException:  # no `with` block has been entered yet
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> ModelFileWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._temporary is not None:
-            temporary, self._temporary = self._temporary, None
-            try:
-                self._file.close()
-            except OSError:  # what was still buffered does not fit the disk; the file goes anyway
-                pass
-            os.unlink(temporary)
-
-    def write(self, name: str, chunks: Iterable[Any]) -> None:
-        """Write one tensor: its bytes in order, as any number of buffers (uint8 from the core, or float32)."""
-        size, digest, written = self._sizes[name], hashlib.sha256(), 0
-        if name in self._checksums:
-            raise ValueError(f"tensor {name} is written twice")
-        with self._reported():
-            self._file.seek(self._starts[name])
-        for chunk in chunks:
-            part = memoryview(chunk).cast("B")
-            written += len(part)
-            if written > size:
-                break
-            digest.update(part)
-            with self._reported():
-                self._file.write(part)
-        if written != size:
-            raise ValueError(f"tensor {name} has {size} bytes, not {written}")
-        self._checksums[name] = digest.hexdigest()
-
-    def finish(self, progress: Progress | None = None) -> ModelFile:
-        """Complete the file, check it, and move it to its final name. Returns it, open."""
-        missing = [name for name in self._sizes if name not in self._checksums]
-        if missing:
-            raise ValueError(f"tensor {missing[0]} was not written")
-        with self._reported():
-            self._file.seek(0)
-            self._file.write(self._header())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that the check below reads the disk and not the page cache
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._file.close()
-        model = read_model_file(self._temporary)
-        model.verify(progress)
-        with self._reported():
-            os.replace(self._temporary, self._target)
-            self._temporary = None
-            _sync_folder(os.path.dirname(self._target))
-        model.path = self.path
-        return model
-
-    def _weights_json(self) -> str:
-        matrices = {name: shape for name, shape in self._shapes.items() if len(shape) == 2}
-        return _dumps({name: {"type": self._types[name], "shape": list(shape)} for name, shape in matrices.items()})
-
-    def _header(self) -> bytes:
-        """The header; as long without checksums as with them, since a checksum has a fixed length."""
-        checksums = {name: self._checksums.get(name, "0" * 64) for name in self._sizes}
-        metadata = {**self._metadata, "checksums": _dumps(checksums)}
-        metadata["header_checksum"] = header_checksum(metadata)
-        entries: dict[str, Any] = {"__metadata__": metadata}
-        position = 0
-        for name, size in self._sizes.items():
-            vector = len(self._shapes.get(name, ())) == 1
-            entries[name] = {
-                "dtype": "F32" if vector else "U8",
-                "shape": [size // 4 if vector else size],
-                "data_offsets": [position, position + size],
-            }
-            position += size
-        try:
-            text = _dumps(entries).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ModelFileError(f"{self.path}: the model's name or chat template is not valid text") from None
-        text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        if len(text) > MAX_HEADER:
-            raise ModelFileError(f"{self.path}: the header would have {len(text)} bytes, at most {MAX_HEADER} fit")
-        return len(text).to_bytes(8, "little") + text
-
-    def _open_temporary(self) -> None:
-        folder, name = os.path.split(self._target)
-        self._temporary: str | None = None
-        temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
-        with self._reported():
-            # Not tempfile: its files are private, a model file has the permissions of any new file.
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        self._temporary = temporary
-        self._file = os.fdopen(fd, "r+b", buffering=1 << 20)
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ModelFileError(f"{self.path}: cannot write: {error.strerror or error}") from None
-
-
-def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
-    """The real path to write to; ModelFileError if a file of `nbytes` cannot be created there."""
-    import shutil  # only writers pay for it
-
-    path = os.fspath(path)
-    try:
-        target = os.path.realpath(path)
-        if os.path.isdir(target) or path.endswith(os.sep):
-            raise ModelFileError(f"{path}: cannot write: it is a folder; give the name of a file in it")
-        # Renaming over a device or a pipe would remove it.
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise ModelFileError(f"{path}: cannot write: it exists and is not a regular file")
-        folder = os.path.dirname(target)
-        if not os.path.isdir(folder):
-            raise ModelFileError(f"{path}: cannot write: there is no folder {os.path.dirname(path)}")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ModelFileError(f"{path}: cannot write: no permission in folder {folder}")
-        disk = shutil.disk_usage(folder)
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path!r}: cannot write: {error}") from None
-    if disk.total and disk.free < nbytes:
-        raise ModelFileError(f"{path}: cannot write: No space left on device "
-                             f"({nbytes / 1e6:.1f} MB needed, {disk.free / 1e6:.1f} MB free)")
-    return target
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename durable where the system can sync a folder."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)

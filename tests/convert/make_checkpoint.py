@@ -36,12 +36,17 @@ def hf_shapes(config=CONFIG):
         shapes |= {
             f"model.layers.{i}.{name}.weight": shape
             for name, shape in {
-                "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
-                "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
-                "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-                "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+                "self_attn.q_proj": (queries, hidden),
+                "self_attn.k_proj": (keys, hidden),
+                "self_attn.v_proj": (keys, hidden),
+                "self_attn.o_proj": (hidden, queries),
+                "mlp.gate_proj": (inner, hidden),
+                "mlp.up_proj": (inner, hidden),
+                "mlp.down_proj": (hidden, inner),
+                "input_layernorm": (hidden,),
+                "post_attention_layernorm": (hidden,),
             }.items()
-        }  # fmt: skip
+        }
     if not c.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (c["vocab_size"], hidden)
     return shapes
@@ -61,8 +66,14 @@ def save_safetensors(path, tensors, dtype="F32"):
     """Write a safetensors file; `dtype` F32, F16 or BF16 (the values are cut or rounded to it)."""
     header, chunks, position = {"__metadata__": {"format": "pt"}}, [], 0
     for name, a in tensors.items():
-        data = {"F32": lambda a: a, "F16": lambda a: a.astype(np.float16), "BF16": to_bf16}[dtype](a).tobytes()
-        header[name] = {"dtype": dtype, "shape": list(a.shape), "data_offsets": [position, position + len(data)]}
+        data = {"F32": lambda a: a, "F16": lambda a: a.astype(np.float16), "BF16": to_bf16}[dtype](
+            a
+        ).tobytes()
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(a.shape),
+            "data_offsets": [position, position + len(data)],
+        }
         chunks.append(data)
         position += len(data)
     text = json.dumps(header).encode()
@@ -73,15 +84,35 @@ def save_safetensors(path, tensors, dtype="F32"):
 def tokenizer_json(vocab_size=40, **changes):
     """A byte-level BPE of a few letters with two special tokens."""
     letters = ["<s>", "</s>", *(chr(33 + i) for i in range(vocab_size - 2))]
-    special = [{"id": i, "content": letters[i], "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True} for i in (0, 1)]  # fmt: skip
+    special = [
+        {
+            "id": i,
+            "content": letters[i],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i in (0, 1)
+    ]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(letters)}, "merges": []},
         **changes,
-    }  # fmt: skip
+    }
 
 
 def write_json(path, value):
@@ -111,17 +142,23 @@ def gguf_shapes(hidden=64, inner=96, heads=4, kv_heads=2, layers=2, vocab=40):
         shapes |= {
             f"blk.{i}.{name}.weight": shape
             for name, shape in {
-                "attn_q": (hidden, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden),
-                "attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
-                "ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,),
+                "attn_q": (hidden, hidden),
+                "attn_k": (keys, hidden),
+                "attn_v": (keys, hidden),
+                "attn_output": (hidden, hidden),
+                "ffn_gate": (inner, hidden),
+                "ffn_up": (inner, hidden),
+                "ffn_down": (hidden, inner),
+                "attn_norm": (hidden,),
+                "ffn_norm": (hidden,),
             }.items()
-        }  # fmt: skip
+        }
     return shapes
 
 
 def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="smollm", **sizes):
     """Write a Llama GGUF file. `types`: GGML type by tensor name or part of it; `metadata` replaces or, with
-    None, removes keys under "llama." or "tokenizer.". Returns {name: float32 values as gguf dequantises them}."""
+    None, removes keys. Returns {name: float32 values as gguf dequantises them}."""
     import gguf
 
     types, metadata = types or {}, dict(metadata or {})
@@ -130,18 +167,28 @@ def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="s
     writer = gguf.GGUFWriter(str(path), metadata.pop("general.architecture", "llama"))
     heads, kv_heads = sizes.get("heads", 4), sizes.get("kv_heads", 2)
     values = {
-        "llama.block_count": sizes.get("layers", 2), "llama.context_length": 256,
-        "llama.embedding_length": sizes.get("hidden", 64), "llama.feed_forward_length": sizes.get("inner", 96),
-        "llama.attention.head_count": heads, "llama.attention.head_count_kv": kv_heads,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0,
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1, **gguf_vocabulary(tokens or gguf_tokens(sizes.get("vocab", 40))), **metadata,
-    }  # fmt: skip
+        "llama.block_count": sizes.get("layers", 2),
+        "llama.context_length": 256,
+        "llama.embedding_length": sizes.get("hidden", 64),
+        "llama.feed_forward_length": sizes.get("inner", 96),
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        **gguf_vocabulary(tokens or gguf_tokens(sizes.get("vocab", 40))),
+        **metadata,
+    }
     for key, value in values.items():
         _add(writer, key, value)
     stored = {}
     for name, a in tensors.items():
-        kind = gguf.GGMLQuantizationType[next((t for part, t in types.items() if part in name), "F32").upper()]
+        kind = gguf.GGMLQuantizationType[
+            next((t for part, t in types.items() if part in name), "F32").upper()
+        ]
         data = gguf.quants.quantize(a, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
         stored[name] = gguf.quants.dequantize(data, kind)

@@ -1,5 +1,6 @@
-"""The commands `kvrun convert` and `kvrun inspect`, run as a user runs them: output, exit status, bad input."""
+"""The commands `kvrun convert` and `kvrun inspect`: output, exit status, bad input."""
 
+import io
 import json
 import os
 import resource
@@ -7,21 +8,40 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 from make_checkpoint import (
-    CONFIG, hf_folder, hf_shapes, random_tensors, save_gguf, save_safetensors, write_json,
-)  # fmt: skip
+    CONFIG,
+    hf_folder,
+    hf_shapes,
+    random_tensors,
+    save_gguf,
+    save_safetensors,
+    write_json,
+)
 
-from kvrun import _core
+from kvrun import _core, inspect, modelwriter
+from kvrun.convert import cli
 from kvrun.modelfile import read_model_file
 
 
-def run(command, *args, **options):
-    module = {"convert": "kvrun.convert.cli", "inspect": "kvrun.inspect"}[command]
-    return subprocess.run([sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, timeout=120,
-                          **options)  # fmt: skip
+def run(command, *args, process=False, **options):
+    """The finished command; in a process of its own if asked, or if `options` for one are given."""
+    args = list(map(str, args))
+    if process or options:
+        return subprocess.run(
+            [sys.executable, "-m", "kvrun", command, *args],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **options,
+        )
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = {"convert": cli.main, "inspect": inspect.main}[command](args)
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
 def refused(folder, source, *says, output="out.bin", **options):
@@ -47,7 +67,7 @@ def model(hf, tmp_path):
 
 
 def test_nothing_is_printed_when_piped(hf, tmp_path):
-    result = run("convert", hf, "-o", tmp_path / "model.bin", "--type", "q8_0")
+    result = run("convert", hf, "-o", tmp_path / "model.bin", "--type", "q8_0", process=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert read_model_file(tmp_path / "model.bin", verify=True).weights["embed.weight"].type == "q8_0"
 
@@ -56,7 +76,13 @@ def test_the_summary(tmp_path):
     save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_0"})
     result = run("convert", tmp_path / "m.gguf", "-o", tmp_path / "model.bin", "-v")
     assert (result.returncode, result.stderr) == (0, "")
-    for text in ("2 tensors of type Q5_0 dequantised and stored as f16", "bits", "checksums match", "MB", " s"):
+    for text in (
+        "2 tensors of type Q5_0 dequantised and stored as f16",
+        "bits",
+        "checksums match",
+        "MB",
+        " s",
+    ):
         assert text in result.stdout
 
 
@@ -64,7 +90,9 @@ def test_a_terminal_gets_a_bar_and_the_summary(hf, tmp_path):
     pty = pytest.importorskip("pty")
     command = [sys.executable, "-m", "kvrun.convert.cli", str(hf), "-o", str(tmp_path / "model.bin")]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
+    process = subprocess.Popen(
+        command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(theirs)
     shown = b""
     try:
@@ -93,6 +121,7 @@ def test_usage(hf, tmp_path):
 
 def test_missing_parts(hf, tmp_path):
     refused(tmp_path, tmp_path / "none", "none: no such file or folder")
+    refused(tmp_path, "Some-Org/Model-1B", "no such file or folder; download the checkpoint first")
     (tmp_path / "empty").mkdir()
     refused(tmp_path, tmp_path / "empty", "no config.json")
     save_gguf(tmp_path / "empty" / "m.gguf")
@@ -113,7 +142,9 @@ def test_unsupported_architecture(hf, tmp_path):
 def test_pickles(hf, tmp_path):
     (hf / "model.safetensors").unlink()
     (hf / "pytorch_model.bin").write_bytes(b"PK\3\4")
-    refused(tmp_path, hf, "pytorch_model.bin", "pickle", "refused", "save_pretrained", "safe_serialization=True")
+    refused(
+        tmp_path, hf, "pytorch_model.bin", "pickles are refused", "save_pretrained", "safe_serialization=True"
+    )
     (hf / "config.json").unlink()
     refused(tmp_path, hf, "pickle")
 
@@ -129,8 +160,13 @@ def test_missing_and_misshapen_tensors(hf, tmp_path):
 
 def test_damaged_safetensors(hf, tmp_path):
     content = (hf / "model.safetensors").read_bytes()
-    for size, says in [(0, "not a safetensors file"), (5, "not a safetensors file"), (100, "truncated"),
-                       (len(content) // 2, "truncated"), (len(content) - 1, "truncated")]:  # fmt: skip
+    for size, says in [
+        (0, "not a safetensors file"),
+        (5, "not a safetensors file"),
+        (100, "truncated"),
+        (len(content) // 2, "truncated"),
+        (len(content) - 1, "truncated"),
+    ]:
         (hf / "model.safetensors").write_bytes(content[:size])
         refused(tmp_path, hf, "model.safetensors", says)
     (hf / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
@@ -168,7 +204,11 @@ def test_bad_json(hf, tmp_path):
 def test_output_is_no_file(hf, tmp_path):
     refused(tmp_path, hf, "it is a folder", output="hf")
     refused(tmp_path, hf, "there is no folder", output="none/model.bin")
-    for source, output in ((hf, hf / "model.safetensors"), (tmp_path / "m.gguf", tmp_path / "m.gguf")):
+    for source, output in (
+        (hf, hf / "model.safetensors"),
+        (hf, hf / "config.json"),
+        (tmp_path / "m.gguf", tmp_path / "m.gguf"),
+    ):
         save_gguf(tmp_path / "m.gguf")
         before = output.read_bytes()
         result = run("convert", source, "-o", output)
@@ -189,9 +229,6 @@ def test_a_limit_on_file_sizes(hf, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk(hf, tmp_path, monkeypatch):
     """The data goes to a device that is always full."""
-    from kvrun import modelfile
-    from kvrun.convert import cli
-
     real_open = os.open
 
     def open_full(path, flags, mode=0o777):
@@ -201,21 +238,31 @@ def test_a_full_disk(hf, tmp_path, monkeypatch):
             return real_open("/dev/full", os.O_RDWR)
         return fd
 
-    monkeypatch.setattr(modelfile.os, "open", open_full)
-    errors = []
-    monkeypatch.setattr("sys.stderr", type("Lines", (), {"write": lambda self, text: errors.append(text),
-                                                         "flush": lambda self: None})())  # fmt: skip
-    assert cli.main([str(hf), "-o", str(tmp_path / "out.bin")]) == 1
-    assert "No space left on device" in "".join(errors)
-    assert sorted(os.listdir(tmp_path)) == ["hf"]
+    monkeypatch.setattr(modelwriter.os, "open", open_full)
+    refused(tmp_path, hf, "out.bin: cannot write: No space left on device")
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(tmp_path, number, status):
-    config = {**CONFIG, "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}
+    config = {
+        **CONFIG,
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 12,
+    }
     hf_folder(tmp_path / "hf", config, tokenizer=False)
-    command = [sys.executable, "-m", "kvrun.convert.cli", str(tmp_path / "hf"), "-o", str(tmp_path / "out.bin"),
-               "--type", "q4_0", "--no-tokenizer"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "kvrun.convert.cli",
+        str(tmp_path / "hf"),
+        "-o",
+        str(tmp_path / "out.bin"),
+        "--type",
+        "q4_0",
+        "--no-tokenizer",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not any(name.endswith(".tmp") for name in os.listdir(tmp_path)):
@@ -229,13 +276,42 @@ def test_interrupted(tmp_path, number, status):
     assert sorted(os.listdir(tmp_path)) == (["hf", "out.bin"] if stopped == 0 else ["hf"])
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+    config = {
+        **CONFIG,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "vocab_size": 64,
+    }
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in hf_shapes(config).items()}
+    hf_folder(tmp_path / "hf", config, zeros, tokenizer=False)
+    assert os.path.getsize(tmp_path / "hf" / "model.safetensors") > 230e6
+    code = (
+        "from kvrun.convert.cli import main\n"
+        f"assert main([{str(tmp_path / 'hf')!r}, '-o', {str(tmp_path / 'm.bin')!r}, '--no-tokenizer']) == 0\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    peak = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(peak.split()[1]) * 1024 < 200e6
+
+
 # --- inspect
 
 
 def test_inspect(model):
-    result = run("inspect", model)
+    result = run("inspect", model, process=True)
     assert (result.returncode, result.stderr) == (0, "")
-    for text in ("llama", "2 KV heads", "tokenizer.json", "chat template: no", "bits per weight", "128k", "f16"):
+    for text in (
+        "llama",
+        "2 KV heads",
+        "tokenizer.json",
+        "chat template: no",
+        "bits per weight",
+        "128k",
+        "f16",
+    ):
         assert text in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""What goes into the model file equals what the checkpoint holds, bit for bit, read back without kvrun's code."""
+"""What the model file holds equals what the checkpoint holds, bit for bit, read without kvrun's code."""
 
 import importlib.util
 import os
@@ -8,7 +8,16 @@ import gguf
 import numpy as np
 import numpy_reader
 import pytest
-from make_checkpoint import CONFIG, hf_folder, hf_shapes, interleaved, random_tensors, save_gguf, straight, to_bf16
+from make_checkpoint import (
+    CONFIG,
+    hf_folder,
+    hf_shapes,
+    interleaved,
+    random_tensors,
+    save_gguf,
+    straight,
+    to_bf16,
+)
 
 from kvrun import _core
 from kvrun.convert import convert
@@ -33,26 +42,40 @@ def assert_same_bits(found, expected, names):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("changes", [
-    {},
-    {"tie_word_embeddings": False, "vocab_size": 37},
-    {"head_dim": 10, "hidden_size": 36, "intermediate_size": 53, "num_key_value_heads": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "vocab_size": 37},
+        {"head_dim": 10, "hidden_size": 36, "intermediate_size": 53, "num_key_value_heads": None},
+    ],
+)
 def test_safetensors_same(tmp_path, dtype, changes):
     config = {**CONFIG, **changes}
     tensors = random_tensors(hf_shapes(config))
     convert(hf_folder(tmp_path / "hf", config, tensors, dtype), tmp_path / "model.bin")
     found, description = read_named(tmp_path / "model.bin", HF)
-    cut = {"F32": lambda a: a, "F16": lambda a: a.astype(np.float16).astype(np.float32),
-           "BF16": lambda a: (to_bf16(a).astype(np.uint32) << 16).view(np.float32)}[dtype]  # fmt: skip
+    cut = {
+        "F32": lambda a: a,
+        "F16": lambda a: a.astype(np.float16).astype(np.float32),
+        "BF16": lambda a: (to_bf16(a).astype(np.uint32) << 16).view(np.float32),
+    }[dtype]
     expected = {name.removeprefix("model."): cut(a) for name, a in tensors.items()}
     assert_same_bits(found, expected, expected)
     assert len(found) == len(expected) == len(description.tensor_shapes())
 
 
 def test_gguf_types_are_kept_exactly(tmp_path):
-    types = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q8_0", "attn_output": "F16", "ffn_gate": "BF16",
-             "ffn_up": "F32", "ffn_down": "Q4_0", "token_embd": "Q8_0"}  # fmt: skip
+    types = {
+        "attn_q": "Q4_0",
+        "attn_k": "Q4_1",
+        "attn_v": "Q8_0",
+        "attn_output": "F16",
+        "ffn_gate": "BF16",
+        "ffn_up": "F32",
+        "ffn_down": "Q4_0",
+        "token_embd": "Q8_0",
+    }
     stored = save_gguf(tmp_path / "m.gguf", types)
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
     assert result.notes == []
@@ -80,8 +103,10 @@ def test_gguf_asked_type_is_kept_exactly_and_others_change(tmp_path, kind):
 def test_other_gguf_types_are_dequantised_with_a_note(tmp_path):
     stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_0", "ffn_gate": "Q5_1"})
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
-    assert result.notes == ["2 tensors of type Q5_0 dequantised and stored as f16",
-                            "2 tensors of type Q5_1 dequantised and stored as f16"]  # fmt: skip
+    assert result.notes == [
+        "2 tensors of type Q5_0 dequantised and stored as f16",
+        "2 tensors of type Q5_1 dequantised and stored as f16",
+    ]
     found, _ = read_named(tmp_path / "model.bin", GGUF)
     expected = stored["blk.0.ffn_up.weight"].astype(np.float16).astype(np.float32)
     assert np.array_equal(found["blk.0.ffn_up.weight"], expected)
@@ -93,21 +118,26 @@ def test_other_gguf_types_are_dequantised_with_a_note(tmp_path):
 def test_both_sources_of_one_model_give_equal_files(tmp_path):
     tensors = random_tensors(hf_shapes())
     names = {ours: theirs for ours, theirs in _hf_to_gguf().items()}
-    as_gguf = {names[name]: interleaved(a, 4) if "q_proj" in name else interleaved(a, 2) if "k_proj" in name else a
-               for name, a in tensors.items()}  # fmt: skip
+    as_gguf = {
+        names[name]: interleaved(a, 4) if "q_proj" in name else interleaved(a, 2) if "k_proj" in name else a
+        for name, a in tensors.items()
+    }
     save_gguf(tmp_path / "m.gguf", tensors=as_gguf)
     for kind in ("same", "bf16", "q8_0", "q4_1", "q4_0"):
         a = convert(hf_folder(tmp_path / "hf", tensors=tensors), tmp_path / "a.bin", kind).model
         b = convert(tmp_path / "m.gguf", tmp_path / "b.bin", kind).model
         for name, weight in a.weights.items():
-            assert weight.type == b.weights[name].type and np.array_equal(weight.data, b.weights[name].data), name
+            assert weight.type == b.weights[name].type and np.array_equal(
+                weight.data, b.weights[name].data
+            ), name
         for name, vector in a.vectors.items():
             assert np.array_equal(vector, b.vectors[name]), name
 
 
 def _hf_to_gguf():
-    description = ModelDescription("llama", "x", 40, 64, 96, 2, 4, 2, 16, 256, 1e-5, "silu", 1e4, None, 0.25, True,
-                                   False, False)  # fmt: skip
+    description = ModelDescription(
+        "llama", "x", 40, 64, 96, 2, 4, 2, 16, 256, 1e-5, "silu", 1e4, None, 0.25, True, False, False
+    )
     pairs = zip(LLAMA.source_names(description, HF), LLAMA.source_names(description, GGUF), strict=True)
     return {"model." + hf: gguf_name for (_, hf), (_, gguf_name) in pairs}
 
@@ -130,8 +160,14 @@ def test_slabs_do_not_change_the_result(tmp_path, monkeypatch):
 
     config = {**CONFIG, "head_dim": 24, "vocab_size": 133}
     folder = hf_folder(tmp_path / "hf", config)
-    save_gguf(tmp_path / "m.gguf", {"attn_q": "Q4_0"}, tokens=[f"t{i}" for i in range(131)] + ["!", '"', '!"'],
-              vocab=134, heads=2, kv_heads=1)  # fmt: skip
+    save_gguf(
+        tmp_path / "m.gguf",
+        {"attn_q": "Q4_0"},
+        tokens=[f"t{i}" for i in range(131)] + ["!", '"', '!"'],
+        vocab=134,
+        heads=2,
+        kv_heads=1,
+    )
     for source in (folder, tmp_path / "m.gguf"):
         monkeypatch.setattr(module, "SLAB", 16 << 20)
         whole = convert(source, tmp_path / "a.bin", "q8_0").model
@@ -172,5 +208,7 @@ def test_the_default_model_is_imported_exactly(tmp_path):
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if "attn_q" in tensor.name or "attn_k" in tensor.name:
-            values = straight(values, description.n_heads if "attn_q" in tensor.name else description.n_kv_heads)
+            values = straight(
+                values, description.n_heads if "attn_q" in tensor.name else description.n_kv_heads
+            )
         assert_same_bits(found, {tensor.name: values}, [tensor.name])

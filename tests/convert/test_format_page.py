@@ -33,18 +33,33 @@ def test_the_worked_example():
 def test_the_sizes(cols):
     blocks = -(-cols // 32)
     pairs, even = -(-blocks // 2), cols + cols % 2
-    sizes = {"f32": 64 * cols, "f16": 32 * even, "bf16": 32 * even, "q8_0": 64 * pairs + 512 * blocks,
-             "q4_0": 64 * pairs + 256 * blocks, "q4_1": 128 * pairs + 256 * blocks}  # fmt: skip
+    sizes = {
+        "f32": 64 * cols,
+        "f16": 32 * even,
+        "bf16": 32 * even,
+        "q8_0": 64 * pairs + 512 * blocks,
+        "q4_0": 64 * pairs + 256 * blocks,
+        "q4_1": 128 * pairs + 256 * blocks,
+    }
     assert {kind: _core.packed_size(kind, 33, cols) // 3 for kind in _core.WEIGHT_TYPES} == sizes
 
 
 def test_the_tables_are_complete(tmp_path):
     convert(hf_folder(tmp_path / "hf"), tmp_path / "model.bin")
     metadata, *_ = numpy_reader.load(tmp_path / "model.bin")
-    for key in [*metadata, *modelfile._REQUIRED, *modelfile._OPTIONAL, *json.loads(metadata["tokenizer"]),
-                *(field.name for field in fields(ModelDescription)), *modelfile.SAMPLING_KEYS, *_core.WEIGHT_TYPES]:
+    for key in [
+        *metadata,
+        *modelfile._REQUIRED,
+        *modelfile._OPTIONAL,
+        *json.loads(metadata["tokenizer"]),
+        *(field.name for field in fields(ModelDescription)),
+        *modelfile.SAMPLING_KEYS,
+        *_core.WEIGHT_TYPES,
+    ]:
         assert f"`{key}`" in PAGE, key
-    names = {re.sub(r"\d+", "{i}", name) for name in ModelDescription.from_json(metadata["model"]).tensor_shapes()}
+    names = {
+        re.sub(r"\d+", "{i}", name) for name in ModelDescription.from_json(metadata["model"]).tensor_shapes()
+    }
     assert all(f"`{name}`" in PAGE for name in names)
 
 
@@ -55,6 +70,8 @@ def test_the_reader(tmp_path, kind):
     _, matrices, vectors, tokenizer = numpy_reader.load(tmp_path / "model.bin")
     assert tokenizer == model.tokenizer_bytes() and list(matrices) == list(model.weights)
     for name, weight in model.weights.items():
-        assert np.array_equal(matrices[name], _core.unpack(weight.type, weight.data, weight.rows, weight.cols))
+        assert np.array_equal(
+            matrices[name], _core.unpack(weight.type, weight.data, weight.rows, weight.cols)
+        )
     for name, vector in model.vectors.items():
         assert np.array_equal(vectors[name], vector)

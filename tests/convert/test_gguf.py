@@ -28,7 +28,9 @@ def test_the_reader_agrees_with_the_gguf_package(path):
     for key, field in reader.fields.items():
         if not key.startswith("GGUF."):
             expected = field.contents()
-            assert file.metadata[key] == (pytest.approx(expected, rel=1e-7) if type(expected) is float else expected)
+            assert file.metadata[key] == (
+                pytest.approx(expected, rel=1e-7) if type(expected) is float else expected
+            )
     assert list(file.tensors) == [tensor.name for tensor in reader.tensors]
     for tensor in reader.tensors:
         ours = file.tensors[tensor.name]
@@ -39,11 +41,36 @@ def test_the_reader_agrees_with_the_gguf_package(path):
 
 def test_every_kind_of_value(tmp_path):
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
-    values = {"u8": 200, "i8": -100, "u16": 60000, "i16": -30000, "u32": 4 << 29, "i32": -5, "u64": 1 << 60, "i64": -(1 << 60),
-              "f32": 0.1, "f64": 0.1, "bool": True, "string": "ä\0€", "strings": ["a", ""], "ints": [1, 2], "bools": [True, False],
-              "floats": [0.5, 0.25]}  # fmt: skip
-    methods = {"u8": "uint8", "i8": "int8", "u16": "uint16", "i16": "int16", "u32": "uint32", "i32": "int32",
-               "u64": "uint64", "i64": "int64", "f32": "float32", "f64": "float64"}  # fmt: skip
+    values = {
+        "u8": 200,
+        "i8": -100,
+        "u16": 60000,
+        "i16": -30000,
+        "u32": 4 << 29,
+        "i32": -5,
+        "u64": 1 << 60,
+        "i64": -(1 << 60),
+        "f32": 0.1,
+        "f64": 0.1,
+        "bool": True,
+        "string": "ä\0€",
+        "strings": ["a", ""],
+        "ints": [1, 2],
+        "bools": [True, False],
+        "floats": [0.5, 0.25],
+    }
+    methods = {
+        "u8": "uint8",
+        "i8": "int8",
+        "u16": "uint16",
+        "i16": "int16",
+        "u32": "uint32",
+        "i32": "int32",
+        "u64": "uint64",
+        "i64": "int64",
+        "f32": "float32",
+        "f64": "float64",
+    }
     for name, value in values.items():
         kind = "array" if isinstance(value, list) else methods.get(name, name)
         getattr(writer, f"add_{kind}")(f"x.{name}", value)
@@ -65,11 +92,20 @@ def test_description(tmp_path):
 
 
 def test_defaults_and_other_ways_to_say_it(tmp_path):
-    description = describe(tmp_path, metadata={
-        "llama.rope.freq_base": None, "llama.vocab_size": 40, "llama.attention.head_count_kv": [2, 2],
-        "llama.rope.dimension_count": 16, "llama.attention.key_length": 16, "llama.attention.scale": 0.5,
-        "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.expert_count": 0,
-    })  # fmt: skip
+    description = describe(
+        tmp_path,
+        metadata={
+            "llama.rope.freq_base": None,
+            "llama.vocab_size": 40,
+            "llama.attention.head_count_kv": [2, 2],
+            "llama.rope.dimension_count": 16,
+            "llama.attention.key_length": 16,
+            "llama.attention.scale": 0.5,
+            "llama.rope.scaling.type": "linear",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.expert_count": 0,
+        },
+    )
     assert (description.name, description.rope_theta, description.n_kv_heads) == ("m", 1e4, 2)
     assert (description.rope_scaling, description.attention_scale) == ({"type": "linear", "factor": 4.0}, 0.5)
 
@@ -90,17 +126,25 @@ def test_an_output_tensor_unties(tmp_path):
     assert not describe(tmp_path, tensors=tensors).tie_embeddings
 
 
-@pytest.mark.parametrize("metadata, says", [
-    ({"general.architecture": "gpt2"}, r"not supported yet: gpt2 \(supported: llama\)"),
-    ({"llama.block_count": None}, "llama.block_count: missing"), ({"llama.block_count": "2"}, "llama.block_count"),
-    ({"llama.block_count": 3}, "blk.2.attn_q.weight is missing"), ({"llama.expert_count": 8}, "expert_count"),
-    ({"llama.rope.dimension_count": 8}, "rope.dimension_count"), ({"llama.embedding_length": 32}, "has shape"),
-    ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: 'yarn' is not supported yet"),
-    ({"llama.attention.head_count_kv": [1, 2]}, "different values per layer"),
-    ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon: missing"), ({"split.count": 3}, "one of 3 parts"),
-    ({"llama.vocab_size": 41}, r"token_embd.weight has shape \[40, 64\]"), ({"llama.logit_scale": 2.0}, "logit_scale"),
-    ({"llama.attention.head_count": 100}, "head_count: 100 does not divide"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, says",
+    [
+        ({"general.architecture": "gpt2"}, r"not supported yet: gpt2 \(supported: llama\)"),
+        ({"llama.block_count": None}, "llama.block_count: missing"),
+        ({"llama.block_count": "2"}, "llama.block_count"),
+        ({"llama.block_count": 3}, "blk.2.attn_q.weight is missing"),
+        ({"llama.expert_count": 8}, "expert_count"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
+        ({"llama.embedding_length": 32}, "has shape"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type: 'yarn' is not supported yet"),
+        ({"llama.attention.head_count_kv": [1, 2]}, "different values per layer"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon: missing"),
+        ({"split.count": 3}, "one of 3 parts"),
+        ({"llama.vocab_size": 41}, r"token_embd.weight has shape \[40, 64\]"),
+        ({"llama.logit_scale": 2.0}, "logit_scale"),
+        ({"llama.attention.head_count": 100}, "head_count: 100 does not divide"),
+    ],
+)
 def test_what_cannot_be_converted_is_named(tmp_path, metadata, says):
     with pytest.raises(ConvertError, match=says):
         describe(tmp_path, metadata=metadata)

@@ -24,7 +24,9 @@ def vocabulary(tmp_path, pre="gpt-2", metadata=None, **entries):
         **{f"tokenizer.ggml.{key}": value for key, value in entries.items()},
         **(metadata or {}),
     }
-    save_gguf(tmp_path / "m.gguf", metadata=values, pre=pre, vocab=len(values["tokenizer.ggml.tokens"] or []) or 40)
+    save_gguf(
+        tmp_path / "m.gguf", metadata=values, pre=pre, vocab=len(values["tokenizer.ggml.tokens"] or []) or 40
+    )
     return open_checkpoint(str(tmp_path / "m.gguf"))
 
 
@@ -41,13 +43,64 @@ def words(checkpoint, text):
 TEXT = "Hello  we'll WE'LL x1234\n\n 5½ ok!!\n"
 
 
-@pytest.mark.parametrize("pre, expected", [
-    ("gpt-2", ["Hello", " ", " we", "'ll", " WE", "'", "LL", " x", "1234", "\n\n", " 5½", " ok", "!!", "\n"]),
-    ("smollm", ["Hello", " ", " we", "'ll", " WE", "'", "LL", " x", "1", "2", "3", "4", "\n\n ", "5", "½", " ok", "!!",
-                "\n"]),
-    ("llama-bpe", ["Hello", " ", " we", "'ll", " WE", "'LL", " x", "123", "4", "\n\n", " ", "5½", " ok", "!!\n"]),
-    ("qwen2", ["Hello", " ", " we", "'ll", " WE", "'LL", " x", "1", "2", "3", "4", "\n\n", " ", "5", "½", " ok", "!!\n"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pre, expected",
+    [
+        (
+            "gpt-2",
+            ["Hello", " ", " we", "'ll", " WE", "'", "LL", " x", "1234", "\n\n", " 5½", " ok", "!!", "\n"],
+        ),
+        (
+            "smollm",
+            [
+                "Hello",
+                " ",
+                " we",
+                "'ll",
+                " WE",
+                "'",
+                "LL",
+                " x",
+                "1",
+                "2",
+                "3",
+                "4",
+                "\n\n ",
+                "5",
+                "½",
+                " ok",
+                "!!",
+                "\n",
+            ],
+        ),
+        (
+            "llama-bpe",
+            ["Hello", " ", " we", "'ll", " WE", "'LL", " x", "123", "4", "\n\n", " ", "5½", " ok", "!!\n"],
+        ),
+        (
+            "qwen2",
+            [
+                "Hello",
+                " ",
+                " we",
+                "'ll",
+                " WE",
+                "'LL",
+                " x",
+                "1",
+                "2",
+                "3",
+                "4",
+                "\n\n",
+                " ",
+                "5",
+                "½",
+                " ok",
+                "!!\n",
+            ],
+        ),
+    ],
+)
 def test_how_text_is_cut(tmp_path, pre, expected):
     assert words(vocabulary(tmp_path, pre), TEXT) == expected
 
@@ -55,7 +108,17 @@ def test_how_text_is_cut(tmp_path, pre, expected):
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_every_pre_tokenizer_gives_back_the_text(tmp_path, pre):
     built = tokenizer(vocabulary(tmp_path, pre, add_bos_token=False))
-    for text in ["", " ", TEXT, "日本語 text", "👩‍👩‍👧 مرحبا", "\0\x1f\x7f", "a\r\n\tb", "<|im_end|>", "x" * 500]:
+    for text in [
+        "",
+        " ",
+        TEXT,
+        "日本語 text",
+        "👩‍👩‍👧 مرحبا",
+        "\0\x1f\x7f",
+        "a\r\n\tb",
+        "<|im_end|>",
+        "x" * 500,
+    ]:
         assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -64,7 +127,9 @@ def test_merges_and_special_tokens(tmp_path):
     built = tokenizer(checkpoint)
     assert built.encode("ab ab<|im_end|>123").tokens == ["ab", "Ġab", "<|im_end|>", "123"]
     assert built.decode([1], skip_special_tokens=True) == ""
-    assert built.get_vocab_size() == 263 and [built.token_to_id(t) for t in ("<s>", "<|im_end|>", BYTES[0])] == [0, 1, 2]
+    assert built.get_vocab_size() == 263 and [
+        built.token_to_id(t) for t in ("<s>", "<|im_end|>", BYTES[0])
+    ] == [0, 1, 2]
     assert set(checkpoint.stop_ids) == {1}
 
 
@@ -79,11 +144,17 @@ def test_unicode_is_composed_for_qwen(tmp_path):
     assert tokenizer(vocabulary(tmp_path, "llama-bpe")).normalizer is None
 
 
-@pytest.mark.parametrize("pre, entries, expected", [
-    ("gpt-2", {}, (False, False)), ("llama-bpe", {}, (True, False)), ("llama-bpe", {"add_bos_token": False}, (False, False)),
-    ("smollm", {"add_bos_token": True, "add_eos_token": True}, (True, True)),
-    ("llama-bpe", {"bos_token_id": None}, (False, False)), ("llama-bpe", {"bos_token_id": 5000}, (False, False)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pre, entries, expected",
+    [
+        ("gpt-2", {}, (False, False)),
+        ("llama-bpe", {}, (True, False)),
+        ("llama-bpe", {"add_bos_token": False}, (False, False)),
+        ("smollm", {"add_bos_token": True, "add_eos_token": True}, (True, True)),
+        ("llama-bpe", {"bos_token_id": None}, (False, False)),
+        ("llama-bpe", {"bos_token_id": 5000}, (False, False)),
+    ],
+)
 def test_what_is_put_around_a_text(tmp_path, pre, entries, expected):
     checkpoint = vocabulary(tmp_path, pre, **entries)
     info = checkpoint.vocabulary.model_entry(checkpoint.description.vocab_size)
@@ -103,24 +174,45 @@ def test_kinds_of_tokens(tmp_path):
 def test_tokens_of_the_same_text_keep_their_ids(tmp_path):
     tokens = ["<s>", "<|im_end|>", *BYTES, "12", "123", "ab", "Ġab", "abc", "ab", "xyz"]
     built = tokenizer(vocabulary(tmp_path, tokens=tokens, token_type=[3, 3] + [1] * 263))
-    assert built.token_to_id("ab") == 260 and built.token_to_id("xyz") == 264 and built.get_vocab_size() == 265
+    assert (
+        built.token_to_id("ab") == 260 and built.token_to_id("xyz") == 264 and built.get_vocab_size() == 265
+    )
 
 
 def test_template_sampling_and_ids(tmp_path):
-    checkpoint = vocabulary(tmp_path, padding_token_id=1, unknown_token_id=0, metadata={
-        "tokenizer.chat_template": "{{ x }}", "general.sampling.temp": 0.5, "general.sampling.top_k": 20,
-    })  # fmt: skip
+    checkpoint = vocabulary(
+        tmp_path,
+        padding_token_id=1,
+        unknown_token_id=0,
+        metadata={
+            "tokenizer.chat_template": "{{ x }}",
+            "general.sampling.temp": 0.5,
+            "general.sampling.top_k": 20,
+        },
+    )
     info = checkpoint.vocabulary.model_entry(263)
     assert (info["pad_id"], info["unk_id"]) == (1, 0)
     assert (checkpoint.chat_template, checkpoint.sampling) == ("{{ x }}", {"temperature": 0.5, "top_k": 20})
 
 
-@pytest.mark.parametrize("entries, says", [
-    ({"pre": "chatglm-bpe"}, r"not supported yet: pre-tokenizer 'chatglm-bpe' \(supported: default, gpt-2, smollm"),
-    ({"model": "llama"}, "not supported yet: tokenizer 'llama'"), ({"model": None}, "has no tokenizer"),
-    ({"merges": None}, "merges"), ({"merges": ["ab"]}, "merges"), ({"merges": ["q zz"]}, "merges"), ({"tokens": None}, "tokens"),
-    ({"token_type": [1]}, "token_type"), ({"tokens": [1, 2]}, "tokens"), ({"add_bos_token": 7}, "add_bos_token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entries, says",
+    [
+        (
+            {"pre": "chatglm-bpe"},
+            r"not supported yet: pre-tokenizer 'chatglm-bpe' \(supported: default, gpt-2, smollm",
+        ),
+        ({"model": "llama"}, "not supported yet: tokenizer 'llama'"),
+        ({"model": None}, "has no tokenizer"),
+        ({"merges": None}, "merges"),
+        ({"merges": ["ab"]}, "merges"),
+        ({"merges": ["q zz"]}, "merges"),
+        ({"tokens": None}, "tokens"),
+        ({"token_type": [1]}, "token_type"),
+        ({"tokens": [1, 2]}, "tokens"),
+        ({"add_bos_token": 7}, "add_bos_token"),
+    ],
+)
 def test_what_is_refused(tmp_path, entries, says):
     with pytest.raises(ConvertError, match=says) as caught:
         vocabulary(tmp_path, **entries)

@@ -5,16 +5,26 @@ import json
 import numpy as np
 import pytest
 from make_checkpoint import (
-    CONFIG, hf_folder, hf_shapes, random_tensors, save_safetensors, tokenizer_json, write_json,
-)  # fmt: skip
+    CONFIG,
+    hf_folder,
+    hf_shapes,
+    random_tensors,
+    save_safetensors,
+    tokenizer_json,
+    write_json,
+)
 
 from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.errors import ConvertError
 
 CONFIG_NAMES = {
-    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
-}  # fmt: skip
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+}
 
 
 def describe(tmp_path, without=(), **changes):
@@ -30,15 +40,36 @@ def test_description(tmp_path):
     assert (description.architecture, description.name, description.head_dim) == ("llama", "hf", 16)
     assert (description.norm_eps, description.rope_theta, description.rope_scaling) == (1e-5, 10000.0, None)
     assert (description.attention_scale, description.activation) == (0.25, "silu")
-    assert (description.tie_embeddings, description.attention_bias, description.mlp_bias) == (True, False, False)
+    assert (description.tie_embeddings, description.attention_bias, description.mlp_bias) == (
+        True,
+        False,
+        False,
+    )
 
 
 def test_defaults_and_null_values(tmp_path):
-    description = describe(tmp_path, ("num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act",
-                                      "max_position_embeddings", "architectures"), head_dim=None,
-                           rope_scaling=None, attention_bias=None, mlp_bias=None, pretraining_tp=1)  # fmt: skip
+    description = describe(
+        tmp_path,
+        (
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "rope_theta",
+            "hidden_act",
+            "max_position_embeddings",
+            "architectures",
+        ),
+        head_dim=None,
+        rope_scaling=None,
+        attention_bias=None,
+        mlp_bias=None,
+        pretraining_tp=1,
+    )
     assert (description.n_kv_heads, description.norm_eps, description.rope_theta) == (4, 1e-6, 10000.0)
-    assert (description.context_length, description.activation, description.rope_scaling) == (2048, "silu", None)
+    assert (description.context_length, description.activation, description.rope_scaling) == (
+        2048,
+        "silu",
+        None,
+    )
 
 
 def test_an_untied_head_is_the_default(tmp_path):
@@ -47,46 +78,90 @@ def test_an_untied_head_is_the_default(tmp_path):
     assert not checkpoint.description.tie_embeddings and "head.weight" in checkpoint.tensors
 
 
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
-LLAMA3_OURS = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_context_length": 128.0}  # fmt: skip
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LLAMA3_OURS = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context_length": 128.0,
+}
 
 
-@pytest.mark.parametrize("changes, theta, scaling", [
-    ({"rope_theta": 5e5}, 5e5, None),
-    ({"rope_scaling": {"type": "linear", "factor": 4}}, 1e4, {"type": "linear", "factor": 4.0}),
-    ({"rope_scaling": {"rope_type": "default"}}, 1e4, None),
-    ({"rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}, "rope_theta": 5e5}, 5e5, LLAMA3_OURS),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e5}, "rope_theta": None}, 2e5, None),
-    ({"rope_parameters": {"rope_theta": 3e5}}, 3e5, None),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, LLAMA3_OURS),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 7e4}, 7e4, {"type": "linear", "factor": 2.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, theta, scaling",
+    [
+        ({"rope_theta": 5e5}, 5e5, None),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, 1e4, {"type": "linear", "factor": 4.0}),
+        ({"rope_scaling": {"rope_type": "default"}}, 1e4, None),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}, "rope_theta": 5e5},
+            5e5,
+            LLAMA3_OURS,
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 2e5}, "rope_theta": None}, 2e5, None),
+        ({"rope_parameters": {"rope_theta": 3e5}}, 3e5, None),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, LLAMA3_OURS),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 7e4},
+            7e4,
+            {"type": "linear", "factor": 2.0},
+        ),
+    ],
+)
 def test_rope(tmp_path, changes, theta, scaling):
     description = describe(tmp_path, **changes)
     assert (description.rope_theta, description.rope_scaling) == (theta, scaling)
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling: rope type 'yarn' is not supported yet"),
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 4}}, "rope_parameters: rope type 'dynamic'"),
-    ({"rope_scaling": {"factor": 4}}, "type: missing"), ({"rope_scaling": "linear"}, "rope_scaling: not a JSON object"),
-    ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor"), ({"rope_scaling": {"type": "linear"}}, "factor"),
-    ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": None}}, "factor"),
-    ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported yet"), ({"hidden_act": 3}, "hidden_act"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"num_key_value_heads": 3}, "n_kv_heads"), ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide the hidden size 64"),
-    ({"hidden_size": None}, "hidden_size: missing"), ({"hidden_size": "64"}, "hidden_size"), ({"vocab_size": 0}, "vocab_size"),
-    ({"num_hidden_layers": True}, "num_hidden_layers"), ({"rms_norm_eps": 0}, "rms_norm_eps"),
-    ({"head_dim": 7}, "head_dim"), ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"), ({"rope_theta": -1}, "rope_theta"),
-    ({"vocab_size": 41}, r"embed_tokens.weight has shape \[40, 64\], but the config says \[41, 64\]"),
-    ({"intermediate_size": 95}, "has shape"), ({"num_hidden_layers": 3}, "layers.2.self_attn.q_proj.weight is missing"),
-    ({"num_hidden_layers": 1}, "not part of a llama model"), ({"attention_bias": True}, "q_proj.bias is missing"),
-    ({"tie_word_embeddings": False}, "lm_head.weight is missing"), ({"architectures": "Llama"}, "architectures"),
-    ({"architectures": ["MambaForCausalLM"]}, r"not supported yet: MambaForCausalLM \(supported: LlamaForCausalLM"),
-    ({"architectures": None, "model_type": "gpt_bigcode"}, "not supported yet: gpt_bigcode"),
-    ({"architectures": [], "model_type": None}, "architectures: missing"), ({"vocab_size": 10**30}, "vocab_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            "rope_scaling: rope type 'yarn' is not supported yet",
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4}}, "rope_parameters: rope type 'dynamic'"),
+        ({"rope_scaling": {"factor": 4}}, "type: missing"),
+        ({"rope_scaling": "linear"}, "rope_scaling: not a JSON object"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": None}}, "factor"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported yet"),
+        ({"hidden_act": 3}, "hidden_act"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, "n_kv_heads"),
+        ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide the hidden size 64"),
+        ({"hidden_size": None}, "hidden_size: missing"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"rope_theta": -1}, "rope_theta"),
+        ({"vocab_size": 41}, r"embed_tokens.weight has shape \[40, 64\], but the config says \[41, 64\]"),
+        ({"intermediate_size": 95}, "has shape"),
+        ({"num_hidden_layers": 3}, "layers.2.self_attn.q_proj.weight is missing"),
+        ({"num_hidden_layers": 1}, "not part of a llama model"),
+        ({"attention_bias": True}, "q_proj.bias is missing"),
+        ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+        ({"architectures": "Llama"}, "architectures"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            r"not supported yet: MambaForCausalLM \(supported: LlamaForCausalLM",
+        ),
+        ({"architectures": None, "model_type": "gpt_bigcode"}, "not supported yet: gpt_bigcode"),
+        ({"architectures": [], "model_type": None}, "architectures: missing"),
+        ({"vocab_size": 10**30}, "vocab_size"),
+    ],
+)
 def test_what_cannot_be_converted_is_named(tmp_path, changes, says):
     folder = hf_folder(tmp_path / "hf")
     write_json(folder / "config.json", {**CONFIG, **changes})
@@ -139,7 +214,9 @@ def sharded(tmp_path, with_index=True):
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards(tmp_path, with_index):
     checkpoint = open_checkpoint(str(sharded(tmp_path, with_index)))
-    assert len(checkpoint.files) == 3 and len(checkpoint.tensors) == len(hf_shapes())
+    assert len({t.path for t in checkpoint.tensors.values()}) == 3 and len(checkpoint.tensors) == len(
+        hf_shapes()
+    )
     (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
     says = "model-00002-of-00003.safetensors is missing" if with_index else "2 of 3 safetensors files"
     with pytest.raises(ConvertError, match=says):
@@ -150,10 +227,15 @@ def test_an_index_that_is_wrong(tmp_path):
     folder = sharded(tmp_path)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     for weight_map, says in [
-        ({**index["weight_map"], "model.norm.weight": "model-00001-of-00003.safetensors"}, "the index says it is here"),
+        (
+            {**index["weight_map"], "model.norm.weight": "model-00001-of-00003.safetensors"},
+            "the index says it is here",
+        ),
         ({**index["weight_map"], "model.norm.weight": "../model.safetensors"}, "not a file name"),
-        ({**index["weight_map"], "model.norm.weight": 7}, "not a file name"), ({}, "weight_map"), ([], "weight_map"),
-    ]:  # fmt: skip
+        ({**index["weight_map"], "model.norm.weight": 7}, "not a file name"),
+        ({}, "weight_map"),
+        ([], "weight_map"),
+    ]:
         write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
         with pytest.raises(ConvertError, match=says):
             open_checkpoint(str(folder))
@@ -209,25 +291,44 @@ def test_a_damaged_tokenizer(tmp_path):
 
 
 def template(*parts):
-    steps = [{"Sequence": {"id": "A", "type_id": 0}} if p == "A" else {"SpecialToken": {"id": p, "type_id": 0}}
-             for p in parts]  # fmt: skip
+    steps = [
+        {"Sequence": {"id": "A", "type_id": 0}} if p == "A" else {"SpecialToken": {"id": p, "type_id": 0}}
+        for p in parts
+    ]
     special = {p: {"id": p, "ids": [("<s>", "</s>").index(p)], "tokens": [p]} for p in parts if p != "A"}
     return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": special}
 
 
-@pytest.mark.parametrize("post, config, expected", [
-    (None, {}, (False, False)), (template("<s>", "A"), {}, (True, False)),
-    (template("<s>", "A", "</s>"), {}, (True, True)), (template("A", "</s>"), {}, (False, True)),
-    (template("<s>", "A"), {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, (False, False)),
-    (None, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True}, (True, True)),
-    (None, {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, (False, False)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "post, config, expected",
+    [
+        (None, {}, (False, False)),
+        (template("<s>", "A"), {}, (True, False)),
+        (template("<s>", "A", "</s>"), {}, (True, True)),
+        (template("A", "</s>"), {}, (False, True)),
+        (template("<s>", "A"), {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, (False, False)),
+        (
+            None,
+            {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True},
+            (True, True),
+        ),
+        (None, {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, (False, False)),
+    ],
+)
 def test_what_is_put_around_a_text(tmp_path, post, config, expected):
     folder = hf_folder(tmp_path / "hf")
-    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
-               "pad_type_id": 0, "pad_token": "</s>"}  # fmt: skip
+    padding = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
     write_json(folder / "tokenizer.json", tokenizer_json(post_processor=post, padding=padding))
-    write_json(folder / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "eos_token": "</s>", **config})
+    write_json(
+        folder / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "eos_token": "</s>", **config}
+    )
     info = open_checkpoint(str(folder)).vocabulary.model_entry(40)
     assert (info["add_bos"], info["add_eos"]) == expected
     assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (0, 1, None, None)
@@ -251,8 +352,9 @@ def test_stop_ids(tmp_path):
         old = next(t for t, i in tokenizer["model"]["vocab"].items() if i == token)
         del tokenizer["model"]["vocab"][old]
         tokenizer["model"]["vocab"][text] = token
-        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": token, "content": text,
-                                          "special": token != 5})  # fmt: skip
+        tokenizer["added_tokens"].append(
+            {**tokenizer["added_tokens"][0], "id": token, "content": text, "special": token != 5}
+        )
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "generation_config.json", {"eos_token_id": [10, 11]})
     assert set(open_checkpoint(str(folder)).stop_ids) == {1, 4, 9, 10, 11}
@@ -261,10 +363,16 @@ def test_stop_ids(tmp_path):
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("value, expected", [
-    ("{{ a }}\n", "{{ a }}\n"), (None, None), ([{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}], "D"),
-    ([{"name": "chat", "template": "C"}], "C"), ([{"name": "a", "template": "A"}, {"name": "b", "template": "B"}], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("{{ a }}\n", "{{ a }}\n"),
+        (None, None),
+        ([{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}], "D"),
+        ([{"name": "chat", "template": "C"}], "C"),
+        ([{"name": "a", "template": "A"}, {"name": "b", "template": "B"}], None),
+    ],
+)
 def test_chat_template_in_the_config(tmp_path, value, expected):
     folder = hf_folder(tmp_path / "hf")
     write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "chat_template": value})
@@ -286,9 +394,23 @@ def test_chat_templates_that_are_none(tmp_path, value):
 
 def test_sampling(tmp_path):
     folder = hf_folder(tmp_path / "hf")
-    write_json(folder / "generation_config.json", {"temperature": 0.6, "top_k": 20, "top_p": 1, "min_p": None,
-                                                   "repetition_penalty": 1.1, "do_sample": True})  # fmt: skip
-    assert open_checkpoint(str(folder)).sampling == {"temperature": 0.6, "top_k": 20, "top_p": 1.0, "repeat_penalty": 1.1}
+    write_json(
+        folder / "generation_config.json",
+        {
+            "temperature": 0.6,
+            "top_k": 20,
+            "top_p": 1,
+            "min_p": None,
+            "repetition_penalty": 1.1,
+            "do_sample": True,
+        },
+    )
+    assert open_checkpoint(str(folder)).sampling == {
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 1.0,
+        "repeat_penalty": 1.1,
+    }
     write_json(folder / "generation_config.json", {"temperature": "hot"})
     with pytest.raises(ConvertError, match="generation_config.json: field temperature"):
         open_checkpoint(str(folder))
@@ -306,19 +428,32 @@ def test_sentencepiece(tmp_path):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50), model_writer=model,
-        vocab_size=38, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50),
+        model_writer=model,
+        vocab_size=38,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     folder = hf_folder(tmp_path / "hf", tokenizer=False)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "legacy": False,
-        "added_tokens_decoder": {"39": {"content": "<|im_end|>", "special": True}},
-    })  # fmt: skip
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "<|im_end|>",
+            "legacy": False,
+            "added_tokens_decoder": {"39": {"content": "<|im_end|>", "special": True}},
+        },
+    )
     vocabulary = open_checkpoint(str(folder)).vocabulary
     info = vocabulary.model_entry(40)
     assert (vocabulary.kind, vocabulary.data) == ("tokenizer.model", model.getvalue())
     assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (1, 39, None, 0)
     assert (info["add_bos"], info["add_eos"], info["legacy"], info["added_tokens"]) == (
-        True, False, False, {"<|im_end|>": 39})  # fmt: skip
+        True,
+        False,
+        False,
+        {"<|im_end|>": 39},
+    )
     assert 39 in open_checkpoint(str(folder)).stop_ids

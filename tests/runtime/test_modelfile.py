@@ -11,19 +11,42 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvrun import _core, modelfile
+from kvrun import _core, modelwriter
 from kvrun.description import ModelDescription
 from kvrun.errors import ModelFileError, TokenizerError
-from kvrun.modelfile import ModelFileWriter, header_checksum, read_model_file
+from kvrun.modelfile import header_checksum, read_model_file
+from kvrun.modelwriter import ModelFileWriter
 
 DESCRIPTION = ModelDescription(
-    architecture="llama", name="tiny", vocab_size=20, hidden_size=32, intermediate_size=64, n_layers=2, n_heads=2,
-    n_kv_heads=1, head_dim=16, context_length=128, norm_eps=1e-5, activation="silu", rope_theta=10000.0,
-    rope_scaling=None, attention_scale=0.25, tie_embeddings=False, attention_bias=True, mlp_bias=False,
-)  # fmt: skip
+    architecture="llama",
+    name="tiny",
+    vocab_size=20,
+    hidden_size=32,
+    intermediate_size=64,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=16,
+    context_length=128,
+    norm_eps=1e-5,
+    activation="silu",
+    rope_theta=10000.0,
+    rope_scaling=None,
+    attention_scale=0.25,
+    tie_embeddings=False,
+    attention_bias=True,
+    mlp_bias=False,
+)
 TOKENIZER = b'{"version": "1.0"} '
-INFO = {"kind": "tokenizer.json", "add_bos": True, "add_eos": False, "bos_id": 1, "eos_id": 2, "pad_id": None,
-        "unk_id": None}  # fmt: skip
+INFO = {
+    "kind": "tokenizer.json",
+    "add_bos": True,
+    "add_eos": False,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": None,
+    "unk_id": None,
+}
 
 
 def types(description=DESCRIPTION):
@@ -33,12 +56,22 @@ def types(description=DESCRIPTION):
 
 def values(description=DESCRIPTION):
     rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in description.tensor_shapes().items()}
+    return {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in description.tensor_shapes().items()
+    }
 
 
 def open_writer(path, **changes):
-    options = {"tokenizer_info": INFO, "tokenizer": TOKENIZER, "stop_ids": [2, 2, 5], "chat_template": "{{ 'ä' }}\n",
-               "sampling": {"temperature": 0.6}, "source": {"form": "test"}, **changes}  # fmt: skip
+    options = {
+        "tokenizer_info": INFO,
+        "tokenizer": TOKENIZER,
+        "stop_ids": [2, 2, 5],
+        "chat_template": "{{ 'ä' }}\n",
+        "sampling": {"temperature": 0.6},
+        "source": {"form": "test"},
+        **changes,
+    }
     return ModelFileWriter(path, DESCRIPTION, types(), **options)
 
 
@@ -85,7 +118,11 @@ def test_round_trip(path):
         assert weight.data.tobytes() == _core.pack(weight.type, a).tobytes()
         assert weight.data.ctypes.data % 64 == 0 and not weight.data.flags.writeable
     assert bytes(model.tokenizer_bytes()) == TOKENIZER and model.tokenizer_info == INFO
-    assert (model.stop_ids, model.chat_template, model.sampling) == ([2, 5], "{{ 'ä' }}\n", {"temperature": 0.6})
+    assert (model.stop_ids, model.chat_template, model.sampling) == (
+        [2, 5],
+        "{{ 'ä' }}\n",
+        {"temperature": 0.6},
+    )
     assert model.nbytes == path.stat().st_size and sum(model.tensor_nbytes.values()) < model.nbytes
     assert re.fullmatch("[0-9a-f]{64}", model.fingerprint)
 
@@ -179,26 +216,65 @@ def meta_changes():
     """(field, new value, what the message says)."""
     model = json.loads(DESCRIPTION.to_json())
     yield from [
-        ("version", "2", "newer"), ("version", "0", "never"), ("version", "x", "version"), ("version", None, "version"),
-        ("version", "9" * 5000, "version"), ("format", "other", "not a kvrun model"), ("weights", "{}", "weights"),
-        ("weights", "[", "not valid JSON"), ("weights", "[" * 100000, "weights"), ("weights", "[]", "weights"),
-        ("stop_ids", "[20]", "stop_ids"), ("stop_ids", "[true]", "stop_ids"), ("stop_ids", "{}", "stop_ids"),
-        ("stop_ids", "[-1]", "stop_ids"), ("sampling", '{"heat": 1}', "sampling"), ("source", "1", "source"),
-        ("sampling", '{"top_k": "x"}', "sampling"), ("sampling", '{"top_k": NaN}', "sampling"),
-        ("sampling", '{"top_k": -1}', "sampling"), ("tokenizer", '{"kind": "x"}', "kind"),
-        ("tokenizer", json.dumps({**INFO, "bos_id": 20}), "bos_id"), ("checksums", "{}", "checksums"),
-        ("tokenizer", json.dumps({**INFO, "kind": "tokenizer.model"}), "tokenizer"), ("extra", "x", "unknown"),
-        ("tokenizer", json.dumps({**INFO, "kind": []}), "kind"), ("model", "{}", "missing"), ("model", "7", "object"),
-    ]  # fmt: skip
+        ("version", "2", "newer"),
+        ("version", "0", "never"),
+        ("version", "x", "version"),
+        ("version", None, "version"),
+        ("version", "9" * 5000, "version"),
+        ("format", "other", "not a kvrun model"),
+        ("weights", "{}", "weights"),
+        ("weights", "[", "not valid JSON"),
+        ("weights", "[" * 100000, "weights"),
+        ("weights", "[]", "weights"),
+        ("stop_ids", "[20]", "stop_ids"),
+        ("stop_ids", "[true]", "stop_ids"),
+        ("stop_ids", "{}", "stop_ids"),
+        ("stop_ids", "[-1]", "stop_ids"),
+        ("sampling", '{"heat": 1}', "sampling"),
+        ("source", "1", "source"),
+        ("sampling", '{"top_k": "x"}', "sampling"),
+        ("sampling", '{"top_k": NaN}', "sampling"),
+        ("sampling", '{"top_k": -1}', "sampling"),
+        ("tokenizer", '{"kind": "x"}', "kind"),
+        ("tokenizer", json.dumps({**INFO, "bos_id": 20}), "bos_id"),
+        ("checksums", "{}", "checksums"),
+        ("tokenizer", json.dumps({**INFO, "kind": "tokenizer.model"}), "tokenizer"),
+        ("extra", "x", "unknown"),
+        ("tokenizer", json.dumps({**INFO, "kind": []}), "kind"),
+        ("model", "{}", "missing"),
+        ("model", "7", "object"),
+    ]
     for name, value in [
-        ("n_layers", 10**9), ("n_layers", 3), ("n_layers", 0), ("n_layers", True), ("n_layers", 2.0), ("n_heads", 3),
-        ("vocab_size", 2**62), ("head_dim", 15), ("hidden_size", "32"), ("architecture", "other"), ("norm_eps", 0),
-        ("activation", "gelu"), ("rope_theta", -1.0), ("rope_theta", 10**400), ("name", 7), ("novelty", 1),
-        ("rope_scaling", {"type": "yarn"}), ("rope_scaling", {"type": "linear"}), ("rope_scaling", 3),
-        ("rope_scaling", {"type": "linear", "factor": "2"}), ("rope_scaling", {"type": []}),
-        ("rope_scaling", {"type": "factors", "factors": [1.0]}), ("tie_embeddings", 1), ("attention_scale", None),
-    ]:  # fmt: skip
-        yield "model", json.dumps({**model, name: value}), "weights" if value == 3 and name != "rope_scaling" else name
+        ("n_layers", 10**9),
+        ("n_layers", 3),
+        ("n_layers", 0),
+        ("n_layers", True),
+        ("n_layers", 2.0),
+        ("n_heads", 3),
+        ("vocab_size", 2**62),
+        ("head_dim", 15),
+        ("hidden_size", "32"),
+        ("architecture", "other"),
+        ("norm_eps", 0),
+        ("activation", "gelu"),
+        ("rope_theta", -1.0),
+        ("rope_theta", 10**400),
+        ("name", 7),
+        ("novelty", 1),
+        ("rope_scaling", {"type": "yarn"}),
+        ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", 3),
+        ("rope_scaling", {"type": "linear", "factor": "2"}),
+        ("rope_scaling", {"type": []}),
+        ("rope_scaling", {"type": "factors", "factors": [1.0]}),
+        ("tie_embeddings", 1),
+        ("attention_scale", None),
+    ]:
+        yield (
+            "model",
+            json.dumps({**model, name: value}),
+            "weights" if value == 3 and name != "rope_scaling" else name,
+        )
 
 
 @pytest.mark.parametrize("field, value, says", list(meta_changes()))
@@ -214,11 +290,26 @@ def test_metadata_is_not_believed(path, field, value, says):
 
 def entry_changes():
     yield from [
-        ("dtype", "F32"), ("dtype", None), ("dtype", []), ("shape", [1]), ("shape", []), ("shape", None), ("shape", [True]),
-        ("shape", [-1]), ("shape", [2**70]), ("data_offsets", [0]), ("data_offsets", None), ("data_offsets", [0, 2**70]),
-        ("data_offsets", [-64, 64]), ("data_offsets", [64, 0]), ("data_offsets", [0, 0]), ("data_offsets", [0.0, 64.0]),
-        ("data_offsets", [False, 64]), ("data_offsets", [64, 128]), ("extra", 1),
-    ]  # fmt: skip
+        ("dtype", "F32"),
+        ("dtype", None),
+        ("dtype", []),
+        ("shape", [1]),
+        ("shape", []),
+        ("shape", None),
+        ("shape", [True]),
+        ("shape", [-1]),
+        ("shape", [2**70]),
+        ("data_offsets", [0]),
+        ("data_offsets", None),
+        ("data_offsets", [0, 2**70]),
+        ("data_offsets", [-64, 64]),
+        ("data_offsets", [64, 0]),
+        ("data_offsets", [0, 0]),
+        ("data_offsets", [0.0, 64.0]),
+        ("data_offsets", [False, 64]),
+        ("data_offsets", [64, 128]),
+        ("extra", 1),
+    ]
 
 
 @pytest.mark.parametrize("field, value", list(entry_changes()))
@@ -259,22 +350,37 @@ def test_metadata_values_that_are_no_strings(path, value):
 
 def test_repeated_keys(path):
     header, data = split(path)
-    text = json.dumps(header).encode()[:-1] + b', "norm.weight": ' + json.dumps(header["norm.weight"]).encode() + b"}"
+    text = (
+        json.dumps(header).encode()[:-1]
+        + b', "norm.weight": '
+        + json.dumps(header["norm.weight"]).encode()
+        + b"}"
+    )
     text += b" " * (-(8 + len(text)) % 64)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     with pytest.raises(ModelFileError, match="twice"):
         read_model_file(path)
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "not a kvrun"), (b"\0" * 8, "not a kvrun"), (b"\0" * 100, "not a kvrun"), (b"GGUF\3\0\0\0" + b"\0" * 99, "GGUF"),
-    (b"#!/bin/sh\necho hello world\n" * 9, "not a kvrun"), (b"\xff" * 100, "not a kvrun"), (b"PK\3\4" + b"\0" * 99, "not a"),
-    (struct.pack("<Q", 56) + b"{" * 56, "damaged"), (struct.pack("<Q", 56) + b"{" + b"\xff" * 55, "damaged"),
-    (struct.pack("<Q", 56) + b'{"a": 1}' + b" " * 48, "kvrun convert"),
-    (struct.pack("<Q", 56) + b'{"__metadata__": {"format": "pt"}}' + b" " * 22, "kvrun convert"),
-    (struct.pack("<Q", 99_999_999) + b"{}" * 30, "truncated"), (struct.pack("<Q", 1 << 62) + b"{}" * 30, "not a kvrun"),
-    (struct.pack("<Q", 200056) + b'{"a":' * 40000 + b" " * 56, "damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "not a kvrun"),
+        (b"\0" * 8, "not a kvrun"),
+        (b"\0" * 100, "not a kvrun"),
+        (b"GGUF\3\0\0\0" + b"\0" * 99, "GGUF"),
+        (b"#!/bin/sh\necho hello world\n" * 9, "not a kvrun"),
+        (b"\xff" * 100, "not a kvrun"),
+        (b"PK\3\4" + b"\0" * 99, "not a"),
+        (struct.pack("<Q", 56) + b"{" * 56, "damaged"),
+        (struct.pack("<Q", 56) + b"{" + b"\xff" * 55, "damaged"),
+        (struct.pack("<Q", 56) + b'{"a": 1}' + b" " * 48, "kvrun convert"),
+        (struct.pack("<Q", 56) + b'{"__metadata__": {"format": "pt"}}' + b" " * 22, "kvrun convert"),
+        (struct.pack("<Q", 99_999_999) + b"{}" * 30, "truncated"),
+        (struct.pack("<Q", 1 << 62) + b"{}" * 30, "not a kvrun"),
+        (struct.pack("<Q", 200056) + b'{"a":' * 40000 + b" " * 56, "damaged"),
+    ],
+)
 def test_foreign_files(tmp_path, content, says):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(ModelFileError, match=says):
@@ -283,8 +389,13 @@ def test_foreign_files(tmp_path, content, says):
 
 def test_paths_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, says in [(tmp_path, "folder"), (tmp_path / "none", "No such file"), ("/dev/null", "not a regular file"),
-                       (tmp_path / "pipe", "not a regular file"), ("a\0b", "cannot read")]:  # fmt: skip
+    for path, says in [
+        (tmp_path, "folder"),
+        (tmp_path / "none", "No such file"),
+        ("/dev/null", "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        ("a\0b", "cannot read"),
+    ]:
         with pytest.raises(ModelFileError, match=says):
             read_model_file(path)
 
@@ -342,7 +453,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(modelfile.os, "fsync", full)
+    monkeypatch.setattr(modelwriter.os, "fsync", full)
     with pytest.raises(ModelFileError, match="No space left on device"):
         with open_writer(tmp_path / "model.bin") as writer:
             write_all(writer)
@@ -352,8 +463,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_outputs_that_cannot_be_written(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, says in [(tmp_path, "folder"), (tmp_path / "none" / "m.bin", "no folder"), ("/dev/null", "regular"),
-                       (tmp_path / "pipe", "regular"), (f"{tmp_path}/x/", "folder"), ("a\0b", "cannot write")]:  # fmt: skip
+    for path, says in [
+        (tmp_path, "folder"),
+        (tmp_path / "none" / "m.bin", "no folder"),
+        ("/dev/null", "regular"),
+        (tmp_path / "pipe", "regular"),
+        (f"{tmp_path}/x/", "folder"),
+        ("a\0b", "cannot write"),
+    ]:
         with pytest.raises(ModelFileError, match=says):
             open_writer(path)
     assert leftovers(tmp_path) == ["pipe"]

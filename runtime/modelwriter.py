@@ -1,0 +1,234 @@
+"""Writing of model files: streamed under a temporary name, read back, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from kvrun.description import ModelDescription
+from kvrun.errors import ModelFileError
+from kvrun.modelfile import (
+    ALIGNMENT,
+    FORMAT,
+    MAX_HEADER,
+    VERSION,
+    ModelFile,
+    Progress,
+    header_checksum,
+    read_model_file,
+    tensor_sizes,
+)
+
+
+class ModelFileWriter:
+    """Writes a model file, streaming, under a temporary name in the same folder; a context manager.
+
+        with ModelFileWriter(path, description, types, tokenizer_info=info, tokenizer=data, ...) as writer:
+            for name in description.tensor_shapes():
+                writer.write(name, chunks)
+            model = writer.finish()
+
+    `types` gives the weight type of every matrix. Every tensor is written once, in any order. `finish`
+    flushes to disk, reads the file back against its checksums and only then gives it its name. Leaving the
+    block without `finish` removes the temporary file. ModelFileError when the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        description: ModelDescription,
+        types: Mapping[str, str],
+        *,
+        tokenizer_info: Mapping[str, Any],
+        tokenizer: bytes | None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        sampling: Mapping[str, float] | None = None,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._shapes = description.tensor_shapes()
+        self._types = dict(types)
+        self._sizes = tensor_sizes(description, types)
+        self._metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "model": description.to_json(),
+            "weights": self._weights_json(),
+            "tokenizer": _dumps(dict(tokenizer_info)),
+            "stop_ids": _dumps(sorted(set(stop_ids))),
+            "sampling": _dumps(dict(sampling or {})),
+            "source": _dumps(dict(source or {})),
+        }
+        if chat_template is not None:
+            self._metadata["chat_template"] = chat_template
+        if tokenizer is not None:
+            self._sizes[tokenizer_info["kind"]] = len(tokenizer)
+        self._checksums: dict[str, str] = {}
+        header = self._header()
+        *starts, self.nbytes = itertools.accumulate(self._sizes.values(), initial=len(header))
+        self._starts = dict(zip(self._sizes, starts, strict=True))
+        self._target = check_output(self.path, self.nbytes)
+        self._open_temporary()
+        try:
+            with self._reported():
+                self._file.write(header)
+            if tokenizer is not None:
+                self.write(tokenizer_info["kind"], [tokenizer])
+        except BaseException:  # no `with` block has been entered yet
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> ModelFileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is not None:
+            temporary, self._temporary = self._temporary, None
+            try:
+                self._file.close()
+            except OSError:  # what was still buffered does not fit the disk; the file goes anyway
+                pass
+            os.unlink(temporary)
+
+    def write(self, name: str, chunks: Iterable[Any]) -> None:
+        """Write one tensor: its bytes in order, in any number of buffers (packed uint8, or float32)."""
+        size, digest, written = self._sizes[name], hashlib.sha256(), 0
+        if name in self._checksums:
+            raise ValueError(f"tensor {name} is written twice")
+        with self._reported():
+            self._file.seek(self._starts[name])
+        for chunk in chunks:
+            part = memoryview(chunk).cast("B")
+            written += len(part)
+            if written > size:
+                break
+            digest.update(part)
+            with self._reported():
+                self._file.write(part)
+        if written != size:
+            raise ValueError(f"tensor {name} has {size} bytes, not {written}")
+        self._checksums[name] = digest.hexdigest()
+
+    def finish(self, progress: Progress | None = None) -> ModelFile:
+        """Complete the file, check it, and move it to its final name. Returns it, open."""
+        missing = [name for name in self._sizes if name not in self._checksums]
+        if missing:
+            raise ValueError(f"tensor {missing[0]} was not written")
+        with self._reported():
+            self._file.seek(0)
+            self._file.write(self._header())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if hasattr(os, "posix_fadvise"):  # so that the check below reads the disk and not the page cache
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._file.close()
+        model = read_model_file(self._temporary)
+        model.verify(progress)
+        with self._reported():
+            os.replace(self._temporary, self._target)
+            self._temporary = None
+            _sync_folder(os.path.dirname(self._target))
+        model.path = self.path
+        return model
+
+    def _weights_json(self) -> str:
+        matrices = {name: shape for name, shape in self._shapes.items() if len(shape) == 2}
+        return _dumps(
+            {name: {"type": self._types[name], "shape": list(shape)} for name, shape in matrices.items()}
+        )
+
+    def _header(self) -> bytes:
+        """The header; as long without checksums as with them, since a checksum has a fixed length."""
+        checksums = {name: self._checksums.get(name, "0" * 64) for name in self._sizes}
+        metadata = {**self._metadata, "checksums": _dumps(checksums)}
+        metadata["header_checksum"] = header_checksum(metadata)
+        entries: dict[str, Any] = {"__metadata__": metadata}
+        position = 0
+        for name, size in self._sizes.items():
+            vector = len(self._shapes.get(name, ())) == 1
+            entries[name] = {
+                "dtype": "F32" if vector else "U8",
+                "shape": [size // 4 if vector else size],
+                "data_offsets": [position, position + size],
+            }
+            position += size
+        try:
+            text = _dumps(entries).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ModelFileError(
+                f"{self.path}: the model's name or chat template is not valid text"
+            ) from None
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        if len(text) > MAX_HEADER:
+            raise ModelFileError(
+                f"{self.path}: the header would have {len(text)} bytes, at most {MAX_HEADER} fit"
+            )
+        return len(text).to_bytes(8, "little") + text
+
+    def _open_temporary(self) -> None:
+        folder, name = os.path.split(self._target)
+        self._temporary: str | None = None
+        temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
+        with self._reported():
+            # Not tempfile: its files are private, a model file has the permissions of any new file.
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        self._temporary = temporary
+        self._file = os.fdopen(fd, "r+b", buffering=1 << 20)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ModelFileError(f"{self.path}: cannot write: {error.strerror or error}") from None
+
+
+def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
+    """The real path to write to; ModelFileError if a file of `nbytes` cannot be created there."""
+    path = os.fspath(path)
+    try:
+        target = os.path.realpath(path)
+        if os.path.isdir(target) or path.endswith(os.sep):
+            raise ModelFileError(f"{path}: cannot write: it is a folder; give the name of a file in it")
+        # Renaming over a device or a pipe would remove it.
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise ModelFileError(f"{path}: cannot write: it exists and is not a regular file")
+        folder = os.path.dirname(target)
+        if not os.path.isdir(folder):
+            raise ModelFileError(f"{path}: cannot write: there is no folder {os.path.dirname(path)}")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ModelFileError(f"{path}: cannot write: no permission in folder {folder}")
+        disk = shutil.disk_usage(folder)
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path!r}: cannot write: {error}") from None
+    if disk.total and disk.free < nbytes:
+        raise ModelFileError(
+            f"{path}: cannot write: No space left on device "
+            f"({nbytes / 1e6:.1f} MB needed, {disk.free / 1e6:.1f} MB free)"
+        )
+    return target
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the rename durable where the system can sync a folder."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
