@@ -6,7 +6,7 @@ Threads take work by number between barriers, so that every result is the same w
 import os
 
 from libc.math cimport cos, sin
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 import numpy as np
@@ -196,26 +196,34 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
 # Memory -------------------------------------------------------------------------------------------------------------
 
 cdef class _Arena:
-    """One zeroed block, handed out in 64-byte aligned pieces. Sizes are counted in a first pass with no memory."""
+    """Buffers of a call, in 64-byte aligned pieces of one block that is kept for the next call. Sizes are counted in
+    a first pass over the same code."""
     cdef void* memory
     cdef char* base
     cdef size_t used, size
+    cdef bint counting
 
     def __dealloc__(self):
         free(self.memory)
 
+    cdef void count(self) noexcept:
+        self.used, self.counting = 0, True
+
     cdef int allocate(self) except -1:
-        self.size, self.used = self.used, 0
-        self.memory = calloc(self.size + 64, 1)
-        if self.memory == NULL:
-            raise MemoryError(f"no memory for {self.size} bytes of buffers")
-        self.base = <char*>((<size_t>self.memory + 63) // 64 * 64)
+        if self.used > self.size:
+            free(self.memory)
+            self.size, self.memory = 0, malloc(self.used + 64)
+            if self.memory == NULL:
+                raise MemoryError(f"no memory for {self.used} bytes of buffers")
+            self.size = self.used
+            self.base = <char*>((<size_t>self.memory + 63) // 64 * 64)
+        self.used, self.counting = 0, False
         return 0
 
     cdef void* take(self, int64_t bytes) noexcept:
         cdef size_t at = self.used
         self.used += (bytes + 63) // 64 * 64
-        return self.base + at if self.base != NULL else NULL
+        return NULL if self.counting else self.base + at
 
 
 cdef class Engine:
@@ -340,7 +348,8 @@ cdef class Engine:
         if not kv.lock.acquire(blocking=False):
             raise RuntimeError("this cache is in use by another thread")
         try:
-            return self._forward(ids, kv, 0 if logits == "all" else n - 1 if logits == "last" else n)
+            result = self._forward(ids, kv, 0 if logits == "all" else n - 1 if logits == "last" else n)
+            return result[0] if logits == "last" else result
         finally:
             kv.lock.release()
 
@@ -349,12 +358,16 @@ cdef class Engine:
         cdef int64_t n = ids.shape[0]
         cdef float[:, ::1] out
         cdef int threads = self.threads
-        cdef _Arena arena = _Arena()
+        cdef _Arena arena
+        if kv.buffers is None:
+            kv.buffers = _Arena()
+        arena = kv.buffers
         memset(&call, 0, sizeof(Call))
         call.kern, call.config, call.layers, call.cache = kernels(), &self.c, self.layers, &kv.c
         call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, self.norm, &ids[0]
         call.first_logit = first_logit
         self._plan(&call.plan, kv, n)
+        arena.count()
         self._buffers(arena, &call)
         arena.allocate()
         self._buffers(arena, &call)
@@ -367,10 +380,7 @@ cdef class Engine:
         with nogil:
             kv_team_run(threads, forward, &call)
         kv.c.n_tokens += n
-        if result is None:
-            return None
-        result = result[:, :self.c.vocab_size]
-        return result[0] if first_logit == n - 1 else result
+        return None if result is None else result[:, :self.c.vocab_size]
 
     cdef void _plan(self, Plan* p, KVCache kv, int64_t n) noexcept:
         cdef Cache* c = &kv.c

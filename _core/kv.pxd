@@ -63,4 +63,4 @@ cdef class KVCache:
     cdef void* memory
     cdef readonly int64_t ctx, nbytes
     cdef readonly str k, v
-    cdef object lock
+    cdef object lock, buffers      # buffers: the engine's, for its calls with this cache
