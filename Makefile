@@ -3,6 +3,7 @@
 PYTHON ?=
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 PYTEST_ARGS ?=
+export PROMPT
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ help:
 	@echo "PYTHON=...    the Python to make .venv with"
 
 $(VENV)/.made:
-	@python="$(PYTHON)"; \
+	@python='$(PYTHON)'; \
 	for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	    test -z "$$python" || break; \
 	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
@@ -71,8 +72,8 @@ model: $(VENV)/.built
 	    mkdir -p "$$(dirname "$$model")" && $(BIN)/kvrun convert $(GGUF) -o "$$model"; }
 
 demo: model
-	@echo "> $(PROMPT)"
-	@$(BIN)/kvrun -p "$(PROMPT)"
+	@printf '> %s\n' "$$PROMPT"
+	@$(BIN)/kvrun -p "$$PROMPT"
 
 test: $(VENV)/.testable $(GGUF)
 	KVRUN_TEST_GGUF=$(GGUF) $(BIN)/python -m pytest $(PYTEST_ARGS)
