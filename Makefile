@@ -26,15 +26,12 @@ help:
 	@echo "PYTHON=...    the Python to make .venv with"
 
 $(VENV)/.made:
-	@python='$(PYTHON)'; \
+	@python='$(PYTHON)'; new='import sys; sys.exit(sys.version_info < (3, 10))'; \
 	for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
-	    test -z "$$python" || break; \
-	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
-	        python=$$candidate; \
-	    fi; \
+	    test -n "$$python" || { $$candidate -c "$$new" 2>/dev/null && python=$$candidate; }; \
 	done; \
-	test -n "$$python" || { \
-	    echo "make: there is no Python 3.10 or newer: install one, or name it with PYTHON=..." >&2; exit 1; }; \
+	"$${python:-none}" -c "$$new" 2>/dev/null || { \
+	    echo "make: there is no Python 3.10 or newer here: install one, or name it with PYTHON=..." >&2; exit 1; }; \
 	"$$python" -m venv $(VENV) || { \
 	    echo "make: $$python cannot make an environment (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@touch $@
