@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from kvrun.description import ModelDescription
 from kvrun.errors import ModelFileError
@@ -75,27 +75,35 @@ class ModelFileWriter:
         *starts, self.nbytes = itertools.accumulate(self._sizes.values(), initial=len(header))
         self._starts = dict(zip(self._sizes, starts, strict=True))
         self._target = check_output(self.path, self.nbytes)
-        self._open_temporary()
-        try:
-            with self._reported():
-                self._file.write(header)
-            if tokenizer is not None:
-                self.write(tokenizer_info["kind"], [tokenizer])
-        except BaseException:  # no `with` block has been entered yet
-            self.__exit__()
-            raise
+        self._tokenizer = tokenizer
+        self._tokenizer_name = tokenizer_info["kind"]
+        self._temporary: str | None = None
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> ModelFileWriter:
+        # Nothing may come between opening the file and being able to remove it, not even a signal.
+        try:
+            with self._reported():
+                self._open_temporary()
+                self._file.write(self._header())
+            if self._tokenizer is not None:
+                self.write(self._tokenizer_name, [self._tokenizer])
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._temporary is not None:
-            temporary, self._temporary = self._temporary, None
-            try:
+        if self._temporary is None:
+            return
+        try:
+            if self._file is not None:
                 self._file.close()
-            except OSError:  # what was still buffered does not fit the disk; the file goes anyway
-                pass
-            os.unlink(temporary)
+        except OSError:  # what was still buffered does not fit the disk; the file goes anyway
+            pass
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+        self._temporary = None
 
     def write(self, name: str, chunks: Iterable[Any]) -> None:
         """Write one tensor: its bytes in order, in any number of buffers (packed uint8, or float32)."""
@@ -174,13 +182,10 @@ class ModelFileWriter:
 
     def _open_temporary(self) -> None:
         folder, name = os.path.split(self._target)
-        self._temporary: str | None = None
-        temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
-        with self._reported():
-            # Not tempfile: its files are private, a model file has the permissions of any new file.
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        self._temporary = temporary
-        self._file = os.fdopen(fd, "r+b", buffering=1 << 20)
+        self._temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
+        # Not tempfile: its files are private, a model file has the permissions of any new file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "r+b", buffering=1 << 20)
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

@@ -249,7 +249,7 @@ def test_interrupted(tmp_path, number, status):
         "vocab_size": 4096,
         "hidden_size": 512,
         "intermediate_size": 4096,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 3,
     }
     hf_folder(tmp_path / "hf", config, tokenizer=False)
     command = [
