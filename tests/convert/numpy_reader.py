@@ -5,6 +5,7 @@ from pathlib import Path
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 _names: dict = {}
-exec(compile(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[-1], "docs/format.md", "exec"), _names)  # noqa: S102
+_code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[-1]
+exec(compile(_code, "docs/format.md", "exec"), _names)
 
 load, unpack = _names["load"], _names["unpack"]
