@@ -17,7 +17,8 @@ from setuptools.errors import CompileError, LinkError
 
 KERNELS = "_core/kernels"
 HEADERS = sorted(str(p) for p in Path(KERNELS).glob("*.h"))
-COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+                "-g0"]
 
 # level: (machines, compiler flags)
 X86, ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
@@ -91,7 +92,7 @@ class build_extensions(build_ext):
 
 def extension(name):
     return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=HEADERS,
-                     extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno"])
+                     extra_compile_args=["-O2", "-std=gnu11", "-fno-math-errno", "-g0"])
 
 
 def declarations():
