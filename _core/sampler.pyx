@@ -1,5 +1,5 @@
 # distutils: extra_compile_args = -ffp-contract=off
-"""The sampler: from logits to the next token, the same for the same seed on every platform and thread count."""
+"""The sampler: from logits to the next token, the same for one seed on every platform and thread count."""
 
 import math
 import operator
@@ -24,7 +24,7 @@ cdef struct Candidate:
 cdef Py_ssize_t MAX_REPEAT_LAST_N = 1 << 20
 
 
-# --- selection: "before" is the order of falling logits, equal ones by rising id -------------------------------
+# --- selection: "before" is the order of falling logits, equal ones by rising id ------------------------
 
 cdef inline bint before(Candidate a, Candidate b) noexcept nogil:
     return a.logit > b.logit or (a.logit == b.logit and a.id < b.id)
@@ -113,7 +113,7 @@ cdef Py_ssize_t first_until(Candidate *heap, Py_ssize_t n, double top, double ma
     return m
 
 
-# --- options ---------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------------
 
 def _number(name, value, low, high):
     try:
@@ -139,7 +139,8 @@ def _integer(name, value, high):
 
 
 cdef class Sampler:
-    """Sampler(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, repeat_last_n=64, seed=0)
+    """Sampler(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, repeat_last_n=64,
+    seed=0)
 
     Chooses the next token from the logits. Steps, in this order:
 
@@ -147,13 +148,13 @@ cdef class Sampler:
        `accept` are divided by `repeat_penalty` when positive, multiplied when negative; 1 turns it off;
     2. temperature 0: the highest logit, the lower id among equal ones. Otherwise:
     3. `top_k` highest logits; 0 turns it off;
-    4. `top_p` (Holtzman et al. 2019): the fewest of them that hold this share of their probability; 1 turns it off;
+    4. `top_p` (Holtzman et al. 2019): the fewest with this share of their probability; 1 turns it off;
     5. `min_p` (Nguyen et al. 2024): those at least this fraction as likely as the likeliest; 0 turns it off;
     6. softmax of what remains at `temperature`, and a draw from it.
 
-    All sums are float64 in a fixed order, and the generator (xoshiro256++) is its own: the same seed, options and
-    logits give the same tokens everywhere. One sampler serves one sequence; it must not be used by two threads
-    at once (RuntimeError).
+    All sums are float64 in a fixed order, and the generator (xoshiro256++) is its own: the same seed, options
+    and logits give the same tokens everywhere. One sampler serves one sequence; it must not be used by two
+    threads at once (RuntimeError).
 
     Raises ValueError, naming the option, for one that is out of range.
     """
@@ -172,8 +173,8 @@ cdef class Sampler:
     cdef double *weights
     cdef bint busy
 
-    def __init__(self, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0, repeat_last_n=64,
-                 seed=0):
+    def __init__(self, temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0,
+                 repeat_last_n=64, seed=0):
         self.temperature = _number("temperature", temperature, 0, math.inf)
         self.top_k = _integer("top_k", top_k, 2**31 - 1)
         self.top_p = _number("top_p", top_p, 0, 1)
@@ -239,8 +240,8 @@ cdef class Sampler:
     def sample(self, const float[::1] logits not None):
         """The next token's id, for float32 logits [vocab]. The GIL is released meanwhile.
 
-        Does not note the token: see `accept`. Raises ValueError for logits that are empty, NaN or infinite, and
-        when a token that was accepted is not in this vocabulary.
+        Does not note the token: see `accept`. Raises ValueError for logits that are empty, NaN or infinite,
+        and when a token that was accepted is not in this vocabulary.
         """
         cdef Py_ssize_t m, i = 0
         self._begin(logits)
@@ -255,8 +256,8 @@ cdef class Sampler:
         return self.candidates[i].id
 
     def probabilities(self, const float[::1] logits not None):
-        """What `sample` would draw from: (ids int32 [m], p float64 [m], summing to 1), the likeliest first and
-        equal ones by id. Draws nothing. Raises ValueError as `sample` does."""
+        """What `sample` would draw from: (ids int32 [m], p float64 [m], summing to 1), the likeliest first
+        and equal ones by id. Draws nothing. Raises ValueError as `sample` does."""
         cdef Py_ssize_t m, i
         self._begin(logits)
         try:
@@ -290,13 +291,16 @@ cdef class Sampler:
 
     cdef int _check(self, Py_ssize_t result, Py_ssize_t n) except -1:
         if result == -1:
-            raise ValueError("logits are not finite (NaN or infinity): the model's weights or input are damaged")
+            raise ValueError("logits are not finite (NaN or infinity): the model's weights are damaged")
         if result == -2:
             raise ValueError(f"an accepted token is not in this vocabulary of {n}")
         return 0
 
     cdef Py_ssize_t _select(self, const float *logits, Py_ssize_t n) noexcept nogil:
-        """Steps 1 to 6 up to the draw: fill `candidates` and, unless greedy, `weights`; returns how many. -1: logits not finite, -2: accepted token out of range."""
+        """Steps 1 to 6 up to the draw: fill `candidates` and, unless greedy, `weights`; returns how many.
+
+        -1: logits not finite. -2: an accepted token is out of range.
+        """
         cdef Py_ssize_t m
         if not sampler_all_finite(logits, n):
             return -1

@@ -14,17 +14,18 @@
  * x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor series of exp(r) to r^13. */
 static inline double sampler_exp(double x)
 {
-    static const double inverse[12] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
-        1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5};
+    static const double inverse[12] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0,
+        1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0,
+        1.0 / 6.0, 0.5};
     double kept = x >= -700.0 ? x : -700.0;
     int32_t n = (int32_t)(kept * 1.4426950408889634 - 0.5);         /* truncation: x <= 0, so this rounds */
-    double r = kept - (double)n * 6.93147180369123816490e-01;       /* ln 2 in two parts: the first has 33 bits */
+    double r = kept - (double)n * 6.93147180369123816490e-01;   /* ln 2 in two parts, the first of 33 bits */
     r -= (double)n * 1.90821492927058770002e-10;
     double sum = inverse[0];
     for (int i = 1; i < 12; i++)
         sum = sum * r + inverse[i];
     sum = (sum * r + 1.0) * r + 1.0;
-    union { uint64_t bits; double value; } power = {(uint64_t)(n + 1023) << 52};  /* 2^n, normal: n >= -1010 */
+    union { uint64_t bits; double value; } power = {(uint64_t)(n + 1023) << 52};   /* 2^n: n >= -1010 */
     return x >= -700.0 ? sum * power.value : 0.0;
 }
 

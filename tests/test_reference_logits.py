@@ -15,14 +15,22 @@ from kvrun.modelfile import read_model_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(p.stem for p in (FIXTURES / "logits").glob("*.npz"))
-CHUNKS = {"at once": [200], "ragged": [1, 2, 63, 64, 65, 5], "sevens": [7] * 28 + [4], "after a tile": [133, 67],
-          "one by one": [1] * 200, "all but one": [199, 1]}
-TOLERANCE = 1e-4        # of the largest logit
+CHUNKS = {
+    "at once": [200],
+    "ragged": [1, 2, 63, 64, 65, 5],
+    "sevens": [7] * 28 + [4],
+    "after a tile": [133, 67],
+    "one by one": [1] * 200,
+    "all but one": [199, 1],
+}
+TOLERANCE = 1e-4  # of the largest logit
 
 
 def engine_of(path, threads=1):
     file = read_model_file(path)
-    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads)
+    return _core.Engine(
+        file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads
+    )
 
 
 def run(engine, tokens, chunks, kv="f32", **options):
@@ -31,14 +39,16 @@ def run(engine, tokens, chunks, kv="f32", **options):
     assert sum(chunks) == len(tokens)
     rows, at = [], 0
     for n in chunks:
-        rows.append(np.atleast_2d(engine.forward(tokens[at:at + n], cache, logits="all")))
+        rows.append(np.atleast_2d(engine.forward(tokens[at : at + n], cache, logits="all")))
         at += n
     assert cache.n_tokens == len(tokens)
     return np.concatenate(rows)
 
 
 def test_every_fixture_has_its_logits():
-    sources = {p.name for p in (FIXTURES / "checkpoints").iterdir()} | {p.stem for p in (FIXTURES / "gguf").iterdir()}
+    sources = {p.name for p in (FIXTURES / "checkpoints").iterdir()} | {
+        p.stem for p in (FIXTURES / "gguf").iterdir()
+    }
     assert sources == set(NAMES) and len(NAMES) >= 15
 
 
@@ -82,8 +92,9 @@ def test_logits_with_an_f16_cache(name, converted, reference):
         assert np.sqrt((difference**2).mean()) <= 5e-5
 
 
-@pytest.mark.parametrize("options", [dict(sinks=0), dict(sinks=0, window=1), dict(sinks=17, window=100), dict(ctx=208)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(sinks=0), dict(sinks=0, window=1), dict(sinks=17, window=100), dict(ctx=208)], ids=str
+)
 @pytest.mark.parametrize("name", ["grouped-untied", "odd-sizes", "llama3-rope"])
 def test_regions_of_the_cache_do_not_show(name, options, converted, reference):
     """As long as every token fits, sinks and window change nothing but the order of sums."""
@@ -124,11 +135,17 @@ def test_last_all_and_none(name, converted, reference):
 def test_every_kernel_level(level, converted, reference):
     """KVRUN_ISA is read on import, so each level gets a process of its own."""
     names = ["grouped-tied", "odd-sizes", "biases", "gguf-q4_1"]
-    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import test_reference_logits as t\n"
-            "print(json.dumps(t.errors_of_level(json.loads(sys.argv[2]))))")
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import test_reference_logits as t\n"
+        "print(json.dumps(t.errors_of_level(json.loads(sys.argv[2]))))"
+    )
     paths = {name: str(converted(name)) for name in names}
-    result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(paths)],
-                            env=os.environ | {"KVRUN_ISA": level}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(paths)],
+        env=os.environ | {"KVRUN_ISA": level},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     found, errors = json.loads(result.stdout)
     assert found == level

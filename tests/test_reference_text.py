@@ -1,4 +1,4 @@
-"""The default model, from GGUF and from safetensors, against the text that transformers makes of it in float32."""
+"""The default model, from GGUF and from safetensors, against the text that transformers makes in float32."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from kvrun.modelfile import read_model_file
 
 GREEDY = json.loads((Path(__file__).parent / "fixtures" / "smollm2.json").read_text("utf-8"))["greedy"]
 IDS = [f"{r['kind']}: {r['user'][:20]}" for r in GREEDY]
-NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
-         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj"}
+NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def greedy(engine, prompt_ids: list[int], n: int, kv: str = "f32") -> list[int]:
@@ -41,21 +50,32 @@ def write_checkpoint(path: Path, folder: Path) -> Path:
     meta = {key.removeprefix("llama."): field.contents() for key, field in reader.fields.items()}
     heads = {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
     tensors = {}
-    for tensor in reader.tensors:           # token_embd.weight, blk.3.attn_q.weight
+    for tensor in reader.tensors:  # token_embd.weight, blk.3.attn_q.weight
         *layer, part, _ = tensor.name.replace("blk.", "layers.").split(".")
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if part in heads:                   # GGUF interleaves the two halves of each head
+        if part in heads:  # GGUF interleaves the two halves of each head
             values = values.reshape(heads[part], -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         tensors[".".join(["model", *layer, NAMES[part], "weight"])] = np.ascontiguousarray(values)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
-              "vocab_size": meta["vocab_size"], "hidden_size": meta["embedding_length"],
-              "intermediate_size": meta["feed_forward_length"], "num_hidden_layers": meta["block_count"],
-              "num_attention_heads": meta["attention.head_count"], "hidden_act": "silu",
-              "num_key_value_heads": meta["attention.head_count_kv"], "tie_word_embeddings": True,
-              "max_position_embeddings": meta["context_length"], "rope_theta": meta["rope.freq_base"],
-              "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"], "bos_token_id": 1, "eos_token_id": 2}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": meta["vocab_size"],
+        "hidden_size": meta["embedding_length"],
+        "intermediate_size": meta["feed_forward_length"],
+        "num_hidden_layers": meta["block_count"],
+        "num_attention_heads": meta["attention.head_count"],
+        "hidden_act": "silu",
+        "num_key_value_heads": meta["attention.head_count_kv"],
+        "tie_word_embeddings": True,
+        "max_position_embeddings": meta["context_length"],
+        "rope_theta": meta["rope.freq_base"],
+        "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -81,23 +101,35 @@ def test_greedy_ids(model, case, kv):
 def test_greedy_text(model, case):
     """The same through the public interface, the chat template included."""
     session = model.session(kv="f32", ctx=512)
-    pieces = list(session.stream(case["user"], max_tokens=64, temperature=0, repeat_penalty=1.0,
-                                 raw=case["kind"] == "raw", ignore_eos=True))
+    pieces = list(
+        session.stream(
+            case["user"],
+            max_tokens=64,
+            temperature=0,
+            repeat_penalty=1.0,
+            raw=case["kind"] == "raw",
+            ignore_eos=True,
+        )
+    )
     assert "".join(pieces) == case["text"]
     assert len(pieces) > 40
 
 
 @pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
 def test_threads_do_not_change_the_text(smollm2):
-    texts = {threads: kvrun.load(smollm2, threads=threads).generate(GREEDY[2]["user"], max_tokens=48, temperature=0.8,
-                                                                    seed=11, ctx=512) for threads in (1, 2)}
+    texts = {
+        threads: kvrun.load(smollm2, threads=threads).generate(
+            GREEDY[2]["user"], max_tokens=48, temperature=0.8, seed=11, ctx=512
+        )
+        for threads in (1, 2)
+    }
     assert texts[1] == texts[2]
 
 
 @pytest.fixture(scope="module")
 def from_safetensors(smollm2_gguf, big_folder):
-    """The model file of $KVRUN_TEST_CHECKPOINT, a folder that transformers saved from the same GGUF; without it,
-    of one that is written here."""
+    """The model file of $KVRUN_TEST_CHECKPOINT, a folder that transformers saved from the same GGUF; without
+    it, of one that is written here."""
     folder = os.environ.get("KVRUN_TEST_CHECKPOINT")
     source = Path(folder) if folder else write_checkpoint(smollm2_gguf, big_folder / "checkpoint")
     return convert(source, big_folder / "from-safetensors.bin", "f32", tokenizer=bool(folder)).model
@@ -125,7 +157,12 @@ def test_safetensors_and_gguf_give_equal_tokenizers(from_safetensors, model):
     if from_safetensors.tokenizer_info["kind"] == "none":
         pytest.skip("needs KVRUN_TEST_CHECKPOINT: the checkpoint written here has no tokenizer")
     other = kvrun.load(from_safetensors.path)
-    for text in ("Hello, world! 12345", "def f(x):\n\treturn x\n", "<|im_start|>user\nZwölf<|im_end|>", " \n 木"):
+    for text in (
+        "Hello, world! 12345",
+        "def f(x):\n\treturn x\n",
+        "<|im_start|>user\nZwölf<|im_end|>",
+        " \n 木",
+    ):
         assert other.tokenize(text) == model.tokenize(text)
     assert other.stop_ids == model.stop_ids and other.file.chat_template == model.file.chat_template
 

@@ -1,4 +1,4 @@
-"""Tokens of a thousand varied strings against the library and the checkpoint's own file; every id in a stream."""
+"""Tokens of a thousand varied strings against the library and the checkpoint's file; every id in a stream."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from kvrun.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 # Fixture and the checkpoint whose tokenizer.json it has; the GGUF files hold theirs as metadata only.
-JSON_CASES = {"grouped-tied": "grouped-tied", "llama3-rope": "llama3-rope", "biases": "biases", "odd-sizes": "odd-sizes",
-              "gguf-q8_0": "grouped-tied", "gguf-mixed": "llama3-rope", "smollm2": None}
+JSON_CASES = {
+    "grouped-tied": "grouped-tied",
+    "llama3-rope": "llama3-rope",
+    "biases": "biases",
+    "odd-sizes": "odd-sizes",
+    "gguf-q8_0": "grouped-tied",
+    "gguf-mixed": "llama3-rope",
+    "smollm2": None,
+}
 ALL_BYTES = ("grouped-tied", "llama3-rope", "gguf-q8_0", "gguf-mixed")
 
 
@@ -31,18 +38,24 @@ def library_from_gguf(path):
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
     fields = gguf.GGUFReader(path).fields
-    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
-    library = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)},
-                                              merges=[tuple(m.split(" ")) for m in merges]))
-    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokens, types, merges = (
+        fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")
+    )
+    library = tokenizers.Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges])
+    )
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3])
+    library.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3]
+    )
     return library
 
 
 def lossless(ours: Tokenizer, library, texts: list[str]) -> list[str]:
-    """The texts whose every byte has a token; SmolLM2's vocabulary lacks some rare bytes, others have <unk>."""
+    """The texts whose every byte has a token; SmolLM2's vocabulary lacks some, others have <unk>."""
     if library.model.unk_token is not None:
         return []
     tokens = (ours.token_bytes(i) for i in range(ours.vocab_size))
@@ -68,7 +81,9 @@ def test_a_thousand_strings(case):
     for text in varied_strings(1000, seed=1):
         expected = library.encode(text)
         assert ours.encode(text) == expected.ids, repr(text)
-        assert ours.decode(expected.ids) == library.decode(expected.ids, skip_special_tokens=False), repr(text)
+        assert ours.decode(expected.ids) == library.decode(expected.ids, skip_special_tokens=False), repr(
+            text
+        )
         assert ours.decode(expected.ids, skip_special=True) == library.decode(expected.ids), repr(text)
 
 
@@ -99,7 +114,7 @@ def test_strings_come_back_in_a_stream(case):
 
 
 def test_every_id_in_a_stream(case):
-    """All ids, one by one and in random order: bytes that are no UTF-8 become what the library makes of them."""
+    """All ids, one by one and in random order: bytes that are no UTF-8 become what the library says."""
     _, ours, library = case
     n = library.get_vocab_size()
     for i in range(n):
@@ -120,13 +135,16 @@ def test_ids_without_a_token(converted):
     assert [ours.token_bytes(i) for i in range(300, 304)] == [b""] * 4
 
 
-# --- SentencePiece ---------------------------------------------------------------------------------------------
+# --- SentencePiece --------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def sentencepiece_case(converted):
     import sentencepiece
 
-    library = sentencepiece.SentencePieceProcessor(model_file=str(CHECKPOINTS / "multi-head" / "tokenizer.model"))
+    library = sentencepiece.SentencePieceProcessor(
+        model_file=str(CHECKPOINTS / "multi-head" / "tokenizer.model")
+    )
     return load_tokenizer(converted("multi-head")), library
 
 
@@ -156,11 +174,20 @@ def test_sentencepiece_every_id(sentencepiece_case):
         assert "".join(stream.push(i) for i in order) + stream.finish() == library.decode(order)
 
 
-# --- what the checkpoints say beside their tokenizers ---------------------------------------------------------------
+# --- what the checkpoints say beside their tokenizers ---------------------------------------------------
 
-@pytest.mark.parametrize(("name", "stop_ids"), [
-    ("grouped-tied", {0, 2}), ("llama3-rope", {297, 300}), ("gguf-q8_0", {2}), ("gguf-mixed", {300}), ("biases", {2}),
-    ("multi-head", {2})])
+
+@pytest.mark.parametrize(
+    ("name", "stop_ids"),
+    [
+        ("grouped-tied", {0, 2}),
+        ("llama3-rope", {297, 300}),
+        ("gguf-q8_0", {2}),
+        ("gguf-mixed", {300}),
+        ("biases", {2}),
+        ("multi-head", {2}),
+    ],
+)
 def test_stop_ids(name, stop_ids, converted):
     """Every end-of-turn id that the checkpoint names, and well-known ones of its vocabulary besides."""
     found = set(read_model_file(converted(name)).stop_ids)
@@ -170,8 +197,10 @@ def test_stop_ids(name, stop_ids, converted):
     assert {vocabulary.token_bytes(i).decode() for i in found} <= ends
 
 
-@pytest.mark.parametrize(("name", "source"), [("grouped-tied", "tokenizer_config.json"),
-                                              ("llama3-rope", "chat_template.jinja"), ("biases", None)])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("grouped-tied", "tokenizer_config.json"), ("llama3-rope", "chat_template.jinja"), ("biases", None)],
+)
 def test_chat_template(name, source, converted):
     template = read_model_file(converted(name)).chat_template
     if source is None:

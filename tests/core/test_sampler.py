@@ -57,14 +57,29 @@ def random_logits(seed, n, scale=4.0, ties=False):
 
 
 @settings(max_examples=300, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 300), scale=st.sampled_from([0.01, 1.0, 5.0, 40.0]), ties=st.booleans(),
-       temperature=st.floats(0.01, 10), top_k=st.integers(0, 320), top_p=st.floats(0, 1),
-       min_p=st.one_of(st.just(0.0), st.floats(1e-6, 1)), penalty=st.floats(0.5, 3), accepted=st.integers(0, 12))
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 300),
+    scale=st.sampled_from([0.01, 1.0, 5.0, 40.0]),
+    ties=st.booleans(),
+    temperature=st.floats(0.01, 10),
+    top_k=st.integers(0, 320),
+    top_p=st.floats(0, 1),
+    min_p=st.one_of(st.just(0.0), st.floats(1e-6, 1)),
+    penalty=st.floats(0.5, 3),
+    accepted=st.integers(0, 12),
+)
 def test_filters_agree_with_numpy(seed, n, scale, ties, temperature, top_k, top_p, min_p, penalty, accepted):
     logits = random_logits(seed, n, scale, ties)
     tokens = np.random.default_rng(seed + 1).integers(0, n, accepted)
-    sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=penalty,
-                      repeat_last_n=8)
+    sampler = Sampler(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=penalty,
+        repeat_last_n=8,
+    )
     for token in tokens:
         sampler.accept(token)
     ids, p = sampler.probabilities(logits)
@@ -73,9 +88,17 @@ def test_filters_agree_with_numpy(seed, n, scale, ties, temperature, top_k, top_
     assert sampler.sample(logits) in ids
 
 
-@pytest.mark.parametrize("options", [
-    dict(top_k=40, top_p=0.95, min_p=0.05), dict(top_k=0, top_p=0.9, min_p=0), dict(top_k=0, top_p=1, min_p=0.1),
-    dict(top_k=0, top_p=1, min_p=0), dict(top_k=20000, top_p=0.99, min_p=0), dict(top_k=49152, top_p=0.5, min_p=0.5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(top_k=40, top_p=0.95, min_p=0.05),
+        dict(top_k=0, top_p=0.9, min_p=0),
+        dict(top_k=0, top_p=1, min_p=0.1),
+        dict(top_k=0, top_p=1, min_p=0),
+        dict(top_k=20000, top_p=0.99, min_p=0),
+        dict(top_k=49152, top_p=0.5, min_p=0.5),
+    ],
+)
 def test_a_whole_vocabulary(options):
     logits = random_logits(3, 49152, 2.0)
     ids, p = Sampler(temperature=0.7, **options).probabilities(logits)
@@ -95,13 +118,13 @@ def test_greedy_after_penalty():
     sampler = Sampler(temperature=0, repeat_penalty=2.0)
     assert sampler.sample(logits) == 0
     sampler.accept(0)
-    assert sampler.sample(logits) == 1          # 2 / 2 < 1.5
+    assert sampler.sample(logits) == 1  # 2 / 2 < 1.5
 
 
 def test_penalty_divides_positive_and_multiplies_negative():
     logits = np.array([2.0, -1.0, 0.5, 0.0], np.float32)
     sampler = Sampler(temperature=1, top_k=0, top_p=1, min_p=0, repeat_penalty=4.0)
-    for token in (0, 1, 1, 3):                  # a repeated token is penalised once
+    for token in (0, 1, 1, 3):  # a repeated token is penalised once
         sampler.accept(token)
     ids, p = sampler.probabilities(logits)
     got = dict(zip(ids.tolist(), np.log(p / p[0])))
@@ -134,7 +157,7 @@ def test_penalised_logits_do_not_overflow():
 def test_top_k_around_the_vocabulary(top_k):
     logits = np.array([0, 1, 1, 2, 0.5], np.float32)
     ids, _ = Sampler(top_k=top_k, top_p=1, min_p=0).probabilities(logits)
-    assert ids.tolist() == [3, 1, 2, 4, 0][:top_k or 5]
+    assert ids.tolist() == [3, 1, 2, 4, 0][: top_k or 5]
 
 
 def test_vocabulary_of_one():
@@ -163,7 +186,8 @@ def test_huge_temperature_is_uniform():
     np.testing.assert_allclose(p, 0.01, rtol=1e-12)
 
 
-# --- the generator ---------------------------------------------------------------------------------------------
+# --- the generator --------------------------------------------------------------------------------------
+
 
 def uniforms(seed, n):
     """xoshiro256++ seeded by splitmix64, as published."""
@@ -174,7 +198,7 @@ def uniforms(seed, n):
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
         state.append(z ^ (z >> 31))
-    rotl = lambda x, k: ((x << k) | (x >> (64 - k))) & MASK       # noqa: E731
+    rotl = lambda x, k: ((x << k) | (x >> (64 - k))) & MASK  # noqa: E731
     for _ in range(n):
         s0, s1, s2, s3 = state
         yield (((rotl((s0 + s3) & MASK, 23) + s0) & MASK) >> 11) / 2**53
@@ -223,7 +247,9 @@ def test_reset_starts_again():
     assert [sampler.sample(logits) for _ in range(10)] == first
 
 
-@pytest.mark.parametrize("options", [dict(top_k=8), dict(top_k=0), dict(top_k=0, top_p=0.98), dict(top_k=6, top_p=0.9)])
+@pytest.mark.parametrize(
+    "options", [dict(top_k=8), dict(top_k=0), dict(top_k=0, top_p=0.98), dict(top_k=6, top_p=0.9)]
+)
 def test_draws_have_the_stated_distribution(options):
     logits = random_logits(11, 60, 2.0)
     sampler = Sampler(**{"temperature": 1.3, "top_p": 1.0, "min_p": 0.02, "seed": 12345} | options)
@@ -266,7 +292,8 @@ def test_threads_with_their_own_samplers():
     assert results[0] is not None and all(r == results[0] for r in results)
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 0}, {"repeat_penalty": 1.5}])
@@ -280,13 +307,30 @@ def test_logits_that_are_not_finite(value, options):
     with pytest.raises(ValueError, match="not finite"):
         sampler.probabilities(logits)
     logits[137] = 0
-    sampler.sample(logits)                      # still usable
+    sampler.sample(logits)  # still usable
 
 
-@pytest.mark.parametrize("options", [
-    {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "hot"}, {"top_k": -1},
-    {"top_k": 1.5}, {"top_p": 1.01}, {"top_p": -0.1}, {"min_p": 2}, {"min_p": None}, {"repeat_penalty": 0},
-    {"repeat_penalty": -1}, {"repeat_last_n": -1}, {"repeat_last_n": 1 << 40}, {"seed": -1}, {"seed": 2**64}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"top_p": 1.01},
+        {"top_p": -0.1},
+        {"min_p": 2},
+        {"min_p": None},
+        {"repeat_penalty": 0},
+        {"repeat_penalty": -1},
+        {"repeat_last_n": -1},
+        {"repeat_last_n": 1 << 40},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+)
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampler(**options)
