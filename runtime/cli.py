@@ -9,7 +9,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from kvrun.errors import KvrunError, OptionError
@@ -98,24 +98,28 @@ def _text(argument: str) -> str:
     return argument.removeprefix(_MARK)
 
 
-def _whole(name: str) -> Callable[[str], int]:
+def _whole(name: str) -> dict[str, Any]:
+    """Arguments of add_argument for a whole number."""
+
     def convert(text: str) -> int:
         try:
             return int(text)
         except ValueError:
             raise OptionError(f"{name}: must be a whole number, not {text!r}") from None
 
-    return convert
+    return {"metavar": "N", "type": convert}
 
 
-def _real(name: str) -> Callable[[str], float]:
+def _real(name: str) -> dict[str, Any]:
+    """Arguments of add_argument for a number."""
+
     def convert(text: str) -> float:
         try:
             return float(text)
         except ValueError:
             raise OptionError(f"{name}: must be a number, not {text!r}") from None
 
-    return convert
+    return {"metavar": "X", "type": convert}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,73 +134,46 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
     add("--version", action="version", version=f"kvrun {__version__}")
     add("-q", "--quiet", action="store_true", help="no statistics")
+    _add_prompt_options(parser)
+    _add_answer_options(parser)
+    add_cache_options(parser)
+    return parser
 
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("prompt").add_argument
-    add(
-        "-p",
-        "--prompt",
-        metavar="TEXT",
-        type=_text,
-        help="answer this prompt; - reads it from standard input",
-    )
-    add(
-        "-f",
-        "--file",
-        metavar="FILE",
-        type=_text,
-        help="answer the prompt in this file, less a line break at its end",
-    )
-    add("--system", metavar="TEXT", type=_text, help="system message that the conversation begins with")
+    text, file = {"metavar": "TEXT", "type": _text}, {"metavar": "FILE", "type": _text}
+    add("-p", "--prompt", **text, help="answer this prompt; - reads it from standard input")
+    add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
+    add("--system", **text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
 
-    add = parser.add_argument_group(
-        "answer", "Defaults of sampling in parentheses, where the model file has none of its own."
-    ).add_argument
-    add(
-        "-n",
-        "--max-tokens",
-        metavar="N",
-        type=_whole("max-tokens"),
-        default=-1,
-        help="most tokens of an answer; -1, the default: no limit",
-    )
-    add(
-        "--stop",
-        metavar="TEXT",
-        type=_text,
-        action="append",
-        default=[],
-        help="end before this text; may be given several times",
-    )
-    add("--ignore-eos", action="store_true", help="go on where the model would end")
-    add("--seed", metavar="N", type=_whole("seed"), help="same seed, same text; default: random")
-    add(
-        "--temperature",
-        metavar="X",
-        type=_real("temperature"),
-        help="0 takes the likeliest token (0.8)",
-    )
-    add("--top-k", metavar="N", type=_whole("top-k"), help="the N likeliest tokens; 0: all (40)")
-    add("--top-p", metavar="X", type=_real("top-p"), help="the likeliest that hold this probability (0.95)")
-    add("--min-p", metavar="X", type=_real("min-p"), help="those X times as likely as the likeliest (0.05)")
-    add("--repeat-penalty", metavar="X", type=_real("repeat-penalty"), help="against repetition; 1: none (1)")
 
+def _add_answer_options(parser: argparse.ArgumentParser) -> None:
+    note = "Defaults of sampling in parentheses, where the model file has none of its own."
+    add = parser.add_argument_group("answer", note).add_argument
+    text = {"metavar": "TEXT", "type": _text}
+    add("-n", "--max-tokens", **_whole("max-tokens"), default=-1, help="most tokens; -1: no limit (-1)")
+    add("--stop", **text, action="append", default=[], help="end before this text; repeatable")
+    add("--ignore-eos", action="store_true", help="go on where the model would end")
+    add("--seed", **_whole("seed"), help="same seed, same text (random)")
+    add("--temperature", **_real("temperature"), help="0 takes the likeliest token (0.8)")
+    add("--top-k", **_whole("top-k"), help="the N likeliest tokens; 0: all (40)")
+    add("--top-p", **_real("top-p"), help="the likeliest that hold this probability (0.95)")
+    add("--min-p", **_real("min-p"), help="those X times as likely as the likeliest (0.05)")
+    add("--repeat-penalty", **_real("repeat-penalty"), help="against repetition; 1: none (1)")
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Model.session`, and `--threads`; for every command that runs a model."""
     add = parser.add_argument_group("cache and machine").add_argument
     add("--kv", metavar="FORMAT", default="f16", help="format of the key/value cache (f16)")
     add("--kv-k", metavar="FORMAT", help="format of the keys, if another")
     add("--kv-v", metavar="FORMAT", help="format of the values, if another")
-    add(
-        "--ctx",
-        metavar="N",
-        type=_whole("ctx"),
-        help="tokens kept (the model's context length, at most 8192)",
-    )
-    add("--sinks", metavar="N", type=_whole("sinks"), default=4, help="first tokens that are always kept (4)")
-    add(
-        "--window", metavar="N", type=_whole("window"), default=64, help="newest tokens kept unquantised (64)"
-    )
-    add("--threads", metavar="N", type=_whole("threads"), help="default: the CPUs this process may use")
-    return parser
+    add("--ctx", **_whole("ctx"), help="tokens kept (the model's context length, at most 8192)")
+    add("--sinks", **_whole("sinks"), default=4, help="first tokens that are always kept (4)")
+    add("--window", **_whole("window"), default=64, help="newest tokens kept unquantised (64)")
+    add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -216,6 +193,7 @@ def _joined(arguments: Sequence[str]) -> Iterator[str]:
         if argument == "--":
             yield argument
             yield from rest
+            return
         if argument in _TEXT_OPTIONS:
             value = next(rest, None)
             yield argument if value is None else f"{_TEXT_OPTIONS[argument]}={_MARK}{value}"

@@ -64,26 +64,13 @@ def byte_fallback(**metaspace):
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in vocab[:3]])
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **metaspace)
-        tokenizer.decoder = decoders.Sequence(
-            [
-                decoders.Replace("\u2581", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
     else:
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
         )
-        tokenizer.decoder = decoders.Sequence(
-            [
-                decoders.Replace("\u2581", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
+    strip = decoders.Strip(" ", 1, 0)
+    replace = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
     return tokenizer
 
 
