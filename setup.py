@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 KERNELS = "_core/kernels"
-HEADERS = sorted(str(p) for p in Path(KERNELS).glob("*.h"))
+KERNEL_FILES = sorted(str(p) for p in Path(KERNELS).glob("*.[ch]"))
 COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                 "-g0"]
 
@@ -85,13 +85,13 @@ class build_extensions(build_ext):
     def kernel_library(self, name, sources, flags):
         folder = os.path.join(self.build_temp, "kernels", name)
         objects = self.compiler.compile(sources, output_dir=folder, extra_postargs=COMMON_FLAGS + flags,
-                                        depends=HEADERS)
+                                        depends=KERNEL_FILES)
         self.compiler.create_static_lib(objects, f"kvrun_{name}", output_dir=folder)
         return self.compiler.library_filename(f"kvrun_{name}", output_dir=folder)
 
 
 def extension(name):
-    return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=HEADERS,
+    return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=KERNEL_FILES,
                      extra_compile_args=["-O2", "-std=gnu11", "-fno-math-errno", "-g0"])
 
 

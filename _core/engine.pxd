@@ -38,13 +38,14 @@ ctypedef struct Config:
     float norm_eps, attention_scale
 
 # Buffers of one call; `rows` is the larger of tokens and threads, since each thread prepares its own input in decode.
+# `planes` is that of chunks; a single token always has two, which cost it nothing.
 ctypedef struct RunState:
-    int64_t rows
+    int64_t rows, planes
     float* x                    # [rows][hidden_pad] residual stream
     float* input                # [rows][input_width] normed or combined input of a matrix
-    int8_t* q                   # [rows][blocks of the widest input * 32]
-    float* q_scale              # [rows][blocks]
-    int32_t* q_sum              # [rows][blocks]
+    int8_t* q                   # [rows][2 planes][blocks of the widest input * 32]
+    float* q_scale              # [rows][2][blocks]
+    int32_t* q_sum              # [rows][2][blocks]
     float* qkv                  # [rows][qkv.width]
     float* gate                 # [rows][gate.width]
     float* up                   # [rows][gate.width]

@@ -110,7 +110,8 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
     One token: every thread prepares its own copy, which costs less than to wait for another's.
     """
     cdef const RunState* run = &call.run
-    cdef int64_t t, row, blocks = (m.cols + KV_BLOCK - 1) // KV_BLOCK, end = 0, floats_at
+    cdef int64_t t, row, end = 0, floats_at, planes = 2 if n == 1 else run.planes
+    cdef int64_t blocks = planes * ((m.cols + KV_BLOCK - 1) // KV_BLOCK)   # of a token
     cdef kv_input x
     cdef float* floats = run.input if source != NULL else run.gate
     cdef int64_t own = thread if n == 1 else 0
@@ -128,14 +129,14 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
             if source != NULL:
                 source(call, weight, first + row, floats + floats_at + row * x.ld)
             if m.quantized:
-                call.kern.quantize(floats + floats_at + row * x.ld, m.cols,
+                call.kern.quantize(floats + floats_at + row * x.ld, m.cols, planes,
                                    run.q + (own + row) * blocks * KV_BLOCK, run.q_scale + (own + row) * blocks,
                                    run.q_sum + (own + row) * blocks)
         if n == 1:
             break
     if n > 1:
         kv_team_barrier(team)
-    x.f, x.blocks = floats + floats_at, blocks
+    x.f, x.blocks, x.planes = floats + floats_at, blocks // planes, planes
     x.q, x.scale, x.sum = run.q + own * blocks * KV_BLOCK, run.q_scale + own * blocks, run.q_sum + own * blocks
     return x
 
@@ -232,7 +233,8 @@ cdef class Engine:
     description: an object with the sizes of the model (n_layers, hidden_size, intermediate_size, n_heads, n_kv_heads,
     head_dim, vocab_size, norm_eps, attention_scale, tie_embeddings, attention_bias, mlp_bias).
     weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
-    inv_freq: float64 [head_dim / 2], inverse frequencies of RoPE. threads: at least 1.
+    inv_freq: float64 [head_dim / 2], inverse frequencies of RoPE. threads: at least 1. precise: block-quantised
+    weights take activations of 16 bits in chunks too, not in decode alone; about half as fast there.
     Raises ValueError when a tensor is missing or has the wrong shape or size.
     """
     cdef Config c
@@ -242,9 +244,10 @@ cdef class Engine:
     cdef list kept
     cdef readonly object description
     cdef readonly int threads
+    cdef readonly bint precise
     cdef double[::1] inv_freq
 
-    def __cinit__(self, description, weights, vectors, inv_freq, threads=1):
+    def __cinit__(self, description, weights, vectors, inv_freq, threads=1, precise=False):
         cdef int64_t i
         d = self.description = description
         if threads < 1:
@@ -257,6 +260,7 @@ cdef class Engine:
         self.inv_freq = np.array(inv_freq, np.float64)
         if self.inv_freq.shape[0] != d.head_dim // 2:
             raise ValueError(f"inv_freq has {self.inv_freq.shape[0]} values for a head_dim of {d.head_dim}")
+        self.precise = precise
         self._sizes()
         self.layers = <Layer*>calloc(d.n_layers, sizeof(Layer))
         if self.layers == NULL:
@@ -401,12 +405,12 @@ cdef class Engine:
         cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads), half = self.c.head_dim // 2
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
         cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK, outputs = p.n_spans * n * p.n_heads
-        run.rows, run.input_width = rows, _whole_panels(widest)
+        run.rows, run.input_width, run.planes = rows, _whole_panels(widest), 2 if self.precise else 1
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
         run.input = <float*>arena.take(4 * rows * run.input_width)
-        run.q = <int8_t*>arena.take(rows * blocks * KV_BLOCK)
-        run.q_scale = <float*>arena.take(4 * rows * blocks)
-        run.q_sum = <int32_t*>arena.take(4 * rows * blocks)
+        run.q = <int8_t*>arena.take(2 * rows * blocks * KV_BLOCK)
+        run.q_scale = <float*>arena.take(8 * rows * blocks)
+        run.q_sum = <int32_t*>arena.take(8 * rows * blocks)
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
         run.gate = <float*>arena.take(4 * n * self.layers[0].gate.width)
         run.up = <float*>arena.take(4 * n * self.layers[0].gate.width)

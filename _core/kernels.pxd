@@ -18,6 +18,7 @@ cdef extern from "kernels.h":
         const int32_t* sum
         int64_t ld
         int64_t blocks
+        int64_t planes
 
     ctypedef void (*kv_matmul_fn)(const uint8_t*, int64_t, int64_t, const kv_input*, int64_t, float*, int64_t,
                                   int) noexcept nogil
@@ -41,7 +42,7 @@ cdef extern from "kernels.h":
         kv_matmul_fn* matmul
         kv_format* format
         void (*rms_norm)(const float*, const float*, int64_t, float, float*) noexcept nogil
-        void (*quantize)(const float*, int64_t, int8_t*, float*, int32_t*) noexcept nogil
+        void (*quantize)(const float*, int64_t, int64_t, int8_t*, float*, int32_t*) noexcept nogil
         void (*rope)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil
         void (*silu_mul)(const float*, const float*, int64_t, float*) noexcept nogil
         void (*softmax_step)(float*, const int32_t*, int64_t, int64_t, float*, float*, float*) noexcept nogil

@@ -48,22 +48,23 @@ def rope(x, cos, sin, scale=1.0, level=None):
     return np.asarray(out)
 
 
-def quantize(x, level=None):
-    """Blocks of 32 of x [n]: (int8 codes [blocks * 32], float32 scales [blocks], int32 sums of codes [blocks])."""
+def quantize(x, planes=1, level=None):
+    """x [n] in blocks of 32: (int8 codes [planes, blocks * 32], float32 scales [planes, blocks], int32 sums of codes
+    [planes, blocks])."""
     cdef const float[::1] a = _floats(x)
     cdef int64_t blocks = (len(x) + KV_BLOCK - 1) // KV_BLOCK
-    cdef int8_t[::1] q = np.empty(blocks * KV_BLOCK, np.int8)
-    cdef float[::1] scale = np.empty(blocks, np.float32)
-    cdef int32_t[::1] sums = np.empty(blocks, np.int32)
-    _level(level).quantize(&a[0], a.shape[0], &q[0], &scale[0], &sums[0])
+    cdef int8_t[:, ::1] q = np.empty((planes, blocks * KV_BLOCK), np.int8)
+    cdef float[:, ::1] scale = np.empty((planes, blocks), np.float32)
+    cdef int32_t[:, ::1] sums = np.empty((planes, blocks), np.int32)
+    _level(level).quantize(&a[0], a.shape[0], planes, &q[0, 0], &scale[0, 0], &sums[0, 0])
     return np.asarray(q), np.asarray(scale), np.asarray(sums)
 
 
-def matmul(str type, packed, rows, x, out=None, repeat=1, level=None):
+def matmul(str type, packed, rows, x, out=None, planes=1, repeat=1, level=None):
     """x [n, cols] times a packed matrix [rows, cols], transposed: float32 [n, rows]; added to `out` when given.
 
-    Block types take x quantised to int8 in blocks of 32, as the engine does. With `repeat` the product is
-    computed so many times (for timing).
+    Block types take x quantised to int8 in blocks of 32, in one plane or two, as the engine does. With `repeat`
+    the product is computed so many times (for timing).
     """
     cdef const kv_kernels* kern = _level(level)
     cdef const float[:, ::1] a = _floats(x)
@@ -71,20 +72,20 @@ def matmul(str type, packed, rows, x, out=None, repeat=1, level=None):
     cdef int64_t n = a.shape[0], cols = a.shape[1], t, blocks = (cols + KV_BLOCK - 1) // KV_BLOCK
     cdef int64_t panels = (rows + KV_PANEL - 1) // KV_PANEL, times = repeat, i
     cdef int id = type_id(type), add = out is not None
-    if n < 1 or w.shape[0] != packed_size(type, rows, cols):
-        raise ValueError("packed does not have the size of this matrix, or x is empty")
+    if n < 1 or planes not in (1, 2) or w.shape[0] != packed_size(type, rows, cols):
+        raise ValueError("packed does not have the size of this matrix, x is empty, or planes is not 1 or 2")
     result = np.zeros((n, panels * KV_PANEL), np.float32)
     if add:
         result[:, :rows] = out
     cdef float[:, ::1] to = result
-    cdef int8_t[:, ::1] q = np.zeros((n, blocks * KV_BLOCK), np.int8)
-    cdef float[:, ::1] scale = np.zeros((n, blocks), np.float32)
-    cdef int32_t[:, ::1] sums = np.zeros((n, blocks), np.int32)
+    cdef int8_t[:, ::1] q = np.zeros((n, planes * blocks * KV_BLOCK), np.int8)
+    cdef float[:, ::1] scale = np.zeros((n, planes * blocks), np.float32)
+    cdef int32_t[:, ::1] sums = np.zeros((n, planes * blocks), np.int32)
     if id >= KV_Q8_0:
         for t in range(n):
-            kern.quantize(&a[t, 0], cols, &q[t, 0], &scale[t, 0], &sums[t, 0])
+            kern.quantize(&a[t, 0], cols, planes, &q[t, 0], &scale[t, 0], &sums[t, 0])
     cdef kv_input input
-    input.f, input.ld, input.blocks = &a[0, 0], cols, blocks
+    input.f, input.ld, input.blocks, input.planes = &a[0, 0], cols, blocks, planes
     input.q, input.scale, input.sum = &q[0, 0], &scale[0, 0], &sums[0, 0]
     with nogil:
         for i in range(times):

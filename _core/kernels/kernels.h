@@ -29,14 +29,17 @@
 enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
 enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMATS };
 
-/* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32. */
+/* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32.
+ * With two planes the second holds what the first rounds away, in steps 256 times finer: 16 bits in all. It is used
+ * where memory, not arithmetic, sets the pace; plane p of token t is row planes * t + p. */
 typedef struct {
     const float *f;       /* [tokens][ld] */
-    const int8_t *q;      /* [tokens][blocks * 32] codes */
-    const float *scale;   /* [tokens][blocks] */
-    const int32_t *sum;   /* [tokens][blocks] sum of the codes of a block */
+    const int8_t *q;      /* [tokens][planes][blocks * 32] codes */
+    const float *scale;   /* [tokens][planes][blocks] */
+    const int32_t *sum;   /* [tokens][planes][blocks] sum of the codes of a block */
     int64_t ld;           /* floats between tokens */
     int64_t blocks;       /* blocks of 32 in a token */
+    int64_t planes;       /* 1 or 2 */
 } kv_input;
 
 /* out[t * ld_out + 16 * p + r] = (or +=, with `add`) row 16 p + r of the panels times input t. */
@@ -72,8 +75,8 @@ typedef struct {
     kv_format format[KV_FORMATS];
     /* out = x / sqrt(mean(x^2) + eps) * weight */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
-    /* int8 codes in blocks of 32: scale = max|x| / 127; the last block is padded with zeros */
-    void (*quantize)(const float *x, int64_t n, int8_t *q, float *scale, int32_t *sum);
+    /* One token of a kv_input: int8 codes in blocks of 32, scale = max|x| / 127; the last block is padded with zeros */
+    void (*quantize)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
     /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
      * [head_dim/2], times `scale`. in and out may be the same. */
     void (*rope)(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out);

@@ -95,20 +95,20 @@ KV_INLINE void dot_block_8(const int rows, const uint8_t *codes, const int8_t *x
         sum[r] = d8_float(dot[r], x_sum[r * ld_sum]);
 }
 
-/* One panel for `rows` tokens of a block type. The value of a code is d * (code - offset) + m, so
+/* One panel of a block type for `rows` rows of the input: tokens, or planes of tokens. The value of a code is d * (code - offset) + m, so
  * sum over a block of w x = d_w (d_x dot - offset d_x sum_x) + m d_x sum_x, with dot and sum_x exact integers. */
-KV_INLINE void block_rows(const int type, const int rows, const uint8_t *panel, const kv_input *in, int64_t t,
-                          float *out, int64_t ld_out, int add)
+KV_INLINE void block_rows(const int type, const int rows, const int planes, const uint8_t *panel, const kv_input *in,
+                          int64_t first, float *out, int64_t ld_out, int add)
 {
     const int64_t blocks = in->blocks, ld = blocks * KV_BLOCK;
-    const int8_t *x = in->q + t * ld;
-    const float *x_scale = in->scale + t * blocks;
-    const int32_t *x_sum = in->sum + t * blocks;
+    const int8_t *x = in->q + first * ld;
+    const float *x_scale = in->scale + first * blocks;
+    const int32_t *x_sum = in->sum + first * blocks;
     const int head = type == KV_Q4_1 ? 128 : 64, code_bytes = type == KV_Q8_0 ? 512 : 256;
     vf sum[KV_ROWS], dot[KV_ROWS];
     KV_UNROLL
     for (int r = 0; r < rows; r++)
-        sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
+        sum[r] = add && r % planes == 0 ? vf_load(out + r / planes * ld_out) : vf_zero();
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *pair = panel + b / 2 * (head + 2 * code_bytes), *codes = pair + head + b % 2 * code_bytes;
         vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
@@ -128,8 +128,8 @@ KV_INLINE void block_rows(const int type, const int rows, const uint8_t *panel, 
         }
     }
     KV_UNROLL
-    for (int r = 0; r < rows; r++)
-        vf_store(out + r * ld_out, sum[r]);
+    for (int r = 0; r < rows; r += planes)
+        vf_store(out + r / planes * ld_out, planes == 2 ? vf_add(sum[r], sum[r + 1]) : sum[r]);
 }
 
 KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_panels, const kv_input *in,
@@ -139,10 +139,15 @@ KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_pa
     const int64_t bytes = (in->blocks + 1) / 2 * head + in->blocks * code_bytes;
     for (int64_t p = 0; p < n_panels; p++, panels += bytes, out += 16) {
         int64_t t = 0;
+        if (in->planes == 2) {
+            for (; t < n_tokens; t++)
+                block_rows(type, 2, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
+            continue;
+        }
         for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
-            block_rows(type, KV_ROWS, panels, in, t, out + t * ld_out, ld_out, add);
+            block_rows(type, KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);
         for (; t < n_tokens; t++)
-            block_rows(type, 1, panels, in, t, out + t * ld_out, ld_out, add);
+            block_rows(type, 1, 1, panels, in, t, out + t * ld_out, ld_out, add);
     }
 }
 

@@ -18,9 +18,17 @@ static void rms_norm(const float *x, const float *weight, int64_t n, float eps, 
         vf_store_part(out + i, vf_mul(vf_mul(tail, scale), vf_load_part(weight + i, n - i)), n - i);
 }
 
-static void quantize(const float *x, int64_t n, int8_t *q, float *scale, int32_t *sum)
+/* In 256ths; within +-127, since a code of -128 has no negative in int8. */
+KV_INLINE vf rounded_away(vf x)
 {
-    for (int64_t b = 0; b * KV_BLOCK < n; b++, q += KV_BLOCK) {
+    vf rest = vf_mul(vf_sub(x, vf_round(x)), vf_set1(256));
+    return vf_max(vf_min(rest, vf_set1(127)), vf_set1(-127));
+}
+
+static void quantize(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum)
+{
+    const int64_t blocks = (n + KV_BLOCK - 1) / KV_BLOCK;
+    for (int64_t b = 0; b < blocks; b++, q += KV_BLOCK) {
         const float *block = x + b * KV_BLOCK;
         int64_t left = n - b * KV_BLOCK;
         vf low, high;
@@ -33,8 +41,17 @@ static void quantize(const float *x, int64_t n, int8_t *q, float *scale, int32_t
         }
         float largest = vf_top(vf_max(vf_abs(low), vf_abs(high)));
         vf inverse = vf_set1(largest > 0 ? 127 / largest : 0);
+        low = vf_mul(low, inverse);
+        high = vf_mul(high, inverse);
         scale[b] = largest / 127;
-        sum[b] = vf_store_i8(q, vf_mul(low, inverse)) + vf_store_i8(q + 16, vf_mul(high, inverse));
+        sum[b] = vf_store_i8(q, low) + vf_store_i8(q + 16, high);
+        if (planes == 2) {
+            low = rounded_away(low);
+            high = rounded_away(high);
+            int8_t *second = q + blocks * KV_BLOCK;
+            scale[blocks + b] = scale[b] / 256;
+            sum[blocks + b] = vf_store_i8(second, low) + vf_store_i8(second + 16, high);
+        }
     }
 }
 

@@ -24,27 +24,27 @@ def close(actual, expected, tolerance):
     assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-30)
 
 
-def as_quantized(x, level):
+def as_quantized(x, planes, level):
     """The inputs that a block product really takes, in float64."""
     rows = []
     for row in x:
-        codes, scales, _ = probe.quantize(row, level)
-        rows.append((codes * np.repeat(scales.astype(np.float64), 32))[: len(row)])
+        codes, scales, _ = probe.quantize(row, planes, level)
+        rows.append((codes * np.repeat(scales.astype(np.float64), 32, axis=1)).sum(0)[: len(row)])
     return np.array(rows)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows, cols, n", SHAPES)
-@pytest.mark.parametrize("type", _core.WEIGHT_TYPES)
-def test_matmul(type, rows, cols, n, level, rng):
+@pytest.mark.parametrize("type, planes", [(type, 1) for type in _core.WEIGHT_TYPES] + [(type, 2) for type in BLOCK_TYPES])
+def test_matmul(type, planes, rows, cols, n, level, rng):
     weights = rng.standard_normal((rows, cols)).astype(np.float32)
     packed = _core.pack(type, weights)
     x = rng.standard_normal((n, cols)).astype(np.float32)
-    inputs = as_quantized(x, level) if type in BLOCK_TYPES else x.astype(np.float64)
+    inputs = as_quantized(x, planes, level) if type in BLOCK_TYPES else x.astype(np.float64)
     expected = inputs @ _core.unpack(type, packed, rows, cols).astype(np.float64).T
-    close(probe.matmul(type, packed, rows, x, level=level), expected, 1e-5)
+    close(probe.matmul(type, packed, rows, x, planes=planes, level=level), expected, 1e-5)
     before = rng.standard_normal((n, rows)).astype(np.float32)
-    close(probe.matmul(type, packed, rows, x, out=before, level=level), expected + before, 1e-5)
+    close(probe.matmul(type, packed, rows, x, before, planes, level=level), expected + before, 1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -59,7 +59,7 @@ def test_matmul_of_extreme_codes(type, level, rng):
         packed = _core.pack_raw(type, raw, 16, 96)
         for sign in (1.0, -1.0):
             x = np.full((5, 96), sign, np.float32)
-            expected = as_quantized(x, level) @ _core.unpack(type, packed, 16, 96).astype(np.float64).T
+            expected = as_quantized(x, 1, level) @ _core.unpack(type, packed, 16, 96).astype(np.float64).T
             close(probe.matmul(type, packed, 16, x, level=level), expected, 1e-6)
 
 
@@ -67,18 +67,24 @@ def test_matmul_of_extreme_codes(type, level, rng):
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 576])
 def test_quantize(n, level, rng):
     x = (rng.standard_normal(n) * 10 ** rng.uniform(-3, 3)).astype(np.float32)
-    codes, scales, sums = probe.quantize(x, level)
-    padded = np.zeros(len(codes), np.float32)
+    codes, scales, sums = probe.quantize(x, 2, level)
+    padded = np.zeros(codes.shape[1], np.float32)
     padded[:n] = x
     blocks = padded.reshape(-1, 32).astype(np.float64)
-    np.testing.assert_allclose(scales, np.abs(blocks).max(1) / 127, rtol=1e-6)
-    assert np.abs(codes.reshape(-1, 32) - blocks / scales[:, None].astype(np.float64)).max() <= 0.5 + 1e-4
-    np.testing.assert_array_equal(sums, codes.reshape(-1, 32).sum(1, dtype=np.int32))
+    np.testing.assert_allclose(scales[0], np.abs(blocks).max(1) / 127, rtol=1e-6)
+    np.testing.assert_allclose(scales[1], scales[0] / 256, rtol=1e-6)
+    codes = codes.reshape(2, -1, 32)
+    np.testing.assert_array_equal(sums, codes.sum(2, dtype=np.int32))
+    steps = blocks / scales[0][:, None].astype(np.float64)
+    assert np.abs(codes[0] - steps).max() <= 0.5 + 1e-4
+    assert np.abs(codes[0] + codes[1] / 256 - steps).max() <= 1.01 / 256
+    for one, two in zip(probe.quantize(x, 1, level), (codes[0].ravel(), scales[0], sums[0])):
+        np.testing.assert_array_equal(one[0], two)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_quantize_of_zeros(level):
-    codes, scales, sums = probe.quantize(np.zeros(64, np.float32), level)
+    codes, scales, sums = probe.quantize(np.zeros(64, np.float32), 2, level)
     assert not codes.any() and not scales.any() and not sums.any()
 
 
@@ -163,4 +169,4 @@ def test_tile_token_by_token(head_dim, format, dtype, level, rng):
 def test_levels():
     assert LEVELS[-1] == "scalar" and _core.isa() in LEVELS
     with pytest.raises(ValueError, match="instruction set 'sse9' is not one of"):
-        probe.quantize(np.zeros(32, np.float32), "sse9")
+        probe.quantize(np.zeros(32, np.float32), 1, "sse9")

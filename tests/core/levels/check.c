@@ -47,14 +47,14 @@ static void compare(const char *what, int64_t a, int64_t b, const float *x, cons
     printf("%s (%lld, %lld): error %g of %g\n", what, (long long)a, (long long)b, error, top);
 }
 
-static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n)
+static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n, int64_t planes)
 {
     int64_t blocks = (cols + 31) / 32, panels = (rows + 15) / 16, row_bytes = kv_raw_row_bytes(type, cols);
     float *w = floats(rows * cols), *x = floats(n * cols), *a = floats(n * panels * 16), *b = bytes(n * panels * 64);
     uint8_t *raw = bytes(16 * row_bytes), *packed = aligned_alloc(64, (size_t)kv_packed_bytes(type, rows, cols));
-    int8_t *q = bytes(n * blocks * 32);
-    float *scale = bytes(n * blocks * 4);
-    int32_t *sum = bytes(n * blocks * 4);
+    int8_t *q = bytes(n * planes * blocks * 32);
+    float *scale = bytes(n * planes * blocks * 4);
+    int32_t *sum = bytes(n * planes * blocks * 4);
     for (int64_t p = 0; p < panels; p++) {
         int64_t some = rows - 16 * p < 16 ? rows - 16 * p : 16;
         for (int64_t r = 0; r < some; r++)
@@ -62,8 +62,9 @@ static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n)
         kv_pack_panel(type, raw, some, cols, packed + p * kv_packed_bytes(type, 16, cols));
     }
     for (int64_t t = 0; t < n; t++)
-        reference.quantize(x + t * cols, cols, q + t * blocks * 32, scale + t * blocks, sum + t * blocks);
-    kv_input in = {x, q, scale, sum, cols, blocks};
+        reference.quantize(x + t * cols, cols, planes, q + t * planes * blocks * 32, scale + t * planes * blocks,
+                           sum + t * planes * blocks);
+    kv_input in = {x, q, scale, sum, cols, blocks, planes};
     for (int add = 0; add < 2; add++) {
         memcpy(b, a, (size_t)(n * panels * 64));
         reference.matmul[type](packed, panels, cols, &in, n, a, panels * 16, add);
@@ -76,19 +77,19 @@ static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n)
 static void check_vectors(int64_t n)
 {
     int64_t blocks = (n + 31) / 32;
-    float *x = floats(n), *y = floats(n), *a = bytes(n * 4), *b = bytes(n * 4), s[2][64];
-    int8_t *q = bytes(blocks * 32), *p = bytes(blocks * 32);
-    int32_t sum[2][64];
+    float *x = floats(n), *y = floats(n), *a = bytes(n * 4), *b = bytes(n * 4), s[2][128];
+    int8_t *q = bytes(blocks * 64), *p = bytes(blocks * 64);
+    int32_t sum[2][128];
     reference.rms_norm(x, y, n, 1e-5f, a), checked.rms_norm(x, y, n, 1e-5f, b);
     compare("rms_norm", n, 0, a, b, n, 1e-5);
     reference.rope(x, y, y + n / 2, n / 2 * 2, 0.5f, a), checked.rope(x, y, y + n / 2, n / 2 * 2, 0.5f, b);
     compare("rope", n, 0, a, b, n / 2 * 2, 1e-6);
-    reference.quantize(x, n, q, s[0], sum[0]), checked.quantize(x, n, p, s[1], sum[1]);
-    compare("quantize scale", n, 0, s[0], s[1], blocks, 1e-6);
+    reference.quantize(x, n, 2, q, s[0], sum[0]), checked.quantize(x, n, 2, p, s[1], sum[1]);
+    compare("quantize scale", n, 0, s[0], s[1], 2 * blocks, 1e-6);
     for (int64_t i = 0; i < blocks * 32; i++)
         if (abs(q[i] - p[i]) > 1) /* ties may fall to either side */
             failures++, printf("quantize (%lld): %d is not %d\n", (long long)n, p[i], q[i]);
-    for (int64_t i = 0; i < blocks; i++) {
+    for (int64_t i = 0; i < 2 * blocks; i++) {
         int32_t total = 0;
         for (int64_t j = 0; j < 32; j++)
             total += p[i * 32 + j];
@@ -142,9 +143,9 @@ int main(int argc, char **argv)
     kv_fill_scalar(&reference);
     PASTE(kv_fill_, CHECKED)(&checked);
     for (int type = 0; type < KV_WEIGHT_TYPES; type++) {
-        check_matmul(type, 48, 96, 1);
-        check_matmul(type, 33, 577, 11);
-        check_matmul(type, 16, 100, 23);
+        check_matmul(type, 48, 96, 1, 2);
+        check_matmul(type, 33, 577, 11, 1);
+        check_matmul(type, 16, 100, 23, 2);
     }
     for (int i = 0; i < 7; i++)
         check_vectors(lengths[i]);
