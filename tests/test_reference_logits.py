@@ -62,11 +62,13 @@ def test_logits(name, chunks, converted, reference):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_with_weights_as_in_the_checkpoint(name, converted, reference):
-    """f16 and bf16 weights are exact; the integer products of block types round the activations."""
+    """f16 and bf16 weights are exact. With block types the activations are rounded too: little in decode, to
+    8 bits in chunks, which these models' sharp attention makes visible."""
     expected = reference(name)
-    error = expected.error(run(engine_of(converted(name, "same")), expected.tokens, [133, 67]))
+    engine = engine_of(converted(name, "same"))
     blocks = name.startswith("gguf-") and name != "gguf-f16"
-    assert error <= (0.1 if blocks else 3e-3)
+    assert expected.error(run(engine, expected.tokens, CHUNKS["one by one"])) <= (1e-3 if blocks else TOLERANCE)
+    assert expected.error(run(engine, expected.tokens, [133, 67])) <= (0.1 if blocks else TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
