@@ -140,14 +140,16 @@ KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_pa
     for (int64_t p = 0; p < n_panels; p++, panels += bytes, out += 16) {
         int64_t t = 0;
         if (in->planes == 2) {
+            for (; t + KV_ROWS / 2 <= n_tokens; t += KV_ROWS / 2)
+                block_rows(type, KV_ROWS, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
             for (; t < n_tokens; t++)
                 block_rows(type, 2, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
-            continue;
+        } else {
+            for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
+                block_rows(type, KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);
+            for (; t < n_tokens; t++)
+                block_rows(type, 1, 1, panels, in, t, out + t * ld_out, ld_out, add);
         }
-        for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
-            block_rows(type, KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);
-        for (; t < n_tokens; t++)
-            block_rows(type, 1, 1, panels, in, t, out + t * ld_out, ld_out, add);
     }
 }
 
