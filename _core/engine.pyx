@@ -16,6 +16,7 @@ from .attention cimport (append_step, attend_step, combine, commit_step, kv_team
                          scratch_needed, spans_needed)
 from .kernels cimport KV_BLOCK, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kv_packed_bytes, kv_unpack_row
 from .kv cimport KVCache, tile_of, tiles_evicted, tiles_packed
+from .kernels import require_level
 from .weights import packed_size, type_id
 
 MAX_CHUNK = 512
@@ -235,7 +236,7 @@ cdef class Engine:
     weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
     inv_freq: float64 [head_dim / 2], inverse frequencies of RoPE. threads: at least 1. precise: block-quantised
     weights take activations of 16 bits in chunks too, not in decode alone; about half as fast there.
-    Raises ValueError when a tensor is missing or has the wrong shape or size.
+    Raises ValueError when a tensor is missing or has the wrong shape or size, or KVRUN_ISA names no level.
     """
     cdef Config c
     cdef Layer* layers
@@ -250,6 +251,7 @@ cdef class Engine:
     def __cinit__(self, description, weights, vectors, inv_freq, threads=1, precise=False):
         cdef int64_t i
         d = self.description = description
+        require_level()
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         if d.activation != "silu":

@@ -43,17 +43,20 @@ def isa_available():
 
 
 def isa():
-    """Name of the level in use: avx512, avx2, neon or scalar."""
+    """Name of the level in use: avx512, avx2, neon or scalar. Raises ValueError as `require_level` does."""
+    require_level()
     return _chosen.name.decode()
 
 
-def _choose():
-    global _chosen
-    levels = isa_available()
-    wanted = os.environ.get("KVRUN_ISA") or levels[0]
-    if wanted not in levels:
-        raise ImportError(f"KVRUN_ISA={wanted}: this CPU and build have {', '.join(levels)}")
-    _chosen = _find(wanted)
+def require_level():
+    """Raises ValueError when KVRUN_ISA names a level that is not there; said here rather than when the module loads,
+    where a command could only answer with a traceback."""
+    if _problem is not None:
+        raise ValueError(_problem)
 
 
-_choose()
+_wanted = os.environ.get("KVRUN_ISA") or isa_available()[0]
+_problem = None
+if _wanted not in isa_available():
+    _problem = f"KVRUN_ISA={_wanted}: this CPU and build have {', '.join(isa_available())}"
+_chosen = _find("scalar" if _problem else _wanted)

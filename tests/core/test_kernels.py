@@ -1,5 +1,9 @@
 """Every kernel at every level of this CPU against NumPy in float64, on fresh random data."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -170,3 +174,11 @@ def test_levels():
     assert LEVELS[-1] == "scalar" and _core.isa() in LEVELS
     with pytest.raises(ValueError, match="instruction set 'sse9' is not one of"):
         probe.quantize(np.zeros(32, np.float32), 1, "sse9")
+
+
+def test_a_level_that_is_not_there():
+    """Importing works, so that a command can say what is wrong."""
+    code = "import kvrun._core as c\ntry: c.isa()\nexcept ValueError as e: print(e)"
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KVRUN_ISA": "sse9"}, text=True,
+                            capture_output=True)
+    assert result.stdout.startswith("KVRUN_ISA=sse9: this CPU and build have ") and not result.stderr
