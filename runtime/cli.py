@@ -18,7 +18,11 @@ from kvrun.version import __version__
 if TYPE_CHECKING:
     from kvrun.session import Session
 
-COMMANDS = {"convert": "kvrun.convert.cli", "inspect": "kvrun.inspect"}
+COMMANDS = {
+    "convert": "kvrun.convert.cli",
+    "inspect": "kvrun.inspect",
+    "perplexity": "kvrun.perplexity",
+}
 """Subcommand: the module whose main(argv) runs it."""
 
 # Their value may be any text, also one that begins with a dash.
@@ -40,6 +44,8 @@ Run a language model: one answer with -p or -f, otherwise a chat.
   kvrun convert CHECKPOINT -o MODEL
                                 make a model file from a Hugging Face folder or a .gguf file
   kvrun inspect MODEL           what is in a model file
+  kvrun perplexity MODEL --text FILE
+                                what each format of the cache costs in quality, on a text
 A model file called like a subcommand is given as ./convert or ./inspect."""
 
 
@@ -91,7 +97,7 @@ def _fail(message: str) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"kvrun: {message} (kvrun --help shows the usage)\n")
+        self.exit(2, f"kvrun: {message} ({self.prog} --help shows the usage)\n")
 
 
 def _text(argument: str) -> str:
