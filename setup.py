@@ -29,7 +29,7 @@ LEVELS = {
                      "-mavx512vnni", "-mprefer-vector-width=512"]),
     "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
 }
-LEVEL_SOURCES = [f"{KERNELS}/{name}.c" for name in ("vector", "matmul", "attention", "table")]
+LEVEL_SOURCES = [f"{KERNELS}/{name}.c" for name in ("vector", "matmul", "attention", "quantized", "table")]
 BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("pack", "team", "levels")]
 
 

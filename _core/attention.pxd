@@ -48,4 +48,4 @@ cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, 
 cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
                       int64_t ld, kv_team* team, int thread) noexcept nogil
 cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil
-cdef void combine(const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil
+cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil

@@ -71,6 +71,8 @@ cdef void _append_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan
         for i in range(c.head_dim):
             keys[i * lanes + plan.first + t] = k[t * ld + head * c.head_dim + i]
         memcpy(values + (plan.first + t) * c.head_pad, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
+        if c.v.hadamard:
+            kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
     for s in range(plan.n_shifts):
         out = plan.sinks + (head * plan.n_shifts + s) * c.head_dim * lanes
         for i in range(half):
@@ -92,7 +94,10 @@ cdef void _append_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
         t = position - plan.first
         kern.rope(k + t * ld + head * c.head_dim, plan.cos + t * half, plan.sin + t * half, c.head_dim, 1, scratch)
         c.wk.put_k(window, c.head_dim, position - start, scratch)
-        c.wv.put_v(window + c.window_k_bytes, c.head_dim, position - start, v + t * ld + head * c.head_dim)
+        memcpy(scratch, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
+        if c.v.hadamard:
+            kern.hadamard(scratch, c.head_dim)
+        c.wv.put_v(window + c.window_k_bytes, c.head_dim, position - start, scratch)
     if tile < plan.packed_after:
         packed = _packed(c, plan, layer, head, tile)
         c.wk.unpack_k(window, c.head_dim, scratch)
@@ -242,7 +247,7 @@ cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, 
                 i // c.n_kv_heads % plan.n_spans, q, ld, scratch)
 
 
-cdef void combine(const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil:
+cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil:
     """Attention output of one token from its spans' partial softmax: out [n_heads * head_dim]."""
     cdef int64_t h, span, at, i
     cdef float top, total, weight
@@ -265,3 +270,5 @@ cdef void combine(const Cache* c, const Plan* plan, int64_t token, float* out) n
                 to[i] += weight * plan.acc[at * c.head_pad + i]
         for i in range(c.head_dim):
             to[i] /= total
+        if c.v.hadamard:
+            kern.hadamard(to, c.head_dim)

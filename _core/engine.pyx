@@ -100,7 +100,7 @@ cdef void _normed(const Call* call, const float* weight, int64_t token, float* o
 
 
 cdef void _attended(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil:
-    combine(call.cache, &call.plan, token, out)
+    combine(call.kern, call.cache, &call.plan, token, out)
 
 
 cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* m, Source source, const float* weight,

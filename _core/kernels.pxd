@@ -10,6 +10,7 @@ cdef extern from "kernels.h":
         KV_Q8_0
         KV_FORMAT_F32
         KV_FORMAT_F16
+        KV_FORMAT_Q2
 
     ctypedef struct kv_input:
         const float* f
@@ -26,6 +27,7 @@ cdef extern from "kernels.h":
     ctypedef struct kv_format:
         const char* name
         double bits
+        int hadamard
         int64_t (*k_bytes)(int64_t) noexcept nogil
         int64_t (*v_bytes)(int64_t) noexcept nogil
         void (*pack_k)(const float*, int64_t, void*) noexcept nogil
@@ -44,6 +46,7 @@ cdef extern from "kernels.h":
         void (*rms_norm)(const float*, const float*, int64_t, float, float*) noexcept nogil
         void (*quantize)(const float*, int64_t, int64_t, int8_t*, float*, int32_t*) noexcept nogil
         void (*rope)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil
+        void (*hadamard)(float*, int64_t) noexcept nogil
         void (*silu_mul)(const float*, const float*, int64_t, float*) noexcept nogil
         void (*softmax_step)(float*, const int32_t*, int64_t, int64_t, float*, float*, float*) noexcept nogil
 

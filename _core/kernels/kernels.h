@@ -14,7 +14,8 @@
  *     q4_0/1    4 lines a block, line l: [16 rows][4], low nibble channel 4l+c, high nibble channel 16+4l+c
  *
  * Cached keys and values come in tiles of KV_TILE = 64 tokens of one KV head; `head_pad` is head_dim rounded up
- * to 16. K is channel-major [head_dim][64], V is token-major [64][head_pad], in float16 or float32.
+ * to 16. In f32 and f16 K is channel-major [head_dim][64], V is token-major [64][head_pad]; the quantised formats are
+ * described in quantized.c.
  */
 #ifndef KVRUN_KERNELS_H
 #define KVRUN_KERNELS_H
@@ -27,7 +28,7 @@
 #define KV_TILE 64
 
 enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
-enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMATS };
+enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };
 
 /* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32.
  * With two planes the second holds what the first rounds away, in steps 256 times finer: 16 bits in all. It is used
@@ -55,6 +56,7 @@ typedef void (*kv_matmul_fn)(const uint8_t *panels, int64_t n_panels, int64_t co
 typedef struct {
     const char *name;
     double bits;
+    int hadamard;           /* V is kept transformed, which spreads outliers over the head's channels */
     int64_t (*k_bytes)(int64_t head_dim);
     int64_t (*v_bytes)(int64_t head_dim);
     void (*pack_k)(const float *k, int64_t head_dim, void *tile);
@@ -80,6 +82,9 @@ typedef struct {
     /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
      * [head_dim/2], times `scale`. in and out may be the same. */
     void (*rope)(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out);
+    /* Orthonormal Hadamard transform of x [n] in place, its own inverse; in blocks of the largest powers of two when n is
+     * not one. */
+    void (*hadamard)(float *x, int64_t n);
     /* out = silu(gate) * up */
     void (*silu_mul)(const float *gate, const float *up, int64_t n, float *out);
     /* Online softmax over one tile (Milakov and Gimelshein 2018). scores [rows][64] become weights in place;

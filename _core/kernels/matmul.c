@@ -1,5 +1,6 @@
 /* Weights times a chunk of inputs. Panels outside, inputs inside: a panel is read from memory once for all tokens,
  * and KV_ROWS tokens share each load and each unpacking of its lines. */
+#include "dot.h"
 #include "gemm.h"
 
 static void matmul_f32(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
@@ -55,46 +56,6 @@ static void matmul_bf16(const uint8_t *panels, int64_t n_panels, int64_t cols, c
     }
 }
 
-/* One block of 32 channels for `rows` tokens: sum[r] becomes the exact integer dot products as floats. */
-KV_INLINE void dot_block_4(const int rows, const uint8_t *codes, const int8_t *x, int64_t ld, vf *sum)
-{
-    d4 dot[KV_ROWS];
-    KV_UNROLL
-    for (int r = 0; r < rows; r++)
-        dot[r] = d4_zero();
-    KV_NO_UNROLL
-    for (int l = 0; l < 4; l++) {
-        vw line = vw_load(codes + 64 * l), low = vw_low(line), high = vw_high(line);
-        KV_UNROLL
-        for (int r = 0; r < rows; r++) {
-            dot[r] = d4_dot(dot[r], low, x + r * ld + 4 * l);
-            dot[r] = d4_dot(dot[r], high, x + r * ld + 16 + 4 * l);
-        }
-    }
-    KV_UNROLL
-    for (int r = 0; r < rows; r++)
-        sum[r] = d4_float(dot[r]);
-}
-
-KV_INLINE void dot_block_8(const int rows, const uint8_t *codes, const int8_t *x, int64_t ld, const int32_t *x_sum,
-                           int64_t ld_sum, vf *sum)
-{
-    d8 dot[KV_ROWS];
-    KV_UNROLL
-    for (int r = 0; r < rows; r++)
-        dot[r] = d8_zero();
-    KV_NO_UNROLL
-    for (int l = 0; l < 8; l++) {
-        vw line = vw_load(codes + 64 * l);
-        KV_UNROLL
-        for (int r = 0; r < rows; r++)
-            dot[r] = d8_dot(dot[r], line, x + r * ld + 4 * l);
-    }
-    KV_UNROLL
-    for (int r = 0; r < rows; r++)
-        sum[r] = d8_float(dot[r], x_sum[r * ld_sum]);
-}
-
 /* One panel of a block type for `rows` rows of the input: tokens, or planes of tokens. The value of a code is d * (code - offset) + m, so
  * sum over a block of w x = d_w (d_x dot - offset d_x sum_x) + m d_x sum_x, with dot and sum_x exact integers. */
 KV_INLINE void block_rows(const int type, const int rows, const int planes, const uint8_t *panel, const kv_input *in,
@@ -112,10 +73,7 @@ KV_INLINE void block_rows(const int type, const int rows, const int planes, cons
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *pair = panel + b / 2 * (head + 2 * code_bytes), *codes = pair + head + b % 2 * code_bytes;
         vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
-        if (type == KV_Q8_0)
-            dot_block_8(rows, codes, x + b * KV_BLOCK, ld, x_sum + b, blocks, dot);
-        else
-            dot_block_4(rows, codes, x + b * KV_BLOCK, ld, dot);
+        dot_codes(type == KV_Q8_0 ? 8 : 4, KV_BLOCK, rows, codes, x + b * KV_BLOCK, ld, x_sum + b, blocks, dot);
         KV_UNROLL
         for (int r = 0; r < rows; r++) {
             float d = x_scale[r * blocks + b], s = d * (float)x_sum[r * blocks + b];

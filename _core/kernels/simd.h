@@ -4,7 +4,7 @@
  *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top (largest lane) vf_round
  *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
  *                                    vf_load_f16 vf_store_f16, vf_bf16_even/odd (channels of a bf16 line)
- *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_low vw_high (nibbles)
+ *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_field (bits `mask` after a shift)
  *   d4   dot products of codes 0..15 with int8 inputs; at most 8 d4_dot between d4_zero and d4_float
  *   d8   the same for bytes storing code + 128; `sum` is that of the inputs since d8_zero
  */

@@ -83,14 +83,10 @@ KV_INLINE vw vw_load(const uint8_t *p)
 {
     return (vw){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
 }
-KV_INLINE vw vw_low(vw w)
+KV_INLINE vw vw_field(vw w, const int shift, const int mask)
 {
-    __m256i mask = _mm256_set1_epi8(15);
-    return (vw){_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
-}
-KV_INLINE vw vw_high(vw w)
-{
-    return vw_low((vw){_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)});
+    __m256i m = _mm256_set1_epi8((char)mask);
+    return (vw){_mm256_and_si256(_mm256_srli_epi16(w.a, shift), m), _mm256_and_si256(_mm256_srli_epi16(w.b, shift), m)};
 }
 
 KV_INLINE __m256i kv_quad(const int8_t *x) { int32_t q; memcpy(&q, x, 4); return _mm256_set1_epi32(q); }

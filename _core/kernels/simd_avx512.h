@@ -48,8 +48,10 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
 }
 
 KV_INLINE vw vw_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
-KV_INLINE vw vw_low(vw w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
-KV_INLINE vw vw_high(vw w) { return vw_low(_mm512_srli_epi16(w, 4)); }
+KV_INLINE vw vw_field(vw w, const int shift, const int mask)
+{
+    return _mm512_and_si512(_mm512_srli_epi16(w, shift), _mm512_set1_epi8((char)mask));
+}
 
 KV_INLINE __m512i kv_quad(const int8_t *x) { int32_t q; memcpy(&q, x, 4); return _mm512_set1_epi32(q); }
 

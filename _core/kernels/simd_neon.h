@@ -71,8 +71,10 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
 }
 
 KV_INLINE vw vw_load(const uint8_t *p) { KV_EACH(vw, vld1q_u8(p + 16 * i)); }
-KV_INLINE vw vw_low(vw w) { KV_EACH(vw, vandq_u8(w.val[i], vdupq_n_u8(15))); }
-KV_INLINE vw vw_high(vw w) { KV_EACH(vw, vshrq_n_u8(w.val[i], 4)); }
+KV_INLINE vw vw_field(vw w, const int shift, const int mask)
+{
+    KV_EACH(vw, vandq_u8(vshlq_u8(w.val[i], vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask)));
+}
 
 KV_INLINE int8x16_t kv_quad(const int8_t *x)
 {

@@ -48,8 +48,12 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
 }
 
 KV_INLINE vw vw_load(const uint8_t *p) { vw r; memcpy(r.v, p, 64); return r; }
-KV_INLINE vw vw_low(vw a) { for (int i = 0; i < 64; i++) a.v[i] &= 15; return a; }
-KV_INLINE vw vw_high(vw a) { for (int i = 0; i < 64; i++) a.v[i] >>= 4; return a; }
+KV_INLINE vw vw_field(vw a, const int shift, const int mask)
+{
+    for (int i = 0; i < 64; i++)
+        a.v[i] = a.v[i] >> shift & mask;
+    return a;
+}
 
 KV_INLINE d4 d4_zero(void) { KV_EACH(d4, 0); }
 KV_INLINE d4 d4_dot(d4 a, vw w, const int8_t *x)

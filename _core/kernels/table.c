@@ -4,6 +4,7 @@
 void KV_NAME(kv_fill_vector)(kv_kernels *table);
 void KV_NAME(kv_fill_matmul)(kv_kernels *table);
 void KV_NAME(kv_fill_attention)(kv_kernels *table);
+void KV_NAME(kv_fill_quantized)(kv_kernels *table);
 void KV_NAME(kv_fill)(kv_kernels *table);
 
 void KV_NAME(kv_fill)(kv_kernels *table)
@@ -12,4 +13,5 @@ void KV_NAME(kv_fill)(kv_kernels *table)
     KV_NAME(kv_fill_vector)(table);
     KV_NAME(kv_fill_matmul)(table);
     KV_NAME(kv_fill_attention)(table);
+    KV_NAME(kv_fill_quantized)(table);
 }

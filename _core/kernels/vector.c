@@ -25,7 +25,8 @@ KV_INLINE vf rounded_away(vf x)
     return vf_max(vf_min(rest, vf_set1(127)), vf_set1(-127));
 }
 
-static void quantize(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum)
+void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
+void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum)
 {
     const int64_t blocks = (n + KV_BLOCK - 1) / KV_BLOCK;
     for (int64_t b = 0; b < blocks; b++, q += KV_BLOCK) {
@@ -65,6 +66,27 @@ static void rope(const float *x, const float *cos, const float *sin, int64_t hea
     }
 }
 
+static void hadamard(float *x, int64_t n)
+{
+    while (n > 0) {
+        int64_t size = 1;
+        while (2 * size <= n)
+            size *= 2;
+        for (int64_t step = 1; step < size; step *= 2)
+            for (int64_t i = 0; i < size; i += 2 * step)
+                for (int64_t j = i; j < i + step; j++) {
+                    float a = x[j], b = x[j + step];
+                    x[j] = a + b;
+                    x[j + step] = a - b;
+                }
+        float norm = 1 / sqrtf((float)size);
+        for (int64_t i = 0; i < size; i++)
+            x[i] *= norm;
+        x += size;
+        n -= size;
+    }
+}
+
 KV_INLINE vf silu(vf x)
 {
     return vf_div(x, vf_add(vf_set1(1), vf_exp(vf_sub(vf_zero(), x))));
@@ -83,7 +105,8 @@ void KV_NAME(kv_fill_vector)(kv_kernels *table);
 void KV_NAME(kv_fill_vector)(kv_kernels *table)
 {
     table->rms_norm = rms_norm;
-    table->quantize = quantize;
+    table->quantize = KV_NAME(kv_quantize_input);
+    table->hadamard = hadamard;
     table->rope = rope;
     table->silu_mul = silu_mul;
 }

@@ -1,0 +1,54 @@
+/* Integer dot products of codes with int8 inputs, shared by block-quantised weights and quantised tiles.
+ *
+ * A block of `depth` (32 or 16) inputs for 16 lanes is stored in lines of 64 bytes [16 lanes][4]. With 8 bits line l
+ * holds inputs 4l..4l+3; with fewer bits each byte holds the codes of 8/bits inputs: field f (bits f*bits and up) of
+ * line l holds inputs 4(f * lines + l).. of the block's `lines`. */
+#ifndef KVRUN_DOT_H
+#define KVRUN_DOT_H
+
+#include "simd.h"
+
+/* sum[r] = the exact dot products of one block with input row r, as floats. 8-bit codes are stored with an offset of
+ * 128, which is not part of the result; x_sum has the sums of the rows' codes. */
+KV_INLINE void dot_codes(const int bits, const int depth, const int rows, const uint8_t *codes, const int8_t *x,
+                         int64_t ld, const int32_t *x_sum, int64_t ld_sum, vf *sum)
+{
+    const int fields = 8 / bits, lines = depth / 4 / fields;
+    if (bits == 8) {
+        d8 dot[KV_ROWS];
+        KV_UNROLL
+        for (int r = 0; r < rows; r++)
+            dot[r] = d8_zero();
+        KV_NO_UNROLL
+        for (int l = 0; l < lines; l++) {
+            vw line = vw_load(codes + 64 * l);
+            KV_UNROLL
+            for (int r = 0; r < rows; r++)
+                dot[r] = d8_dot(dot[r], line, x + r * ld + 4 * l);
+        }
+        KV_UNROLL
+        for (int r = 0; r < rows; r++)
+            sum[r] = d8_float(dot[r], x_sum[r * ld_sum]);
+    } else {
+        d4 dot[KV_ROWS];
+        KV_UNROLL
+        for (int r = 0; r < rows; r++)
+            dot[r] = d4_zero();
+        KV_NO_UNROLL
+        for (int l = 0; l < lines; l++) {
+            vw line = vw_load(codes + 64 * l);
+            KV_UNROLL
+            for (int f = 0; f < fields; f++) {
+                vw field = vw_field(line, f * bits, (1 << bits) - 1);
+                KV_UNROLL
+                for (int r = 0; r < rows; r++)
+                    dot[r] = d4_dot(dot[r], field, x + r * ld + 4 * (f * lines + l));
+            }
+        }
+        KV_UNROLL
+        for (int r = 0; r < rows; r++)
+            sum[r] = d4_float(dot[r]);
+    }
+}
+
+#endif
