@@ -1,8 +1,8 @@
 """`kvrun perplexity`: what a cache costs in quality, measured on a text against an exact cache.
 
-The text is cut into chunks of `ctx` tokens, each read with an empty cache. The second half of a chunk is scored,
-so that every scored token has a long context, and every token sees the cache as it would when the text were
-decoded one token at a time. Exact cache and cache formats run side by side, a few hundred tokens at a time.
+The text is cut into chunks of `ctx` tokens, each read with an empty cache. The second half of a chunk is
+scored, so that every scored token has a long context, and every token sees the cache as it would if the text
+were decoded one token at a time. Exact cache and cache formats run side by side, a few hundred tokens at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ mean Kullback-Leibler divergence of the next token's distribution from the exact
 the same token the likeliest.
 
 Chunks run with activations as precise as in decoding. Those of ordinary prefill, int8 for block-quantised
-weights, round away more than a good cache does and would hide it; --fast uses them and takes half the time."""
+weights, round away more than a good cache does and would hide it; --fast uses them in half the time."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def _exp(x: float) -> float:
 def text_chunks(model: Model, text: str, ctx: int, limit: int | None = None) -> tuple[np.ndarray, int]:
     """int32 [n_chunks, ctx] and the number of tokens of the whole text. What is left over is not used.
 
-    A model that begins its texts with BOS has it as the first token of every chunk. Special tokens written out
-    in the text are ordinary text. OptionError when the text is too short for a chunk.
+    A model that begins its texts with BOS has it as the first token of every chunk. Special tokens written
+    out in the text are ordinary text. OptionError when the text is too short for a chunk.
     """
     info = model.file.tokenizer_info
     bos = info["bos_id"] if info.get("add_bos") else None

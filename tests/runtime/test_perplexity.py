@@ -14,6 +14,7 @@ from kvrun.convert import convert
 from kvrun.modelfile import read_model_file
 
 KEYS = {"kv", "bpv", "window", "cache_ctx", "perplexity", "ratio", "kl_mean", "top1_agreement"}
+SETTINGS = {"model", "text", "tokens", "ctx", "chunks", "scored_tokens", "sinks", "precise", "isa", "threads"}
 # Of the default model, over thousands of tokens; a short text, most of it in the window, stays below.
 LARGEST_KL = {"f32": 1e-12, "f16": 0.0001, "q8": 0.0001, "q4": 0.003, "q2": 0.055}
 NAME, CTX = "grouped-tied", 160
@@ -184,9 +185,9 @@ def test_default_model_on_a_real_text(smollm2, tmp_path, capsys):
 
 
 def test_json(model, text, capsys):
-    found = report(capsys, model, "--text", text, "--ctx", "200", "--kv", "f16", "f16/f32", "f32/f32", "f16/f16")
-    settings = {"model", "text", "tokens", "ctx", "chunks", "scored_tokens", "sinks", "precise", "isa", "threads"}
-    assert set(found) == settings | {"results"}
+    formats = ["f16", "f16/f32", "f32/f32", "f16/f16"]
+    found = report(capsys, model, "--text", text, "--ctx", "200", "--kv", *formats)
+    assert set(found) == SETTINGS | {"results"}
     assert all(set(result) == KEYS for result in found["results"])
     # A format is shown once, whatever it was called; exact is exact.
     assert [(r["kv"], r["bpv"]) for r in found["results"]] == [("f32", 32), ("f16", 16), ("f16/f32", 24)]
@@ -207,7 +208,8 @@ def test_sinks_and_window(model, text, capsys):
 
 
 def test_table(model, text, capsys):
-    assert cli.main(["perplexity", model, "--text", text, "--ctx", "200", "--chunks", "1", "--kv", "f16"]) == 0
+    options = ["--text", text, "--ctx", "200", "--chunks", "1", "--kv", "f16"]
+    assert cli.main(["perplexity", model, *options]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert captured.err == "" and len(lines) == 4
