@@ -14,6 +14,7 @@ ctypedef struct Cache:
     int64_t sink_v, windows, ring, head_bytes               # offsets of the parts of a head, and its size
     int64_t k_bytes, v_bytes, window_k_bytes, window_v_bytes
     int64_t n_tokens
+    int64_t lost                                            # tiles below it are gone, whatever room the ring has
     const kv_format* k
     const kv_format* v
     const kv_format* wk                                      # formats of the window
@@ -55,7 +56,8 @@ cdef inline int64_t tiles_packed(const Cache* c, int64_t n_tokens) noexcept nogi
 
 
 cdef inline int64_t tiles_evicted(const Cache* c, int64_t n_packed) noexcept nogil:
-    return n_packed - c.n_slots if n_packed > c.n_slots else 0
+    """Tiles that can no longer be seen. More than n_packed when what truncation left is all in the window."""
+    return max(n_packed - c.n_slots, c.lost)
 
 
 cdef class KVCache:
@@ -63,4 +65,7 @@ cdef class KVCache:
     cdef void* memory
     cdef readonly int64_t ctx, nbytes
     cdef readonly str k, v
+    cdef readonly object description
     cdef object lock, buffers      # buffers: the engine's, for its calls with this cache
+    cdef int _truncate(self, int64_t n) except -1
+    cdef int _clear_unused(self) except -1

@@ -1,8 +1,15 @@
-"""The key/value cache: sinks, ring of tiles, window. ``kv.pxd`` has the layout and the addresses."""
+"""The key/value cache: sinks, ring of tiles, window. ``kv.pxd`` has the layout and the addresses.
+
+What a cache holds follows from three numbers, ``n_tokens``, ``lost`` and the geometry, so truncating, copying, saving
+and loading move whole tiles and keep no records.
+"""
 
 import threading
 
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+import numpy as np
 
 from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_TILE, kernels
 from .kernels cimport KV_FORMATS as N_FORMATS
@@ -55,6 +62,82 @@ def kv_bytes(description, k="f16", v="f16", ctx=2048, sinks=4, window=64):
     return int(c.head_bytes) * int(c.n_layers) * int(c.n_kv_heads)
 
 
+# Parts in use -------------------------------------------------------------------------------------------------------
+
+cdef enum Direction:
+    SAVE   # from the cache to a buffer
+    LOAD   # from a buffer to the cache
+    COPY   # from the cache to the memory of another one with the same options
+
+cdef int64_t MAX_TOKENS = <int64_t>1 << 60   # far from any overflow
+
+
+# The tiles in use: [first, packed) in the ring, [packed, end) in the window.
+ctypedef struct Tiles:
+    int64_t first, packed, end
+
+
+cdef Tiles _tiles(const Cache* c) noexcept nogil:
+    cdef Tiles t
+    cdef int64_t packed = tiles_packed(c, c.n_tokens)
+    t.first = tiles_evicted(c, packed)
+    t.packed = max(packed, t.first)
+    t.end = tile_of(c, c.n_tokens - 1) + 1
+    return t
+
+
+cdef int64_t _state_bytes(const Cache* c) noexcept nogil:
+    cdef Tiles t = _tiles(c)
+    return c.n_layers * c.n_kv_heads * (c.windows + (t.packed - t.first) * (c.k_bytes + c.v_bytes)
+                                        + (t.end - t.packed) * (c.window_k_bytes + c.window_v_bytes))
+
+
+cdef inline uint8_t* _move(const Cache* c, uint8_t* part, int64_t bytes, uint8_t* other,
+                           Direction direction) noexcept nogil:
+    """Moves one part; returns where the next one goes."""
+    if direction == COPY:
+        memcpy(other + (part - c.base), part, bytes)
+        return other
+    if direction == SAVE:
+        memcpy(other, part, bytes)
+    else:
+        memcpy(part, other, bytes)
+    return other + bytes
+
+
+cdef void _move_parts(const Cache* c, uint8_t* other, Direction direction) noexcept nogil:
+    """Moves what is in use: for each layer and head its sinks, ring tiles and window tiles, oldest first."""
+    cdef int64_t layer, head, tile
+    cdef Tiles t = _tiles(c)
+    for layer in range(c.n_layers):
+        for head in range(c.n_kv_heads):
+            other = _move(c, head_at(c, layer, head), c.windows, other, direction)
+            for tile in range(t.first, t.packed):
+                other = _move(c, ring_tile(c, layer, head, tile), c.k_bytes + c.v_bytes, other, direction)
+            for tile in range(t.packed, t.end):
+                other = _move(c, window_tile(c, layer, head, tile), c.window_k_bytes + c.window_v_bytes, other,
+                              direction)
+
+
+cdef void _clear_gap(const Cache* c) noexcept nogil:
+    """Zeros in window tiles that are lost but lie where the next tile to be packed is read from."""
+    cdef int64_t layer, head, tile
+    for layer in range(c.n_layers):
+        for head in range(c.n_kv_heads):
+            for tile in range(tiles_packed(c, c.n_tokens), c.lost):
+                memset(window_tile(c, layer, head, tile), 0, c.window_k_bytes + c.window_v_bytes)
+
+
+cdef void _back_to_window(const Cache* c, int64_t layer, int64_t head, int64_t tile, float* scratch) noexcept nogil:
+    """Unpacks a ring tile into the window. scratch: [64][head_pad]."""
+    cdef const uint8_t* packed = ring_tile(c, layer, head, tile)
+    cdef uint8_t* window = window_tile(c, layer, head, tile)
+    c.k.unpack_k(packed, c.head_dim, scratch)
+    c.wk.pack_k(scratch, c.head_dim, window)
+    c.v.unpack_v(packed + c.k_bytes, c.head_dim, scratch)
+    c.wv.pack_v(scratch, c.head_dim, window + c.window_k_bytes)
+
+
 cdef class KVCache:
     """One sequence's keys and values, in memory that is fixed from the start.
 
@@ -66,6 +149,7 @@ cdef class KVCache:
     def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64):
         _lay_out(&self.c, engine.description, k, v, ctx, sinks, window)
         self.k, self.v, self.ctx = k, v, ctx
+        self.description = engine.description
         self.nbytes = kv_bytes(engine.description, k, v, ctx, sinks, window)
         self.lock = threading.Lock()
         self.memory = calloc(self.nbytes + 64, 1)  # untouched pages cost nothing until tokens reach them
@@ -89,7 +173,109 @@ cdef class KVCache:
     def window(self):
         return self.c.window
 
+    @property
+    def lost(self):
+        """Tiles of 64 tokens after the sinks that can no longer be seen; 0 while every token can."""
+        return tiles_evicted(&self.c, tiles_packed(&self.c, self.c.n_tokens))
+
     def reset(self):
         """Forgets every token."""
         with self.lock:
-            self.c.n_tokens = 0
+            self.c.n_tokens = self.c.lost = 0
+
+    def truncate(self, n):
+        """Keeps the first n tokens, 0 <= n <= n_tokens, as if only they had been fed.
+
+        Tiles that reach back into the window are unpacked into it. Tokens that were evicted do not come back: the
+        next ones see the sinks and what is left of the tiles since. Raises ValueError, with nothing changed, when
+        nothing would be left of them, or n is out of range.
+        """
+        with self.lock:
+            if not 0 <= n <= self.c.n_tokens:
+                raise ValueError(f"cannot keep {n} tokens: the cache has {self.c.n_tokens}")
+            if n < self.c.n_tokens:
+                self._truncate(n)
+
+    cdef int _truncate(self, int64_t n) except -1:
+        cdef Cache* c = &self.c
+        cdef int64_t layer, head, tile, packed = tiles_packed(c, c.n_tokens), lost = tiles_evicted(c, packed)
+        cdef float[::1] scratch
+        if n > c.n_sinks and lost and n - c.n_sinks <= KV_TILE * lost:
+            raise ValueError(f"cannot keep {n} tokens: {KV_TILE * lost} tokens after the first {c.n_sinks} have left "
+                             f"the cache")
+        scratch = np.empty(KV_TILE * c.head_pad, np.float32)
+        with nogil:
+            for layer in range(c.n_layers):
+                for head in range(c.n_kv_heads):
+                    for tile in range(max(tiles_packed(c, n), lost), min(packed, tile_of(c, n - 1) + 1)):
+                        _back_to_window(c, layer, head, tile, &scratch[0])
+        c.n_tokens, c.lost = n, lost if n > c.n_sinks else 0
+        _clear_gap(c)
+        return 0
+
+    def copy(self):
+        """Another cache with the same options and tokens, which shares nothing with this one. Raises MemoryError."""
+        cdef KVCache other
+        with self.lock:
+            other = KVCache(self, self.k, self.v, self.ctx, self.c.n_sinks, self.c.window)
+            other.c.n_tokens, other.c.lost = self.c.n_tokens, self.c.lost
+            with nogil:
+                _move_parts(&self.c, other.c.base, COPY)
+        return other
+
+    def state(self):
+        """uint8 [n]: the sinks and tiles in use, in a fixed order. With `n_tokens` and `lost` it is all that
+        `load_state` needs; room that no token has reached is zero in it."""
+        cdef uint8_t[::1] to
+        with self.lock:
+            self._clear_unused()
+            state = np.empty(_state_bytes(&self.c), np.uint8)
+            to = state
+            if to.shape[0]:
+                with nogil:
+                    _move_parts(&self.c, &to[0], SAVE)
+        return state
+
+    def load_state(self, n_tokens, lost, state):
+        """Replaces what is in the cache by what `state` returned from one of the same model and options.
+
+        Raises ValueError, with nothing changed, for numbers that no cache has or a state of another size.
+        """
+        cdef const uint8_t[::1] data = np.ascontiguousarray(state, np.uint8)
+        cdef Cache c = self.c
+        if not 0 <= n_tokens <= MAX_TOKENS:
+            raise ValueError(f"a cache cannot have {n_tokens} tokens")
+        if lost < 0 or lost and n_tokens - c.n_sinks <= KV_TILE * lost:
+            raise ValueError(f"of {n_tokens} tokens a cache cannot have lost {lost} tiles of {KV_TILE}")
+        c.n_tokens, c.lost = n_tokens, lost
+        if data.shape[0] != _state_bytes(&c):
+            raise ValueError(f"the state has {data.shape[0]} bytes; that of {n_tokens} tokens in this cache has "
+                             f"{_state_bytes(&c)}")
+        with self.lock:
+            self.c.n_tokens, self.c.lost = n_tokens, lost
+            if data.shape[0]:
+                with nogil:
+                    _move_parts(&self.c, <uint8_t*>&data[0], LOAD)
+            _clear_gap(&self.c)
+
+    cdef int _clear_unused(self) except -1:
+        """Zeros in lanes that no token has reached: what an earlier text left there is nobody's business."""
+        cdef Cache* c = &self.c
+        cdef Tiles t = _tiles(c)
+        cdef int64_t layer, head, lane, i, tile = t.end - 1, used = min(c.n_tokens, c.n_sinks)
+        cdef int64_t filled = c.n_tokens - c.n_sinks - tile * KV_TILE if t.end > t.packed else KV_TILE
+        cdef float* keys
+        cdef uint8_t* window
+        cdef const float[::1] zeros = np.zeros(c.head_dim, np.float32)
+        for layer in range(c.n_layers):
+            for head in range(c.n_kv_heads):
+                keys = sink_keys(c, layer, head)
+                for i in range(c.head_dim):
+                    memset(keys + i * c.sink_lanes + used, 0, (c.sink_lanes - used) * sizeof(float))
+                memset(sink_values(c, layer, head) + used * c.head_pad, 0,
+                       (c.n_sinks - used) * c.head_pad * sizeof(float))
+                window = window_tile(c, layer, head, max(tile, <int64_t>0))
+                for lane in range(filled, KV_TILE):
+                    c.wk.put_k(window, c.head_dim, lane, &zeros[0])
+                    c.wv.put_v(window + c.window_k_bytes, c.head_dim, lane, &zeros[0])
+        return 0

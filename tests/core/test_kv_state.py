@@ -1,0 +1,342 @@
+"""Truncate, copy, state, load_state: the cache against a list model, and exact to the bit."""
+
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy_llama import NumpyLlama, rotate
+from test_ring import OPTIONS, TILE, ListCache
+
+from kvrun import _core
+from kvrun.modelfile import read_model_file
+
+
+class StateCache(ListCache):
+    """The list model with truncation."""
+
+    def truncate(self, n):
+        rest = [t for tile in self.tiles for t in tile] + self.window
+        kept = [t for t in rest if t < n]
+        if not 0 <= n <= self.n or (n > self.n_sinks and not kept):
+            raise ValueError
+        packed = max(0, (n - self.n_sinks - self.keep) // TILE)  # tiles that had left the window after n tokens
+        in_ring = [t for t in kept if t < self.n_sinks + packed * TILE]
+        self.sinks, self.n = self.sinks[:n], n
+        self.tiles = [in_ring[i:i + TILE] for i in range(0, len(in_ring), TILE)]
+        self.window = kept[len(in_ring):]
+
+
+class StepLlama(NumpyLlama):
+    """One token at a time; keeps every key and value, and attends to those that the list model shows."""
+
+    def __init__(self, file, options):
+        super().__init__(file)
+        self.cache = StateCache(**options)
+        self.kept = {f"layers.{i}": ([], []) for i in range(self.d.n_layers)}
+
+    def attention(self, x, layer):
+        d, seen = self.d, np.array(self.cache.visible())
+        q, k, v = (self.linear(x, f"{layer}.attn.{part}").reshape(-1, d.head_dim) for part in "qkv")
+        keys, values = self.kept[layer]
+        keys.append(k)
+        values.append(v)
+        n_sinks, positions = len(self.cache.sinks), seen.copy()
+        if len(seen) > n_sinks:
+            positions[:n_sinks] = seen[n_sinks] - n_sinks + np.arange(n_sinks)
+        group = d.n_heads // d.n_kv_heads
+        turned = rotate(np.stack([keys[t] for t in seen]), positions[:, None] * self.inv_freq)
+        query = rotate(q[None], np.array([[self.cache.n - 1]]) * self.inv_freq)[0]
+        scores = np.einsum("hd,khd->hk", query, np.repeat(turned, group, 1)) * d.attention_scale
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        shown = np.repeat(np.stack([values[t] for t in seen]), group, 1)
+        out = np.einsum("hk,khd->hd", p / p.sum(-1, keepdims=True), shown)
+        return self.linear(out.reshape(1, -1), f"{layer}.attn.o")
+
+    def feed(self, tokens):
+        rows = []
+        for token in tokens:
+            self.cache.append()
+            rows.append(self.logits(np.array([token]))[0])
+        return np.array(rows)
+
+    def truncate(self, n):
+        self.cache.truncate(n)
+        for keys, values in self.kept.values():
+            del keys[n:], values[n:]
+
+    def fork(self):
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        other.kept = {layer: (list(k), list(v)) for layer, (k, v) in self.kept.items()}
+        return other
+
+
+def load(path):
+    file = read_model_file(path)
+    return file, _core.Engine(file.description, file.weights, file.vectors, file.description.rope_inv_freq(), 2)
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    return load(converted("odd-sizes"))
+
+
+@pytest.fixture(scope="module")
+def wide(converted):
+    """head_dim 64: rows without padding."""
+    return load(converted("wide-heads"))
+
+
+def restored(engine, kv, options):
+    fresh = _core.KVCache(engine, kv.k, kv.v, **options)
+    fresh.load_state(kv.n_tokens, kv.lost, kv.state())
+    return fresh
+
+
+class Pair:
+    """A cache and what it should be."""
+
+    def __init__(self, kv, reference):
+        self.kv, self.reference = kv, reference
+
+    def feed(self, engine, tokens):
+        got, expected = engine.forward(tokens, self.kv, "all"), self.reference.feed(tokens)
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert self.kv.n_tokens == self.reference.cache.n
+
+    def truncate(self, n):
+        try:
+            self.reference.truncate(n)
+        except ValueError:
+            before = self.kv.state()
+            with pytest.raises(ValueError, match="cannot keep"):
+                self.kv.truncate(n)
+            assert self.kv.n_tokens == self.reference.cache.n and np.array_equal(self.kv.state(), before)
+            return
+        self.kv.truncate(n)
+        assert self.kv.n_tokens == n
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["feed", "feed", "truncate", "cut a little", "fork", "restore"]),
+                           st.integers(0, 2), st.integers(0, 1000)), min_size=1, max_size=12)
+GEOMETRIES = [dict(ctx=64, sinks=0, window=0), dict(ctx=140, sinks=4, window=64), dict(ctx=200, sinks=70, window=1),
+              dict(ctx=300, sinks=1, window=129)]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(options=st.sampled_from(GEOMETRIES), steps=STEPS, seed=st.integers(0, 99))
+def test_random_sequences(model, options, steps, seed):
+    """Logits are those of the list model after any sequence of feeding, truncating, forking, saving and loading."""
+    file, engine = model
+    rng = np.random.default_rng(seed)
+    pairs = [Pair(_core.KVCache(engine, "f32", "f32", **options), StepLlama(file, options))]
+    for kind, which, amount in steps:
+        pair = pairs[which % len(pairs)]
+        n = pair.kv.n_tokens
+        if kind == "feed":
+            pair.feed(engine, rng.integers(0, file.description.vocab_size, 1 + amount % 170).astype(np.int32))
+        elif kind == "truncate":
+            pair.truncate(n * amount // 999)
+        elif kind == "cut a little":
+            pair.truncate(n - amount % 130)
+        elif kind == "fork":
+            pairs = [*pairs[-2:], Pair(pair.kv.copy(), pair.reference.fork())]
+        else:
+            pair.kv = restored(engine, pair.kv, options)
+    for pair in pairs:
+        pair.feed(engine, rng.integers(0, file.description.vocab_size, 3).astype(np.int32))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_truncation_to_every_length(options, model):
+    """Around every boundary: the next token sees what the list model shows."""
+    file, engine = model
+    tokens = np.random.default_rng(1).integers(0, file.description.vocab_size, 2 * options["ctx"]).astype(np.int32)
+    kv, reference = _core.KVCache(engine, "f32", "f32", **options), StepLlama(file, options)
+    whole = Pair(kv, reference)
+    for start in range(0, len(tokens), 512):
+        whole.feed(engine, tokens[start:start + 512])
+    for n in range(len(tokens) + 1):
+        if (n - options["sinks"]) % TILE in (0, 1, 2, 62, 63) or n < 3 or n % 41 == 0:
+            cut = Pair(kv.copy(), reference.fork())
+            cut.truncate(n)
+            cut.feed(engine, tokens[:2])
+
+
+def test_a_gap_is_passed_over(model):
+    """After evictions, truncation leaves a text with a hole; feeding on fills the ring again, for ten turns."""
+    file, engine = model
+    options = dict(ctx=200, sinks=4, window=64)
+    pair = Pair(_core.KVCache(engine, "f32", "f32", **options), StepLlama(file, options))
+    tokens = np.random.default_rng(2).integers(0, file.description.vocab_size, 500).astype(np.int32)
+    pair.feed(engine, tokens[:497])
+    lost = pair.kv.lost
+    assert lost > 0
+    gone = options["sinks"] + lost * TILE
+    for n in (gone, gone - 1, options["sinks"] + 1):
+        pair.truncate(n)
+        assert pair.kv.n_tokens == 497
+    pair.truncate(gone + 1)
+    assert pair.kv.lost == lost
+    for _ in range(5):
+        pair.feed(engine, tokens[:400])
+    pair.truncate(options["sinks"])  # only the sinks are left: they were never gone
+    assert pair.kv.lost == 0
+    pair.feed(engine, tokens[:300])
+
+
+# --- to the bit -----------------------------------------------------------------------------------
+
+LENGTHS = [0, 1, 3, 4, 5, 68, 131, 132, 133, 260, 700]
+
+
+def filled(engine, k, v, n, **options):
+    kv = _core.KVCache(engine, k, v, **options)
+    tokens = np.random.default_rng(n).integers(0, 60, n).astype(np.int32)
+    for start in range(0, n, 512):
+        engine.forward(tokens[start:start + 512], kv, "none")
+    return kv
+
+
+def go_on(engine, kv):
+    """Logits of enough tokens to pack and evict tiles."""
+    return np.concatenate([engine.forward(np.arange(60, dtype=np.int32), kv, "all") for _ in range(3)])
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("k, v", [(name, name) for name in _core.KV_FORMATS] + [("f16", "f32")])
+def test_a_state_is_exact(k, v, n, wide):
+    """A loaded cache gives the same logits, bit for bit, and the same state; also one that had another text."""
+    options = dict(ctx=260, sinks=4, window=64)
+    kv = filled(wide[1], k, v, n, **options)
+    state, fresh, used = kv.state(), restored(wide[1], kv, options), filled(wide[1], k, v, 511, **options)
+    used.load_state(kv.n_tokens, kv.lost, state)
+    expected = go_on(wide[1], kv)
+    for other in (fresh, used):
+        assert (other.n_tokens, np.array_equal(other.state(), state)) == (n, True)
+        assert np.array_equal(go_on(wide[1], other), expected)
+        assert np.array_equal(other.state(), kv.state())
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", _core.KV_FORMATS)
+def test_a_fork_shares_nothing(name, n, wide):
+    engine = wide[1]
+    kv = filled(engine, name, name, n, ctx=260, sinks=4, window=64)
+    forks = [kv.copy() for _ in range(3)]
+    state = kv.state()
+    expected = go_on(engine, forks[0])
+    assert np.array_equal(kv.state(), state)  # what a fork does, the original does not feel
+    assert np.array_equal(go_on(engine, kv), expected)
+    kv.truncate(0)
+    engine.forward(np.full(512, 5, np.int32), kv)
+    assert np.array_equal(forks[1].state(), state)
+    del kv
+    assert np.array_equal(go_on(engine, forks[1].copy()), expected)
+    assert (forks[2].k, forks[2].ctx, forks[2].nbytes) == (name, 260, forks[0].nbytes)
+
+
+@pytest.mark.parametrize("n", LENGTHS[:-1])
+@pytest.mark.parametrize("k, v", [("f32", "f32"), ("f16", "f16"), ("f32", "f16")])
+def test_truncation_is_as_if_nothing_else_had_been_fed(k, v, n, wide):
+    """Without evictions and with a format that rounds no more than the window, down to the bytes of the state."""
+    kv = filled(wide[1], k, v, n, ctx=1000, sinks=4, window=64)
+    state, lone = kv.state(), kv.copy()
+    wide[1].forward(np.arange(60, dtype=np.int32), kv)
+    wide[1].forward(np.arange(400, dtype=np.int32) % 60, kv)
+    kv.truncate(n)
+    assert np.array_equal(kv.state(), state)
+    assert np.array_equal(go_on(wide[1], kv), go_on(wide[1], lone))
+
+
+@pytest.mark.parametrize("name", _core.KV_FORMATS)
+def test_truncation_inside_a_packed_tile(name, wide):
+    """What a rounding format holds after truncation is close to what it held before; and stays usable."""
+    exact, kv = (filled(wide[1], f, f, 400, ctx=1000, sinks=4, window=64) for f in ("f32", name))
+    for n in (300, 230, 131, 100, 70, 20):
+        logits = []
+        for cache in (exact, kv):
+            cache.truncate(n)
+            logits.append(wide[1].forward([3], cache.copy()))
+        error = np.abs(logits[1] - logits[0]).max() / np.abs(logits[0]).max()
+        assert error <= 8 / 2 ** min(_core.KV_FORMATS[name], 11), (n, error)
+
+
+def test_a_state_has_nothing_of_what_was_cut_off(wide):
+    """A saved session must not carry text that was removed from it."""
+    engine = wide[1]
+    states = []
+    for token in (7, 8):
+        kv = filled(engine, "f16", "f16", 30, ctx=260, sinks=4, window=64)
+        engine.forward(np.full(33, token, np.int32), kv)
+        kv.truncate(30)
+        states.append(kv.state())
+    assert np.array_equal(*states)
+    kv.truncate(2)
+    few = _core.KVCache(engine, "f16", "f16", ctx=260, sinks=4, window=64)
+    few.load_state(2, 0, kv.state())
+    assert np.array_equal(few.state(), kv.state())
+    kv.reset()
+    assert not kv.state().any()
+
+
+def test_the_size_of_a_state(wide):
+    """It grows with the text, tile by tile, and is never larger than the cache."""
+    kv = _core.KVCache(wide[1], "f16", "f16", ctx=260, sinks=4, window=64)
+    sizes = []
+    for _ in range(20):
+        wide[1].forward(np.arange(32, dtype=np.int32), kv, "none")
+        sizes.append(len(kv.state()))
+    assert sizes[0] < sizes[6] < sizes[9] and max(sizes) <= kv.nbytes
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [-1, 101, 1 << 70, -(1 << 70)])
+def test_lengths_that_cannot_be(n, model):
+    kv = filled(model[1], "f32", "f32", 100)
+    with pytest.raises(ValueError, match=f"cannot keep {n} tokens: the cache has 100"):
+        kv.truncate(n)
+    assert kv.n_tokens == 100
+    kv.truncate(100)
+    kv.truncate(0)
+    kv.truncate(0)
+    assert kv.n_tokens == 0
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(n_tokens=-1), "cannot have -1 tokens"), (dict(n_tokens=1 << 61), "cannot have"),
+    (dict(n_tokens=1 << 80), "cannot have"), (dict(lost=-1), "cannot have lost -1"),
+    (dict(lost=100), "cannot have lost 100"), (dict(lost=1 << 80), "cannot have lost"),
+    (dict(n_tokens=4, lost=1), "cannot have lost 1"), (dict(n_tokens=0, lost=0), "the state has"),
+    (dict(n_tokens=699 - 64), "the state has"), (dict(lost=8), "the state has"), (dict(cut=1), "the state has"),
+    (dict(cut=-1), "the state has"), (dict(cut=10**9), "the state has 0 bytes")])
+def test_states_that_cannot_be(change, message, wide):
+    """One line, and the cache as it was."""
+    options = dict(ctx=260, sinks=4, window=64)
+    kv, other = filled(wide[1], "f16", "f16", 700, **options), filled(wide[1], "f16", "f16", 150, **options)
+    state, before = kv.state(), other.state()
+    cut = change.get("cut", 0)
+    changed = state[:max(0, len(state) - cut)] if cut >= 0 else np.append(state, np.uint8(0))
+    with pytest.raises(ValueError, match=message) as error:
+        other.load_state(change.get("n_tokens", kv.n_tokens), change.get("lost", kv.lost), changed)
+    assert "\n" not in str(error.value)
+    assert other.n_tokens == 150 and np.array_equal(other.state(), before)
+
+
+def test_a_fork_of_a_large_cache_takes_what_is_in_use(wide):
+    """Pages that no token has reached stay untouched."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("no /proc here")
+    kv = filled(wide[1], "f16", "f16", 300, ctx=400_000, sinks=4, window=64)
+    assert kv.nbytes > 100_000_000
+    before = int(statm.read_text().split()[1])
+    forks = [kv.copy() for _ in range(4)]
+    grown = (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE")
+    assert grown < 40_000_000 and len(forks[0].state()) == len(kv.state()) < 10_000_000
