@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvrun.session import Session
 
 COMMANDS = {
+    "bench": "kvrun.bench",
     "convert": "kvrun.convert.cli",
     "inspect": "kvrun.inspect",
     "perplexity": "kvrun.perplexity",
@@ -44,6 +45,7 @@ Run a language model: one answer with -p or -f, otherwise a chat.
   kvrun convert CHECKPOINT -o MODEL
                                 make a model file from a Hugging Face folder or a .gguf file
   kvrun inspect MODEL           what is in a model file
+  kvrun bench MODEL             speed by format of the cache and depth
   kvrun perplexity MODEL --text FILE
                                 what each format of the cache costs in quality, on a text
 A model file called like a subcommand is given as ./convert or ./inspect."""

@@ -1,0 +1,247 @@
+"""What ``kvrun bench`` needs from the core: the memory's read bandwidth, caches filled without a prefill, and the
+attention of a decode step on its own.
+
+Functions take a ``KVCache`` and, where the text says so, an engine: a real one, or any object with ``description``
+(n_layers, n_heads, n_kv_heads, head_dim, attention_scale) and ``threads``, so that other models' shapes can be
+measured without their weights.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memcpy, memset
+
+import time
+
+import numpy as np
+
+from .attention cimport (Plan, QueryBlock, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_take,
+                         queries_per_block, scratch_needed, spans_needed)
+from .kernels cimport KV_TILE, kernels, kv_format, kv_kernels
+from .kernels import require_level
+from .kv cimport (Cache, KVCache, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile)
+
+cdef extern from "stream.h":
+    uint64_t kv_stream_sum(const void* data, int64_t n) noexcept nogil
+
+cdef enum:
+    BLOCK = 1 << 20       # bytes of the bandwidth test that a thread takes at a time
+    VARIANTS = 4          # different tiles that a filled cache is made of
+
+
+# Bandwidth ----------------------------------------------------------------------------------------------------------
+
+ctypedef struct Stream:
+    uint8_t* data
+    int64_t blocks
+    bint write
+    uint64_t sum
+
+
+cdef void _stream(void* arg, kv_team* team, int thread) noexcept nogil:
+    """One thread's part of a pass over the buffer."""
+    cdef Stream* s = <Stream*>arg
+    cdef int64_t block = 0, end = 0
+    cdef uint64_t total = 0
+    while True:
+        block = kv_team_take(team, s.blocks, 1, &end)
+        if block < 0:
+            break
+        if s.write:
+            memset(s.data + block * BLOCK, 1, BLOCK)
+        else:
+            total += kv_stream_sum(s.data + block * BLOCK, BLOCK)
+    if total == 1:        # never: every byte is 1; but the sums have to be computed
+        s.sum = total
+
+
+def read_bandwidth(threads, n_bytes=1 << 29, seconds=0.3):
+    """Bytes that `threads` threads together read from memory, in GB (1e9) a second: the best of several passes.
+
+    n_bytes: size of the buffer, in whole MiB; several times the last-level cache, or the cache is measured.
+    seconds: how long passes go on; at least two are made. MemoryError when there is no room for the buffer.
+    """
+    cdef Stream stream
+    cdef int team = threads
+    if threads < 1 or n_bytes < BLOCK:
+        raise ValueError("threads must be at least 1, and n_bytes a MiB")
+    buffer = _aligned(n_bytes // BLOCK * BLOCK)
+    cdef uint8_t[::1] data = buffer
+    stream.data, stream.blocks, stream.write, stream.sum = &data[0], n_bytes // BLOCK, True, 0
+    with nogil:
+        kv_team_run(team, _stream, &stream)     # pages that nobody has written are all one page
+    stream.write = False
+    times, start = [], time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        with nogil:
+            kv_team_run(team, _stream, &stream)
+        times.append(time.perf_counter() - begin)
+    return len(buffer) / min(times) / 1e9
+
+
+def _aligned(n_bytes):
+    """uint8 [n_bytes], uninitialised, on a 64-byte boundary."""
+    raw = np.empty(n_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + n_bytes]
+
+
+# Caches -------------------------------------------------------------------------------------------------------------
+
+def bytes_read(KVCache kv not None, n_tokens=None):
+    """Bytes of the cache that attention of its newest token reads, in all layers, when n_tokens are in it (by default:
+    those that are): visible tiles, the tokens of the window, and the sinks."""
+    cdef const Cache* c = &kv.c
+    cdef int64_t n = kv.c.n_tokens if n_tokens is None else n_tokens, packed, tiles, window, sinks
+    if n < 0:
+        raise ValueError(f"n_tokens cannot be negative: {n}")
+    packed = tiles_packed(c, n)
+    tiles = packed - tiles_evicted(c, packed)
+    window = max(<int64_t>0, n - c.n_sinks - KV_TILE * packed)
+    sinks = min(n, c.n_sinks)
+    return int(c.n_layers * c.n_kv_heads * (tiles * (c.k_bytes + c.v_bytes)
+               + window * (c.window_k_bytes + c.window_v_bytes) // KV_TILE
+               + 4 * sinks * (c.head_dim + c.head_pad)))
+
+
+cdef _tiles(const Cache* c, const kv_format* k, const kv_format* v, rng):
+    """uint8 [VARIANTS, tile bytes]: tiles of random keys and values."""
+    cdef int64_t k_bytes = k.k_bytes(c.head_dim), v_bytes = v.v_bytes(c.head_dim), i
+    cdef uint8_t[:, ::1] tiles = np.zeros((VARIANTS, k_bytes + v_bytes), np.uint8)
+    cdef uint8_t[::1] tile = _aligned(k_bytes + v_bytes)
+    cdef float[:, ::1] keys, values
+    for i in range(VARIANTS):
+        keys = rng.standard_normal((c.head_dim, KV_TILE), np.float32)
+        padded = np.zeros((KV_TILE, c.head_pad), np.float32)
+        padded[:, :c.head_dim] = rng.standard_normal((KV_TILE, c.head_dim), np.float32)
+        values = padded
+        k.pack_k(&keys[0, 0], c.head_dim, &tile[0])
+        v.pack_v(&values[0, 0], c.head_dim, &tile[0] + k_bytes)
+        memcpy(&tiles[i, 0], &tile[0], k_bytes + v_bytes)
+    return np.asarray(tiles)
+
+
+def fill(KVCache kv not None, n_tokens, seed=0):
+    """Makes the cache one that n_tokens random tokens went through, at the speed of memory: keys and values are
+    standard normal, and the tiles repeat. What was in it is forgotten. RuntimeError when another thread is using it.
+    """
+    if not 0 <= n_tokens < 1 << 32:
+        raise ValueError(f"n_tokens must be at least 0, and less than {1 << 32}: not {n_tokens}")
+    rng = np.random.default_rng(seed)
+    ring = _tiles(&kv.c, kv.c.k, kv.c.v, rng)
+    window = _tiles(&kv.c, kv.c.wk, kv.c.wv, rng)
+    sinks = rng.standard_normal(kv.c.n_sinks * kv.c.head_dim, np.float32)
+    if not kv.lock.acquire(blocking=False):
+        raise RuntimeError("this cache is in use by another thread")
+    try:
+        _copy(&kv.c, ring, window, sinks, n_tokens)
+        kv.c.n_tokens = n_tokens
+    finally:
+        kv.lock.release()
+
+
+cdef _copy(const Cache* c, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] window, const float[::1] sinks,
+           int64_t n_tokens):
+    """Every visible tile, in every layer and head, from the variants in turn."""
+    cdef int64_t layer, head, tile, i, j, packed = tiles_packed(c, n_tokens)
+    cdef int64_t first = tiles_evicted(c, packed), last = tile_of(c, n_tokens - 1)
+    with nogil:
+        for layer in range(c.n_layers):
+            for head in range(c.n_kv_heads):
+                for tile in range(first, packed):
+                    memcpy(ring_tile(c, layer, head, tile), &ring[(tile + head) % VARIANTS, 0], ring.shape[1])
+                for tile in range(packed, last + 1):
+                    memcpy(window_tile(c, layer, head, tile), &window[(tile + head) % VARIANTS, 0], window.shape[1])
+                for j in range(min(n_tokens, c.n_sinks)):
+                    for i in range(c.head_dim):
+                        sink_keys(c, layer, head)[i * c.sink_lanes + j] = sinks[j * c.head_dim + i]
+                        sink_values(c, layer, head)[j * c.head_pad + i] = -sinks[j * c.head_dim + i]
+
+
+# Attention ----------------------------------------------------------------------------------------------------------
+
+ctypedef struct Step:
+    const kv_kernels* kern
+    const Cache* cache
+    Plan plan
+    const float* q          # [n_heads * head_dim], of every layer
+    float* out              # [threads][n_heads * head_dim]
+
+
+cdef void _step(void* arg, kv_team* team, int thread) noexcept nogil:
+    """One thread's part of the attention of one token, as the engine runs it between its matrices: every thread
+    combines the spans for itself, since each needs the whole output."""
+    cdef const Step* s = <const Step*>arg
+    cdef int64_t layer, width = s.plan.n_heads * s.cache.head_dim
+    for layer in range(s.cache.n_layers):
+        attend_step(s.kern, s.cache, &s.plan, layer, s.q, width, team, thread)
+        kv_team_barrier(team)
+        combine(s.kern, s.cache, &s.plan, 0, s.out + thread * width)
+        kv_team_barrier(team)
+
+
+cdef void _plan(Plan* p, const Cache* c, description) noexcept:
+    """The newest token of the cache as a chunk of its own that is already in; see Engine.forward."""
+    p.n, p.first, p.last_tile = 1, c.n_tokens - 1, tile_of(c, c.n_tokens - 1)
+    p.packed_before = p.packed_after = tiles_packed(c, c.n_tokens)
+    p.evicted_before, p.n_shifts = tiles_evicted(c, p.packed_before), 1
+    p.n_heads, p.group = description.n_heads, description.n_heads // description.n_kv_heads
+    p.scale, p.block_tokens, p.n_blocks = description.attention_scale, queries_per_block(p.group), 1
+    p.n_spans = spans_needed(c, 1, p.packed_before, p.last_tile)
+    p.max_tiles, p.scratch_floats = 1, scratch_needed(c, p.group)
+
+
+def attention(engine, KVCache kv not None, repeat=1, seed=0):
+    """Runs the attention of one decode step `repeat` times, for the cache's newest token: all layers, a team of
+    threads for each step as in decode, nothing else. Queries are random, and the cache stays as it is.
+
+    Returns (seconds a step, the last layer's output float32 [n_heads, head_dim]). Raises ValueError for a cache that
+    is empty or another model's, RuntimeError when another thread is using it.
+    """
+    d = engine.description
+    if repeat < 1 or kv.c.n_tokens < 1:
+        raise ValueError("there must be a token in the cache, and a step to run")
+    if (d.n_layers, d.n_kv_heads, d.head_dim) != (kv.c.n_layers, kv.c.n_kv_heads, kv.c.head_dim):
+        raise ValueError("this cache was made for another model")
+    require_level()
+    if not kv.lock.acquire(blocking=False):
+        raise RuntimeError("this cache is in use by another thread")
+    try:
+        return _attention(d, engine.threads, kv, repeat, np.random.default_rng(seed))
+    finally:
+        kv.lock.release()
+
+
+cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
+    cdef Step step
+    cdef Plan* p = &step.plan
+    cdef const Cache* c = &kv.c
+    cdef QueryBlock block
+    cdef int64_t i, half = c.head_dim // 2, width
+    memset(&step, 0, sizeof(Step))
+    step.kern, step.cache = kernels(), c
+    _plan(p, c, d)
+    width = p.n_heads * c.head_dim
+    block.start, block.end, block.packed = 0, 1, p.packed_before
+    p.blocks = &block
+    angles = rng.uniform(0, 2 * np.pi, half)
+    cdef float[::1] q = rng.standard_normal(width, np.float32), out = _floats(threads * width)
+    cdef float[::1] cosines = np.cos(angles).astype(np.float32), sines = np.sin(angles).astype(np.float32)
+    cdef float[::1] sinks = _floats(c.n_kv_heads * c.head_dim * c.sink_lanes)
+    cdef float[::1] scratch = _floats(threads * p.scratch_floats), acc = _floats(p.n_spans * p.n_heads * c.head_pad)
+    cdef float[::1] top = _floats(p.n_spans * p.n_heads), total = _floats(p.n_spans * p.n_heads)
+    np.asarray(sinks)[:] = rng.standard_normal(len(sinks), np.float32)
+    step.q, step.out, p.cos, p.sin, p.sinks = &q[0], &out[0], &cosines[0], &sines[0], &sinks[0]
+    p.scratch, p.acc, p.top, p.total = &scratch[0], &acc[0], &top[0], &total[0]
+    start = time.perf_counter()
+    with nogil:
+        for i in range(repeat):
+            kv_team_run(threads, _step, &step)
+    seconds = (time.perf_counter() - start) / repeat
+    return seconds, np.asarray(out)[:width].reshape(d.n_heads, d.head_dim).copy()
+
+
+def _floats(n):
+    """float32 [n] zeros on a 64-byte boundary; one at least, so that there is an address."""
+    memory = _aligned(4 * max(n, 16)).view(np.float32)
+    memory[:] = 0
+    return memory

@@ -1,0 +1,296 @@
+"""`kvrun bench`: the command, its table and its plot; `kvrun.speed` measures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvrun.cli import _default_model, _Parser, _whole
+from kvrun.errors import OptionError
+from kvrun.options import MAX_CTX, integer
+from kvrun.perplexity import cache_options, default_formats
+from kvrun.speed import ROOM, TESTS, Bench, Plan, Shape
+
+DEFAULT_TESTS = ("prefill", "decode")
+DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
+MAX_TOKENS = 256  # of the cache test
+PLOT_TYPES = (".png", ".svg", ".pdf")
+
+_DESCRIPTION = """\
+Measure speed by format of the key/value cache.
+
+  prefill     many prompt tokens at once, into an empty cache
+  decode      one token at a time, with --depth tokens in the cache
+  attention   the attention part of a decode step alone; its layers are repeated until they
+              outgrow the CPU's own caches
+  cache       the same text generated with the cache, and without it, where every step
+              computes all tokens anew
+
+Formats take turns and figures are medians. "of memory" is the bytes that a token reads (weights
+and cache) times speed, as a share of the memory's read bandwidth measured in the same run."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="kvrun bench",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
+    add("--test", choices=(*TESTS, "all"), action="append", help="repeatable (prefill and decode)")
+    add("--depth", **_whole("depth"), **several, help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)")
+    add("--prefill", **_whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
+    add("--kv", metavar="FORMAT", **several, help=f"cache formats, K/V for a pair ({_list(default_formats())})")
+    add("--shape", metavar="SHAPE", **several,
+        help="attention of one layer of another model: HEADS/KV_HEADS/HEAD_DIM, such as 32/8/128")
+    add("-n", "--max-tokens", **_whole("max-tokens"), help=f"tokens that the cache test generates ({MAX_TOKENS})")
+    add("--runs", **_whole("runs"), default=3, help="runs of each, of which the median is shown (3)")
+    add("--sinks", **_whole("sinks"), help="first tokens that are always kept (4)")
+    add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
+    add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
+    add("--json", action="store_true", help="machine-readable output")
+    add("--plot", metavar="FILE", help="draw decode speed and memory by depth; .png, .svg or .pdf")
+    return parser
+
+
+def _list(values: Sequence[Any]) -> str:
+    return " ".join(map(str, values))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status. Errors are raised, for `kvrun.cli.main` to state."""
+    args = build_parser().parse_args(argv)
+    report = run(args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    if args.plot is not None:
+        plot(report, args.plot)
+    return 0
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The report, as JSON has it."""
+    from kvrun.model import load
+
+    tests = _tests(args)
+    if args.plot is not None:
+        _check_plot(args.plot, tests)
+    model = load(args.model or _default_model(), threads=args.threads)
+    plan = _plan(args, tests, model.description.context_length)
+    with _progress(plan.steps) as progress:
+        return Bench(model, plan, progress).report()
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def _tests(args: argparse.Namespace) -> tuple[str, ...]:
+    """In the order of TESTS, each once. A shape alone asks for attention."""
+    named = set(args.test or (["attention"] if args.shape else DEFAULT_TESTS))
+    if args.shape and not named & {"attention", "all"}:
+        raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
+    return tuple(test for test in TESTS if test in named or "all" in named)
+
+
+def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int) -> Plan:
+    sizes = {
+        name: integer(name, value, low=0)
+        for name, value in (("sinks", args.sinks), ("window", args.window))
+        if value is not None
+    }
+    limit = MAX_CTX - ROOM
+    names = args.kv or default_formats()
+    plan = Plan(
+        tests=tests,
+        depths=_numbers("depth", args.depth, DEPTHS, 0, limit, context_length),
+        prefills=_numbers("prefill", args.prefill, PREFILLS, 1, limit, context_length),
+        formats=tuple(dict.fromkeys(cache_options(name, context_length, **sizes)[0] for name in names)),
+        shapes=tuple(dict.fromkeys(map(Shape.parse, args.shape or ()))),
+        runs=integer("runs", args.runs, low=1, high=1000),
+        max_tokens=_max_tokens(args.max_tokens, context_length),
+        sizes=sizes,
+    )
+    if "attention" in tests and not plan.attention_depths:
+        raise OptionError("depth: the attention test needs tokens in the cache; add a depth above 0")
+    return plan
+
+
+def _numbers(
+    name: str, given: list[int] | None, defaults: Sequence[int], low: int, high: int, context_length: int
+) -> tuple[int, ...]:
+    """Those given, each once, smallest first; else the defaults that the model's context has room for."""
+    if given is not None:
+        return tuple(sorted({integer(name, value, low=low, high=high) for value in given}))
+    return tuple(n for n in defaults if n + ROOM <= context_length) or (min(low, context_length),)
+
+
+def _max_tokens(given: int | None, context_length: int) -> int:
+    if given is not None:
+        return integer("max_tokens", given, low=1, high=1 << 16)
+    return min(MAX_TOKENS, max(1, context_length - ROOM))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that says what is measured, if that is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        started = False
+
+        def progress(what: str) -> None:
+            nonlocal started
+            bar.update(task, advance=int(started), description=what)
+            started = True
+
+        yield progress
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
+    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
+    console.print(
+        f"{report['model']}: {report['cpu']}, {report['isa']}, {threads}; memory is read at "
+        f"{report['memory_bandwidth_gb_s']:.1f} GB/s\n"
+        f"a decode step reads {report['weight_bytes_per_token'] / 1e6:.1f} MB of weights; "
+        + ("one run each" if report["runs"] == 1 else f"medians of {report['runs']} runs")
+    )
+    for test in TESTS:
+        rows = [row for row in report["results"] if row["test"] == test]
+        if not rows:
+            continue
+        headings, line = (_CACHE_HEADINGS, _cache_line) if test == "cache" else (_HEADINGS[test], _speed_line)
+        table = Table(box=None, pad_edge=False, title=_title(test, rows[0]), title_justify="left", title_style="bold")
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading in ("cache", "shape") else "right")
+        previous = None
+        for row in rows:
+            group = (row.get("shape"), row["depth"], row.get("tokens") if test == "prefill" else None)
+            if previous not in (None, group) and test != "cache":
+                table.add_row()
+            previous = group
+            table.add_row(*line(row))
+        console.print()
+        console.print(table)
+
+
+_SPEED = ["tok/s", "ms", "MB a token", "GB/s", "of memory", "cache MB"]
+_HEADINGS = {
+    "prefill": ["prompt", "cache", "tok/s", "ms a token", "cache MB"],
+    "decode": ["depth", "cache", *_SPEED],
+    "attention": ["shape", "depth", "cache", *_SPEED],
+}
+_CACHE_HEADINGS = ["tokens", "with: s", "tok/s", "without: s", "tok/s", "times faster", "same tokens"]
+
+
+def _title(test: str, row: dict[str, Any]) -> str:
+    if test == "attention":
+        layers = row["layers"]
+        return f"attention alone, {layers} layer{'s' * (layers > 1)} (heads/KV heads/head_dim)"
+    if test == "cache":
+        return f"the same text with a {row['kv']} cache and without"
+    return test
+
+
+def _speed_line(row: dict[str, Any]) -> list[str]:
+    speed, read = row["tokens_per_second"], row["bytes_per_token"]
+    cells = [row["kv"], f"{speed:.1f}", f"{1000 / speed:.3g}"]
+    if row["test"] == "prefill":
+        return [str(row["tokens"]), *cells, f"{row['kv_bytes'] / 1e6:.1f}"]
+    cells += [
+        f"{read / 1e6:.1f}",
+        f"{read * speed / 1e9:.1f}",
+        f"{100 * row['bandwidth_fraction']:.0f} %",
+        f"{row['kv_bytes'] / 1e6:.1f}",
+    ]
+    where = [row["shape"]] if row["test"] == "attention" else []
+    return [*where, str(row["depth"]), *cells]
+
+
+def _cache_line(row: dict[str, Any]) -> list[str]:
+    n, without = row["tokens"], row["seconds_without"]
+    return [
+        str(n),
+        f"{row['seconds']:.2f}",
+        f"{row['tokens_per_second']:.1f}",
+        f"{without:.2f}",
+        f"{n / without:.1f}",
+        f"{row['ratio']:.1f}",
+        f"{row['same_tokens']} of {n}",
+    ]
+
+
+# --- plot -----------------------------------------------------------------------------------------
+
+
+def _check_plot(path: str, tests: Sequence[str]) -> None:
+    """OptionError, before anything is measured, for what would fail in the end."""
+    if "decode" not in tests:
+        raise OptionError("plot: it shows decode speed by depth; add --test decode")
+    if Path(path).suffix.lower() not in PLOT_TYPES:
+        raise OptionError(f"plot: {path!r} must end in {', '.join(PLOT_TYPES)}")
+    if not Path(path).parent.is_dir():
+        raise OptionError(f"plot: there is no folder {str(Path(path).parent)!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("plot: matplotlib is missing; pip install matplotlib, or kvrun[plot]")
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """Draws decode speed and memory of the cache by depth, a line for each format. OSError if it cannot be written."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["results"] if row["test"] == "decode"]
+    depths = sorted({row["depth"] for row in rows})
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["kv"] for row in rows):
+        own = sorted((row for row in rows if row["kv"] == name), key=lambda row: row["depth"])
+        x = [row["depth"] for row in own]
+        speed.plot(x, [row["tokens_per_second"] for row in own], marker="o", markersize=4, label=name)
+        memory.plot(x, [row["kv_bytes"] / 1e6 for row in own], marker="o", markersize=4, label=name)
+    speed.set_ylabel("tokens a second")
+    speed.set_title("decode speed")
+    memory.set_ylabel("MB")
+    memory.set_title("memory of the cache")
+    for axes in (speed, memory):
+        axes.set_xlabel("depth: tokens in the cache")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(depths if len(depths) < 3 else _spread(depths))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    memory.legend(title="cache", frameon=False)
+    figure.suptitle(f"{report['model']}, {report['cpu']}, {report['isa']}, {report['threads']} threads")
+    figure.savefig(path, dpi=150)
+
+
+def _spread(depths: Sequence[int]) -> list[int]:
+    """Those far enough apart for their labels not to touch."""
+    chosen: list[int] = []
+    for depth in reversed(depths):
+        if not chosen or chosen[-1] - depth >= depths[-1] / 10:
+            chosen.append(depth)
+    return chosen[::-1]

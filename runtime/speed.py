@@ -1,0 +1,348 @@
+"""What `kvrun bench` measures: speed by cache format and depth, beside what the machine's memory can do.
+
+Caches are filled with random tokens instead of a long prefill. Formats take turns, run by run, and so does the
+measurement of the memory: on a machine that others use too they all see the same one. Figures are medians.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvrun import _core
+from kvrun._core import bench as core
+from kvrun.errors import OptionError
+from kvrun.options import CacheOptions, integer
+from kvrun.perplexity import cache_options, new_cache
+from kvrun.version import __version__
+
+if TYPE_CHECKING:
+    from kvrun.model import Model
+
+TESTS = ("prefill", "decode", "attention", "cache")
+ROOM = 128  # tokens that a cache has room for beyond its depth
+SAMPLE_SECONDS, MAX_DECODE, MAX_REPEAT = 0.25, 64, 50  # of one run
+COLD_BYTES, MAX_BYTES = 1 << 27, 1 << 30  # layers are repeated until a cache outgrows the CPU's own, within limits
+PROMPT = 8  # tokens before the text of the cache test
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of one layer of some model."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """ "32/8/128": query heads, KV heads, head_dim. OptionError if that is no shape."""
+        try:
+            shape = cls(*map(int, text.split("/")))
+        except (TypeError, ValueError):
+            raise OptionError(f"shape: {text!r} is not HEADS/KV_HEADS/HEAD_DIM, as in 32/8/128") from None
+        integer("shape: KV heads", shape.n_kv_heads, low=1, high=1024)
+        integer("shape: heads", shape.n_heads, low=1, high=1024)
+        integer("shape: head_dim", shape.head_dim, low=2, high=512)
+        if shape.n_heads % shape.n_kv_heads or shape.head_dim % 2:
+            raise OptionError(f"shape: {text!r}: heads must be a multiple of KV heads, and head_dim even")
+        return shape
+
+    def __str__(self) -> str:
+        return f"{self.n_heads}/{self.n_kv_heads}/{self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `formats`: "q4" or, K before V, "q4/q2". `sizes`: sinks and window, where given."""
+
+    tests: tuple[str, ...]
+    depths: tuple[int, ...]
+    prefills: tuple[int, ...]
+    formats: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    runs: int
+    max_tokens: int
+    sizes: dict[str, int]
+
+    def cache(self, name: str, tokens: int, context_length: int) -> CacheOptions:
+        """A cache that has room for so many tokens and a few more."""
+        found = cache_options(name, context_length, **self.sizes)[1]
+        ctx = max(tokens + ROOM, found.sinks + found.window + 64)
+        return cache_options(name, context_length, ctx=ctx, **self.sizes)[1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Where the cache test looks at the clock."""
+        return sorted({n for n in (16, 32, 64, 128, 256) if n < self.max_tokens} | {self.max_tokens})
+
+    @property
+    def attention_depths(self) -> list[int]:
+        return [depth for depth in self.depths if depth > 0]
+
+    @property
+    def steps(self) -> int:
+        """Measured runs in all, for a progress bar."""
+        each = len(self.formats) * self.runs
+        shapes = len(self.shapes) or 1
+        counts = {
+            "prefill": len(self.prefills) * each,
+            "decode": len(self.depths) * each,
+            "attention": shapes * len(self.attention_depths) * each,
+            "cache": self.max_tokens,
+        }
+        return sum(counts[test] for test in self.tests)
+
+
+class Bench:
+    """Runs a plan with a model; `progress(text)` is called before every run."""
+
+    def __init__(self, model: Model, plan: Plan, progress: Callable[[str], None]) -> None:
+        self.model, self.plan, self._progress = model, plan, progress
+        self.engine = model.engine
+        self._rng = np.random.default_rng(0)
+        self._bandwidths: list[float] = []
+        self._weights = weight_bytes(model)
+
+    def report(self) -> dict[str, Any]:
+        """Everything that the command shows, as plain values."""
+        tests = {
+            "prefill": self._prefill,
+            "decode": self._decode,
+            "attention": self._attention,
+            "cache": self._with_and_without,
+        }
+        rows = [row for test in self.plan.tests for row in tests[test]()]
+        if not self._bandwidths:
+            self._measure_bandwidth(0.3)
+        bandwidth = statistics.median(self._bandwidths)
+        for row in rows:
+            if row["bytes_per_token"] is not None:
+                row["bandwidth_fraction"] = (
+                    row["bytes_per_token"] * row["tokens_per_second"] / (1e9 * bandwidth)
+                )
+        return {
+            "version": __version__,
+            "model": self.model.description.name,
+            "file": str(self.model.file.path),
+            "cpu": cpu_name(),
+            "isa": _core.isa(),
+            "threads": self.model.threads,
+            "runs": self.plan.runs,
+            "weight_bytes_per_token": self._weights,
+            "memory_bandwidth_gb_s": bandwidth,
+            "results": rows,
+        }
+
+    # --- tests ------------------------------------------------------------------------------------
+
+    def _prefill(self) -> Iterator[dict[str, Any]]:
+        for n in self.plan.prefills:
+            caches = self._caches(n, self.engine)
+            tokens = self._tokens(n)
+            for kv in caches.values():
+                self._feed(kv, tokens[:64])  # wakes threads and touches memory
+            run = partial(self._prefill_run, tokens=tokens)
+            seconds = self._alternate(f"prefill of {n}", caches, run, with_bandwidth=False)
+            for name, kv in caches.items():
+                yield self._row("prefill", name, kv, 0, n / seconds[name], None, tokens=n)
+
+    def _prefill_run(self, kv: _core.KVCache, tokens: np.ndarray) -> float:
+        kv.reset()
+        start = time.perf_counter()
+        self._feed(kv, tokens)
+        return time.perf_counter() - start
+
+    def _decode(self) -> Iterator[dict[str, Any]]:
+        for depth in self.plan.depths:
+            caches = self._caches(depth, self.engine)
+            slowest = max(self._decode_run(kv, depth, 4) for kv in caches.values())
+            n = max(4, min(MAX_DECODE, int(SAMPLE_SECONDS / slowest)))
+            run = partial(self._decode_run, depth=depth, n=n)
+            seconds = self._alternate(f"decode at depth {depth}", caches, run)
+            for name, kv in caches.items():
+                read = self._weights + core.bytes_read(kv, depth + 1)
+                yield self._row("decode", name, kv, depth, 1 / seconds[name], read, tokens=n)
+
+    def _decode_run(self, kv: _core.KVCache, depth: int, n: int) -> float:
+        """Seconds a token, over n tokens from a depth on."""
+        tokens = self._tokens(n + 1)
+        core.fill(kv, depth)
+        self.engine.forward(tokens[:1], kv)
+        start = time.perf_counter()
+        for i in range(1, n + 1):
+            self.engine.forward(tokens[i : i + 1], kv)
+        return (time.perf_counter() - start) / n
+
+    def _attention(self) -> Iterator[dict[str, Any]]:
+        d = self.model.description
+        own = Shape(d.n_heads, d.n_kv_heads, d.head_dim)
+        for shape in self.plan.shapes or (own,):
+            n_layers = 1 if self.plan.shapes else d.n_layers
+            for depth in self.plan.attention_depths:
+                yield from self._attention_at(shape, n_layers, depth)
+
+    def _attention_at(self, shape: Shape, n_layers: int, depth: int) -> Iterator[dict[str, Any]]:
+        """Measured with more layers than n_layers, reported for these."""
+        small = {name: self._cache(name, depth, self._stand_in(shape, n_layers)) for name in self.plan.formats}
+        times = min(
+            math.ceil(COLD_BYTES / min(core.bytes_read(kv, depth + 1) for kv in small.values())),
+            max(1, MAX_BYTES // max(kv.nbytes for kv in small.values())),
+        )
+        engine = self._stand_in(shape, n_layers * times)
+        caches = self._caches(depth, engine)
+        for kv in caches.values():
+            core.fill(kv, depth + 1)
+        slowest = max(core.attention(engine, kv)[0] for kv in caches.values())
+        repeat = max(1, min(MAX_REPEAT, int(SAMPLE_SECONDS / slowest)))
+
+        def run(kv: _core.KVCache) -> float:
+            return core.attention(engine, kv, repeat)[0] / times
+
+        seconds = self._alternate(f"attention at depth {depth}", caches, run)
+        for name, kv in small.items():
+            read = core.bytes_read(kv, depth + 1)
+            more = {"shape": str(shape), "layers": n_layers, "measured_layers": n_layers * times}
+            yield self._row("attention", name, kv, depth, 1 / seconds[name], read, **more)
+
+    def _with_and_without(self) -> Iterator[dict[str, Any]]:
+        """Without a cache every step runs the whole text as a prefill; the text is that of the cached run, so that
+        both do the same steps, and the tokens that both choose alike are counted."""
+        name, lengths = self.plan.formats[0], self.plan.lengths
+        prompt, n = self._tokens(PROMPT), self.plan.max_tokens
+        with_cache, text = self._generate(self._cache(name, PROMPT + n, self.engine), prompt, n)
+        kv = self._cache(name, PROMPT + n, self.engine)
+        everything = np.concatenate([prompt, text])
+        start, same = time.perf_counter(), 0
+        for i in range(n):
+            self._progress(f"token {i + 1} of {n} without a cache")
+            kv.reset()
+            same += int(self._feed(kv, everything[: PROMPT + i]).argmax()) == text[i]
+            if i + 1 in lengths:
+                without = time.perf_counter() - start
+                yield self._row(
+                    "cache", name, kv, PROMPT, (i + 1) / with_cache[i], None, tokens=i + 1, seconds=with_cache[i],
+                    seconds_without=without, ratio=without / with_cache[i], same_tokens=same,
+                )
+
+    def _generate(self, kv: _core.KVCache, prompt: np.ndarray, n: int) -> tuple[list[float], np.ndarray]:
+        """n greedy tokens int32, and the seconds until each was there."""
+        token, text, seconds = prompt, [], []
+        self.engine.forward(prompt, kv)  # not measured
+        kv.reset()
+        start = time.perf_counter()
+        for _ in range(n):
+            text.append(int(self._feed(kv, token).argmax()))
+            token = np.array(text[-1:], np.int32)
+            seconds.append(time.perf_counter() - start)
+        return seconds, np.array(text, np.int32)
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def _tokens(self, n: int) -> np.ndarray:
+        return self._rng.integers(0, self.model.vocab_size, n).astype(np.int32)
+
+    def _feed(self, kv: _core.KVCache, tokens: np.ndarray) -> np.ndarray:
+        """Logits of the last of the tokens."""
+        last = (len(tokens) - 1) // _core.MAX_CHUNK * _core.MAX_CHUNK
+        for start in range(0, last, _core.MAX_CHUNK):
+            self.engine.forward(tokens[start : start + _core.MAX_CHUNK], kv, "none")
+        return self.engine.forward(tokens[last:], kv)
+
+    def _stand_in(self, shape: Shape, n_layers: int) -> Any:
+        """What the core takes for an engine where weights are not needed."""
+        scale = shape.head_dim**-0.5
+        description = SimpleNamespace(n_layers=n_layers, attention_scale=scale, **vars(shape))
+        return SimpleNamespace(description=description, threads=self.model.threads)
+
+    def _cache(self, name: str, tokens: int, engine: Any) -> _core.KVCache:
+        return new_cache(engine, self.plan.cache(name, tokens, self.model.description.context_length))
+
+    def _caches(self, tokens: int, engine: Any) -> dict[str, _core.KVCache]:
+        """One of each format; OptionError when the machine has no memory for all."""
+        caches = {name: self._cache(name, tokens, engine) for name in self.plan.formats}
+        needed, there = sum(kv.nbytes for kv in caches.values()), physical_memory()
+        if there is not None and needed > there:
+            raise OptionError(
+                f"caches of {tokens} tokens take {needed / 1e9:.1f} GB and this machine has {there / 1e9:.1f} GB; "
+                "a smaller --depth, or fewer formats in --kv, need less"
+            )
+        return caches
+
+    def _alternate(
+        self,
+        what: str,
+        caches: dict[str, _core.KVCache],
+        run: Callable[[_core.KVCache], float],
+        with_bandwidth: bool = True,
+    ) -> dict[str, float]:
+        """Median of what `run` returns for each cache, all taking turns."""
+        seconds: dict[str, list[float]] = {name: [] for name in caches}
+        for _ in range(self.plan.runs):
+            if with_bandwidth:
+                self._measure_bandwidth(0.1)
+            for name, kv in caches.items():
+                self._progress(f"{what}, {name} cache")
+                seconds[name].append(run(kv))
+        return {name: statistics.median(values) for name, values in seconds.items()}
+
+    def _measure_bandwidth(self, seconds: float) -> None:
+        self._bandwidths.append(core.read_bandwidth(self.model.threads, seconds=seconds))
+
+    def _row(
+        self, test: str, name: str, kv: _core.KVCache, depth: int, speed: float, read: int | None, **more: Any
+    ) -> dict[str, Any]:
+        """One result; its share of the bandwidth is known in the end."""
+        return {
+            "test": test,
+            "kv": name,
+            "depth": depth,
+            "tokens_per_second": speed,
+            "bytes_per_token": read,
+            "bandwidth_fraction": None,
+            "kv_bytes": kv.nbytes,
+            "ctx": kv.ctx,
+            "window": kv.window,
+            **more,
+        }
+
+
+# --- the machine and the model --------------------------------------------------------------------
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of weights that a decode step reads: every matrix, of the embedding one row; tied, it is the head too."""
+    weights = model.file.weights
+    embed = weights["embed.weight"]
+    matrices = sum(weight.data.nbytes for name, weight in weights.items() if name != "embed.weight")
+    return matrices + embed.data.nbytes // embed.rows + model.description.tie_embeddings * embed.data.nbytes
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
