@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvrun import _core
-from kvrun.errors import KvrunError, TokenizerError
+from kvrun.errors import KvrunError, ModelFileError, OptionError, TokenizerError
 from kvrun.modelfile import ModelFile, read_model_file
 from kvrun.options import integer
 from kvrun.session import Session
@@ -62,6 +62,24 @@ class Model:
         `window` in full precision. OptionError for values that cannot be used.
         """
         return Session(self, kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
+
+    def restore(self, path: str | os.PathLike[str]) -> Session:
+        """A session that goes on from a file of `Session.save`, with the cache options it was saved with.
+
+        ModelFileError if the file is damaged, or was saved with another model or version of the format.
+        """
+        from kvrun.sessionfile import read_session_file
+
+        saved = read_session_file(path, self.file.fingerprint, self.vocab_size)
+        cache = saved.cache
+        try:
+            session = self.session(
+                kv_k=cache.k, kv_v=cache.v, ctx=cache.ctx, sinks=cache.sinks, window=cache.window
+            )
+            session._load(saved)
+        except (OptionError, ValueError) as error:
+            raise ModelFileError(f"{os.fspath(path)}: this session cannot be restored: {error}") from None
+        return session
 
     def generate(
         self,

@@ -130,7 +130,7 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False) -> Model
     """Map a model file and check its header; `verify`: and all checksums. ModelFileError if unusable."""
     path = os.fspath(path)
     try:
-        with open(path, "rb", opener=_open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             header, data_start = _read_header(path, file, size)
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -146,7 +146,8 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False) -> Model
     return model
 
 
-def _open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
+    """An `opener` for `open` that takes nothing but regular files."""
     # Without O_NONBLOCK a named pipe would block here for ever.
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(fd).st_mode

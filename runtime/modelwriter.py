@@ -26,7 +26,86 @@ from kvrun.modelfile import (
 )
 
 
-class ModelFileWriter:
+class SafeFile:
+    """A file written under a temporary name in the same folder; a context manager. `commit` gives it its own
+    name; leaving the block without it removes the file. `nbytes`: the size it will have.
+    ModelFileError when it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], nbytes: int) -> None:
+        self.path = os.fspath(path)
+        self._target = check_output(self.path, nbytes)
+        self._temporary: str | None = None
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Any:
+        # Nothing may come between opening the file and being able to remove it, not even a signal.
+        try:
+            with self._reported():
+                self._open_temporary()
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is None:
+            return
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError:  # what was still buffered does not fit the disk; the file goes anyway
+            pass
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+        self._temporary = None
+
+    def put(self, data: Any, at: int | None = None) -> None:
+        """Write a buffer, at an offset or after what was written last."""
+        with self._reported():
+            if at is not None:
+                self._file.seek(at)
+            self._file.write(data)
+
+    def commit(self) -> None:
+        """Flush to disk and rename."""
+        self._to_disk()
+        self._rename()
+
+    def _begin(self) -> None:
+        """What a subclass writes first."""
+
+    def _to_disk(self) -> None:
+        with self._reported():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if hasattr(os, "posix_fadvise"):  # so that reading it back reads the disk and not the page cache
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._file.close()
+
+    def _rename(self) -> None:
+        with self._reported():
+            os.replace(self._temporary, self._target)
+            self._temporary = None
+            _sync_folder(os.path.dirname(self._target))
+
+    def _open_temporary(self) -> None:
+        folder, name = os.path.split(self._target)
+        self._temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
+        # Not tempfile: its files are private, a model file has the permissions of any new file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "r+b", buffering=1 << 20)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ModelFileError(f"{self.path}: cannot write: {error.strerror or error}") from None
+
+
+class ModelFileWriter(SafeFile):
     """Writes a model file, streaming, under a temporary name in the same folder; a context manager.
 
         with ModelFileWriter(path, description, types, tokenizer_info=info, tokenizer=data, ...) as writer:
@@ -61,10 +140,10 @@ class ModelFileWriter:
             "version": str(VERSION),
             "model": description.to_json(),
             "weights": self._weights_json(),
-            "tokenizer": _dumps(dict(tokenizer_info)),
-            "stop_ids": _dumps(sorted(set(stop_ids))),
-            "sampling": _dumps(dict(sampling or {})),
-            "source": _dumps(dict(source or {})),
+            "tokenizer": dumps(dict(tokenizer_info)),
+            "stop_ids": dumps(sorted(set(stop_ids))),
+            "sampling": dumps(dict(sampling or {})),
+            "source": dumps(dict(source or {})),
         }
         if chat_template is not None:
             self._metadata["chat_template"] = chat_template
@@ -74,36 +153,14 @@ class ModelFileWriter:
         header = self._header()
         *starts, self.nbytes = itertools.accumulate(self._sizes.values(), initial=len(header))
         self._starts = dict(zip(self._sizes, starts, strict=True))
-        self._target = check_output(self.path, self.nbytes)
         self._tokenizer = tokenizer
         self._tokenizer_name = tokenizer_info["kind"]
-        self._temporary: str | None = None
-        self._file: IO[bytes] | None = None
+        super().__init__(self.path, self.nbytes)
 
-    def __enter__(self) -> ModelFileWriter:
-        # Nothing may come between opening the file and being able to remove it, not even a signal.
-        try:
-            with self._reported():
-                self._open_temporary()
-                self._file.write(self._header())
-            if self._tokenizer is not None:
-                self.write(self._tokenizer_name, [self._tokenizer])
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._temporary is None:
-            return
-        try:
-            if self._file is not None:
-                self._file.close()
-        except OSError:  # what was still buffered does not fit the disk; the file goes anyway
-            pass
-        with suppress(FileNotFoundError):
-            os.unlink(self._temporary)
-        self._temporary = None
+    def _begin(self) -> None:
+        self.put(self._header())
+        if self._tokenizer is not None:
+            self.write(self._tokenizer_name, [self._tokenizer])
 
     def write(self, name: str, chunks: Iterable[Any]) -> None:
         """Write one tensor: its bytes in order, in any number of buffers (packed uint8, or float32)."""
@@ -118,8 +175,7 @@ class ModelFileWriter:
             if written > size:
                 break
             digest.update(part)
-            with self._reported():
-                self._file.write(part)
+            self.put(part)
         if written != size:
             raise ValueError(f"tensor {name} has {size} bytes, not {written}")
         self._checksums[name] = digest.hexdigest()
@@ -129,33 +185,24 @@ class ModelFileWriter:
         missing = [name for name in self._sizes if name not in self._checksums]
         if missing:
             raise ValueError(f"tensor {missing[0]} was not written")
-        with self._reported():
-            self._file.seek(0)
-            self._file.write(self._header())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that the check below reads the disk and not the page cache
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._file.close()
+        self.put(self._header(), at=0)
+        self._to_disk()
         model = read_model_file(self._temporary)
         model.verify(progress)
-        with self._reported():
-            os.replace(self._temporary, self._target)
-            self._temporary = None
-            _sync_folder(os.path.dirname(self._target))
+        self._rename()
         model.path = self.path
         return model
 
     def _weights_json(self) -> str:
         matrices = {name: shape for name, shape in self._shapes.items() if len(shape) == 2}
-        return _dumps(
+        return dumps(
             {name: {"type": self._types[name], "shape": list(shape)} for name, shape in matrices.items()}
         )
 
     def _header(self) -> bytes:
         """The header; as long without checksums as with them, since a checksum has a fixed length."""
         checksums = {name: self._checksums.get(name, "0" * 64) for name in self._sizes}
-        metadata = {**self._metadata, "checksums": _dumps(checksums)}
+        metadata = {**self._metadata, "checksums": dumps(checksums)}
         metadata["header_checksum"] = header_checksum(metadata)
         entries: dict[str, Any] = {"__metadata__": metadata}
         position = 0
@@ -168,31 +215,20 @@ class ModelFileWriter:
             }
             position += size
         try:
-            text = _dumps(entries).encode("utf-8")
+            return header_bytes(self.path, entries)
         except UnicodeEncodeError:
             raise ModelFileError(
                 f"{self.path}: the model's name or chat template is not valid text"
             ) from None
-        text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        if len(text) > MAX_HEADER:
-            raise ModelFileError(
-                f"{self.path}: the header would have {len(text)} bytes, at most {MAX_HEADER} fit"
-            )
-        return len(text).to_bytes(8, "little") + text
 
-    def _open_temporary(self) -> None:
-        folder, name = os.path.split(self._target)
-        self._temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
-        # Not tempfile: its files are private, a model file has the permissions of any new file.
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "r+b", buffering=1 << 20)
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ModelFileError(f"{self.path}: cannot write: {error.strerror or error}") from None
+def header_bytes(path: str, entries: Mapping[str, Any]) -> bytes:
+    """A safetensors header with its length, padded so that data starts on a boundary."""
+    text = dumps(entries).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER:
+        raise ModelFileError(f"{path}: the header would have {len(text)} bytes, at most {MAX_HEADER} fit")
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
@@ -221,7 +257,8 @@ def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
     return target
 
 
-def _dumps(value: Any) -> str:
+def dumps(value: Any) -> str:
+    """Compact JSON, as it stands in headers."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 

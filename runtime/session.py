@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from kvrun.text import StopStrings
 
 if TYPE_CHECKING:
     from kvrun.model import Model
+    from kvrun.sessionfile import SavedSession
 
 REPEAT_LAST_N = 64
 
@@ -89,6 +92,9 @@ class Session:
         self._recent: deque[int] = deque(maxlen=REPEAT_LAST_N)
         self._logits: np.ndarray | None = None
         self._logits_at = 0
+        # The tokens of the text, and perhaps more after them; None once some have left the cache, so that an
+        # endless text does not fill the memory.
+        self._ids: array[int] | None = array("i")
         self._text: str | None = ""  # escaped; None when it is not known as the text of a conversation
 
     def reset(self) -> None:
@@ -96,6 +102,75 @@ class Session:
         self._end_running()
         self._clear()
         self.messages = []
+
+    def truncate(self, n: int) -> None:
+        """Keep the first `n` tokens of the text, as if only they had been fed.
+
+        `messages` are forgotten if anything is cut off: go on with `raw` text, token ids or messages of your
+        own. OptionError, with nothing changed, if the text is shorter or all after its beginning has left the
+        cache. An answer that is under way ends first, as with `fork` and `save`.
+        """
+        n = integer("n", n, low=0)
+        self._end_running()
+        if n > self.n_tokens:
+            raise OptionError(f"n: the text has {self.n_tokens} tokens, {n} cannot be kept")
+        if n == self.n_tokens:
+            return
+        ids = self._known_ids()
+        # The last token is fed again when the logits after it are wanted.
+        again = [ids[n - 1]] if ids and 0 < n <= self._kv.n_tokens else []
+        self._cut(n - len(again))
+        self._append(again)
+        self.messages = []
+        self._text = None if n else ""
+
+    def fork(self) -> Session:
+        """Another session with the same text and options; what happens to one does not affect the other."""
+        self._end_running()
+        self._pending()
+        other = copy.copy(self)
+        try:
+            other._kv = self._kv.copy()
+        except MemoryError:
+            raise OptionError(f"not enough memory for another cache of {self.cache.ctx} tokens") from None
+        for name in ("messages", "stats", "_state", "_recent", "_ids", "_logits"):
+            setattr(other, name, copy.deepcopy(getattr(self, name)))
+        return other
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write text, cache and conversation to a file that `Model.restore` goes on from, exactly.
+
+        ModelFileError when it cannot be written, KvrunError when `messages` hold what JSON cannot; a file of
+        that name is then as it was.
+        """
+        from kvrun.sessionfile import SavedSession, write_session_file
+
+        self._end_running()
+        pending, ids = self._pending(), self._known_ids()
+        valid = not pending and self._logits_at == self._kv.n_tokens
+        saved = SavedSession(
+            model=self.model.file.fingerprint,
+            cache=self.cache,
+            n_tokens=self._kv.n_tokens,
+            lost=self._kv.lost,
+            kv=self._kv.state(),
+            pending=pending,
+            recent=list(self._recent),
+            tokens=None if ids is None else np.array(ids, np.int32),
+            logits=self._logits if valid else None,
+            messages=self.messages,
+            text=self._text,
+        )
+        write_session_file(path, saved)
+
+    def _load(self, saved: SavedSession) -> None:
+        """Take over what was saved, in a new session. ValueError if it does not fit the cache."""
+        self._kv.load_state(saved.n_tokens, saved.lost, saved.kv)
+        self._state = (saved.n_tokens, saved.pending)
+        self._recent.extend(saved.recent)
+        self._ids = None if saved.tokens is None else array("i", saved.tokens.tolist())
+        self._logits, self._logits_at = saved.logits, saved.n_tokens
+        self.messages, self._text = saved.messages, saved.text
 
     @property
     def n_tokens(self) -> int:
@@ -146,10 +221,11 @@ class Session:
 
         `prompt`: a str is the next turn of the conversation, put through the model's chat template, or with
         `raw` (and for a model without a template) plain text to go on from; a list of messages
-        ({"role": .., "content": ..}) is a whole conversation, in place of the one so far; a list of token
-        ids is fed as it is. `max_tokens`: -1 for no limit, 0 to feed only. The answer ends at the model's
-        stop tokens unless `ignore_eos`, and before any of the strings `stop`. Sampling options that are None
-        are the model's defaults; `temperature` 0 takes the likeliest token; `seed` None is random.
+        ({"role": .., "content": ..}) is a whole conversation, in place of the one so far (what both begin
+        with is kept and not fed again); a list of token ids is fed as it is. `max_tokens`: -1 for no limit,
+        0 to feed only. The answer ends at the model's stop tokens unless `ignore_eos`, and before any of the
+        strings `stop`. Sampling options that are None are the model's defaults; `temperature` 0 takes the
+        likeliest token; `seed` None is random.
 
         Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
         interrupting it keeps in the session what was shown. A new stream ends the one before.
@@ -217,11 +293,9 @@ class Session:
     def _run(
         self, turn: _Turn, sampling: Sampling, limit: int, stops: StopStrings, stop_ids: frozenset[int]
     ) -> Iterator[str]:
-        if turn.fresh:
-            self._clear()
         self._text = None  # not known again before the end, so that an interruption in between does no harm
         self.stats = Stats()
-        self._append(turn.ids)
+        self._append(turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids)
         if turn.messages is not None:
             self.messages = turn.messages
         answer = None
@@ -297,6 +371,9 @@ class Session:
     # --- feeding ----------------------------------------------------------------------------------
 
     def _append(self, ids: list[int]) -> None:
+        known = self._known_ids()
+        if known is not None:
+            known.extend(ids)
         self._recent.extend(ids[-REPEAT_LAST_N:])
         self._state = (self._state[0], self._state[1] + ids)
 
@@ -304,9 +381,43 @@ class Session:
         """Tokens of the text that are not in the cache yet."""
         count, waiting = self._state
         fed = self._kv.n_tokens
-        if fed != count:
-            self._state = (fed, waiting[fed - count :])
+        if fed != count:  # fewer: the text was cut, and what waited was to follow what is gone
+            self._state = (fed, waiting[fed - count :] if fed > count else [])
         return self._state[1]
+
+    def _known_ids(self) -> array[int] | None:
+        """The tokens of the text, None if they are no longer known."""
+        if self._kv.lost:
+            self._ids = None
+        if self._ids is not None:
+            del self._ids[self.n_tokens :]
+        return self._ids
+
+    def _rewind(self, ids: list[int]) -> int:
+        """Cut the text down to what `ids`, less its last, begins with too; the number of tokens left."""
+        known = self._known_ids() or ()
+        n = next((n for n, (a, b) in enumerate(zip(known, ids[:-1], strict=False)) if a != b), None)
+        if n is None:
+            n = max(0, min(len(known), len(ids) - 1))
+        if n:
+            self._cut(n)
+        else:
+            self._clear()
+        return n
+
+    def _cut(self, n: int) -> None:
+        """Keep the first n tokens. OptionError, with nothing changed, if they have left the cache."""
+        waiting, ids, cut = self._pending(), self._known_ids(), self.n_tokens - n
+        text, self._text, fed = self._text, None, self._kv.n_tokens
+        if n < fed:
+            try:
+                self._kv.truncate(n)
+            except ValueError as error:
+                self._text = text
+                raise OptionError(f"n: {error}") from None
+        self._state = (min(n, fed), waiting[: max(0, n - fed)])
+        recent = list(self._recent)[: max(0, len(self._recent) - cut)] if ids is None else ids[:n]
+        self._recent = deque(recent, maxlen=REPEAT_LAST_N)
 
     def _flush(self, prompt: bool = False) -> None:
         """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""

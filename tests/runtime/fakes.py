@@ -58,10 +58,14 @@ class FakeEngine:
 
 class FakeCache:
     def __init__(self, engine, **options):
-        self.engine, self.options, self.nbytes, self.n_tokens = engine, options, 1000, 0
+        self.engine, self.options, self.nbytes, self.n_tokens, self.lost = engine, options, 1000, 0, 0
 
     def reset(self):
-        self.n_tokens, self.engine.fed = 0, []
+        self.truncate(0)
+
+    def truncate(self, n):
+        self.n_tokens = n
+        del self.engine.fed[n:]
 
 
 class FakeModel:
