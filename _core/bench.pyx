@@ -1,9 +1,8 @@
-"""What ``kvrun bench`` needs from the core: the memory's read bandwidth, caches filled without a prefill, and the
-attention of a decode step on its own.
+"""What ``kvrun bench`` needs from the core: the memory's read bandwidth, caches filled without a prefill, and
+the attention of a decode step on its own.
 
-Functions take a ``KVCache`` and, where the text says so, an engine: a real one, or any object with ``description``
-(n_layers, n_heads, n_kv_heads, head_dim, attention_scale) and ``threads``, so that other models' shapes can be
-measured without their weights.
+Where a function takes an engine, any object does that has ``threads`` and a ``description`` (n_layers, n_heads,
+n_kv_heads, head_dim, attention_scale): other models' shapes are measured without their weights.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
@@ -13,11 +12,12 @@ import time
 
 import numpy as np
 
-from .attention cimport (Plan, QueryBlock, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_take,
-                         queries_per_block, scratch_needed, spans_needed)
+from .attention cimport (Plan, QueryBlock, attend_step, combine, kv_team, kv_team_barrier, kv_team_run,
+                         kv_team_take, queries_per_block, scratch_needed, spans_needed)
 from .kernels cimport KV_TILE, kernels, kv_format, kv_kernels
 from .kernels import require_level
-from .kv cimport (Cache, KVCache, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile)
+from .kv cimport (Cache, KVCache, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
+                  window_tile)
 
 cdef extern from "stream.h":
     uint64_t kv_stream_sum(const void* data, int64_t n) noexcept nogil
@@ -27,7 +27,7 @@ cdef enum:
     VARIANTS = 4          # different tiles that a filled cache is made of
 
 
-# Bandwidth ----------------------------------------------------------------------------------------------------------
+# Bandwidth --------------------------------------------------------------------------------------------------
 
 ctypedef struct Stream:
     uint8_t* data
@@ -54,7 +54,7 @@ cdef void _stream(void* arg, kv_team* team, int thread) noexcept nogil:
 
 
 def read_bandwidth(threads, n_bytes=1 << 29, seconds=0.3):
-    """Bytes that `threads` threads together read from memory, in GB (1e9) a second: the best of several passes.
+    """GB (1e9 bytes) a second that `threads` threads together read from memory: the best of several passes.
 
     n_bytes: size of the buffer, in whole MiB; several times the last-level cache, or the cache is measured.
     seconds: how long passes go on; at least two are made. MemoryError when there is no room for the buffer.
@@ -85,11 +85,11 @@ def _aligned(n_bytes):
     return raw[start:start + n_bytes]
 
 
-# Caches -------------------------------------------------------------------------------------------------------------
+# Caches -----------------------------------------------------------------------------------------------------
 
 def bytes_read(KVCache kv not None, n_tokens=None):
-    """Bytes of the cache that attention of its newest token reads, in all layers, when n_tokens are in it (by default:
-    those that are): visible tiles, the tokens of the window, and the sinks."""
+    """Bytes of the cache that attention of its newest token reads, in all layers, when n_tokens are in it (by
+    default: those that are): visible tiles, the tokens of the window, and the sinks."""
     cdef const Cache* c = &kv.c
     cdef int64_t n = kv.c.n_tokens if n_tokens is None else n_tokens, packed, tiles, window, sinks
     if n < 0:
@@ -122,8 +122,8 @@ cdef _tiles(const Cache* c, const kv_format* k, const kv_format* v, rng):
 
 def fill(KVCache kv not None, n_tokens, seed=0):
     """Makes the cache one that n_tokens random tokens went through, at the speed of memory: keys and values are
-    standard normal, and the tiles repeat. What was in it is forgotten. RuntimeError when another thread is using it.
-    """
+    standard normal, and the tiles repeat. What was in it is forgotten. ValueError for an impossible n_tokens,
+    RuntimeError when another thread is using the cache."""
     if not 0 <= n_tokens < 1 << 32:
         raise ValueError(f"n_tokens must be at least 0, and less than {1 << 32}: not {n_tokens}")
     rng = np.random.default_rng(seed)
@@ -148,16 +148,18 @@ cdef _copy(const Cache* c, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] win
         for layer in range(c.n_layers):
             for head in range(c.n_kv_heads):
                 for tile in range(first, packed):
-                    memcpy(ring_tile(c, layer, head, tile), &ring[(tile + head) % VARIANTS, 0], ring.shape[1])
+                    i = (tile + head) % VARIANTS
+                    memcpy(ring_tile(c, layer, head, tile), &ring[i, 0], ring.shape[1])
                 for tile in range(packed, last + 1):
-                    memcpy(window_tile(c, layer, head, tile), &window[(tile + head) % VARIANTS, 0], window.shape[1])
+                    i = (tile + head) % VARIANTS
+                    memcpy(window_tile(c, layer, head, tile), &window[i, 0], window.shape[1])
                 for j in range(min(n_tokens, c.n_sinks)):
                     for i in range(c.head_dim):
                         sink_keys(c, layer, head)[i * c.sink_lanes + j] = sinks[j * c.head_dim + i]
                         sink_values(c, layer, head)[j * c.head_pad + i] = -sinks[j * c.head_dim + i]
 
 
-# Attention ----------------------------------------------------------------------------------------------------------
+# Attention --------------------------------------------------------------------------------------------------
 
 ctypedef struct Step:
     const kv_kernels* kern
@@ -194,8 +196,8 @@ def attention(engine, KVCache kv not None, repeat=1, seed=0):
     """Runs the attention of one decode step `repeat` times, for the cache's newest token: all layers, a team of
     threads for each step as in decode, nothing else. Queries are random, and the cache stays as it is.
 
-    Returns (seconds a step, the last layer's output float32 [n_heads, head_dim]). Raises ValueError for a cache that
-    is empty or another model's, RuntimeError when another thread is using it.
+    Returns (seconds a step, the last layer's output float32 [n_heads, head_dim]). Raises ValueError for a cache
+    that is empty or another model's, RuntimeError when another thread is using it.
     """
     d = engine.description
     if repeat < 1 or kv.c.n_tokens < 1:
@@ -227,7 +229,8 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef float[::1] q = rng.standard_normal(width, np.float32), out = _floats(threads * width)
     cdef float[::1] cosines = np.cos(angles).astype(np.float32), sines = np.sin(angles).astype(np.float32)
     cdef float[::1] sinks = _floats(c.n_kv_heads * c.head_dim * c.sink_lanes)
-    cdef float[::1] scratch = _floats(threads * p.scratch_floats), acc = _floats(p.n_spans * p.n_heads * c.head_pad)
+    cdef float[::1] scratch = _floats(threads * p.scratch_floats)
+    cdef float[::1] acc = _floats(p.n_spans * p.n_heads * c.head_pad)
     cdef float[::1] top = _floats(p.n_spans * p.n_heads), total = _floats(p.n_spans * p.n_heads)
     np.asarray(sinks)[:] = rng.standard_normal(len(sinks), np.float32)
     step.q, step.out, p.cos, p.sin, p.sinks = &q[0], &out[0], &cosines[0], &sines[0], &sinks[0]

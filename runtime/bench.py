@@ -47,12 +47,31 @@ def build_parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
     add("--test", choices=(*TESTS, "all"), action="append", help="repeatable (prefill and decode)")
-    add("--depth", **_whole("depth"), **several, help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)")
+    add(
+        "--depth",
+        **_whole("depth"),
+        **several,
+        help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)",
+    )
     add("--prefill", **_whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
-    add("--kv", metavar="FORMAT", **several, help=f"cache formats, K/V for a pair ({_list(default_formats())})")
-    add("--shape", metavar="SHAPE", **several,
-        help="attention of one layer of another model: HEADS/KV_HEADS/HEAD_DIM, such as 32/8/128")
-    add("-n", "--max-tokens", **_whole("max-tokens"), help=f"tokens that the cache test generates ({MAX_TOKENS})")
+    add(
+        "--kv",
+        metavar="FORMAT",
+        **several,
+        help=f"cache formats, K/V for a pair ({_list(default_formats())})",
+    )
+    add(
+        "--shape",
+        metavar="SHAPE",
+        **several,
+        help="attention of one layer of another model: HEADS/KV_HEADS/HEAD_DIM, such as 32/8/128",
+    )
+    add(
+        "-n",
+        "--max-tokens",
+        **_whole("max-tokens"),
+        help=f"tokens that the cache test generates ({MAX_TOKENS})",
+    )
     add("--runs", **_whole("runs"), default=3, help="runs of each, of which the median is shown (3)")
     add("--sinks", **_whole("sinks"), help="first tokens that are always kept (4)")
     add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
@@ -113,8 +132,9 @@ def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int)
     names = args.kv or default_formats()
     plan = Plan(
         tests=tests,
-        depths=_numbers("depth", args.depth, DEPTHS, 0, limit, context_length),
-        prefills=_numbers("prefill", args.prefill, PREFILLS, 1, limit, context_length),
+        depths=_numbers("depth", args.depth, 0, limit) or _fitting(DEPTHS, context_length, 0),
+        prefills=_numbers("prefill", args.prefill, 1, limit)
+        or _fitting(PREFILLS, context_length, context_length),
         formats=tuple(dict.fromkeys(cache_options(name, context_length, **sizes)[0] for name in names)),
         shapes=tuple(dict.fromkeys(map(Shape.parse, args.shape or ()))),
         runs=integer("runs", args.runs, low=1, high=1000),
@@ -126,13 +146,14 @@ def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int)
     return plan
 
 
-def _numbers(
-    name: str, given: list[int] | None, defaults: Sequence[int], low: int, high: int, context_length: int
-) -> tuple[int, ...]:
-    """Those given, each once, smallest first; else the defaults that the model's context has room for."""
-    if given is not None:
-        return tuple(sorted({integer(name, value, low=low, high=high) for value in given}))
-    return tuple(n for n in defaults if n + ROOM <= context_length) or (min(low, context_length),)
+def _numbers(name: str, given: Sequence[int] | None, low: int, high: int) -> tuple[int, ...]:
+    """Those given, each once, smallest first."""
+    return tuple(sorted({integer(name, value, low=low, high=high) for value in given or ()}))
+
+
+def _fitting(defaults: Sequence[int], context_length: int, otherwise: int) -> tuple[int, ...]:
+    """Those that the model's context has room for."""
+    return tuple(n for n in defaults if n + ROOM <= context_length) or (otherwise,)
 
 
 def _max_tokens(given: int | None, context_length: int) -> int:
@@ -171,7 +192,9 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
+    console = Console(
+        highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100
+    )
     threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
     console.print(
         f"{report['model']}: {report['cpu']}, {report['isa']}, {threads}; memory is read at "
@@ -184,7 +207,9 @@ def show(report: dict[str, Any]) -> None:
         if not rows:
             continue
         headings, line = (_CACHE_HEADINGS, _cache_line) if test == "cache" else (_HEADINGS[test], _speed_line)
-        table = Table(box=None, pad_edge=False, title=_title(test, rows[0]), title_justify="left", title_style="bold")
+        table = Table(
+            box=None, pad_edge=False, title=_title(test, rows[0]), title_justify="left", title_style="bold"
+        )
         for heading in headings:
             table.add_column(heading, justify="left" if heading in ("cache", "shape") else "right")
         previous = None
@@ -260,7 +285,7 @@ def _check_plot(path: str, tests: Sequence[str]) -> None:
 
 
 def plot(report: dict[str, Any], path: str) -> None:
-    """Draws decode speed and memory of the cache by depth, a line for each format. OSError if it cannot be written."""
+    """Draws decode speed and memory by depth, a line for each format. OSError if it cannot be written."""
     from matplotlib.figure import Figure
 
     rows = [row for row in report["results"] if row["test"] == "decode"]

@@ -1,7 +1,7 @@
 """What `kvrun bench` measures: speed by cache format and depth, beside what the machine's memory can do.
 
-Caches are filled with random tokens instead of a long prefill. Formats take turns, run by run, and so does the
-measurement of the memory: on a machine that others use too they all see the same one. Figures are medians.
+Caches are filled with random tokens instead of a long prefill. Formats take turns, run by run, and so does
+the measurement of memory: on a machine that others use too they all see the same one. Figures are medians.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 TESTS = ("prefill", "decode", "attention", "cache")
 ROOM = 128  # tokens that a cache has room for beyond its depth
 SAMPLE_SECONDS, MAX_DECODE, MAX_REPEAT = 0.25, 64, 50  # of one run
-COLD_BYTES, MAX_BYTES = 1 << 27, 1 << 30  # layers are repeated until a cache outgrows the CPU's own, within limits
+COLD_BYTES, MAX_BYTES = (
+    1 << 27,
+    1 << 30,
+)  # layers are repeated until a cache outgrows the CPU's own, within limits
 PROMPT = 8  # tokens before the text of the cache test
 
 
@@ -194,7 +197,9 @@ class Bench:
 
     def _attention_at(self, shape: Shape, n_layers: int, depth: int) -> Iterator[dict[str, Any]]:
         """Measured with more layers than n_layers, reported for these."""
-        small = {name: self._cache(name, depth, self._stand_in(shape, n_layers)) for name in self.plan.formats}
+        small = {
+            name: self._cache(name, depth, self._stand_in(shape, n_layers)) for name in self.plan.formats
+        }
         times = min(
             math.ceil(COLD_BYTES / min(core.bytes_read(kv, depth + 1) for kv in small.values())),
             max(1, MAX_BYTES // max(kv.nbytes for kv in small.values())),
@@ -216,8 +221,8 @@ class Bench:
             yield self._row("attention", name, kv, depth, 1 / seconds[name], read, **more)
 
     def _with_and_without(self) -> Iterator[dict[str, Any]]:
-        """Without a cache every step runs the whole text as a prefill; the text is that of the cached run, so that
-        both do the same steps, and the tokens that both choose alike are counted."""
+        """Without a cache every step runs the whole text as a prefill. The text is that of the cached run, so
+        that both do the same steps; the tokens that both choose alike are counted."""
         name, lengths = self.plan.formats[0], self.plan.lengths
         prompt, n = self._tokens(PROMPT), self.plan.max_tokens
         with_cache, text = self._generate(self._cache(name, PROMPT + n, self.engine), prompt, n)
@@ -227,12 +232,21 @@ class Bench:
         for i in range(n):
             self._progress(f"token {i + 1} of {n} without a cache")
             kv.reset()
-            same += int(self._feed(kv, everything[: PROMPT + i]).argmax()) == text[i]
+            same += int(self._feed(kv, everything[: PROMPT + i]).argmax()) == int(text[i])
             if i + 1 in lengths:
                 without = time.perf_counter() - start
                 yield self._row(
-                    "cache", name, kv, PROMPT, (i + 1) / with_cache[i], None, tokens=i + 1, seconds=with_cache[i],
-                    seconds_without=without, ratio=without / with_cache[i], same_tokens=same,
+                    "cache",
+                    name,
+                    kv,
+                    PROMPT,
+                    (i + 1) / with_cache[i],
+                    None,
+                    tokens=i + 1,
+                    seconds=with_cache[i],
+                    seconds_without=without,
+                    ratio=without / with_cache[i],
+                    same_tokens=same,
                 )
 
     def _generate(self, kv: _core.KVCache, prompt: np.ndarray, n: int) -> tuple[list[float], np.ndarray]:
@@ -274,7 +288,7 @@ class Bench:
         needed, there = sum(kv.nbytes for kv in caches.values()), physical_memory()
         if there is not None and needed > there:
             raise OptionError(
-                f"caches of {tokens} tokens take {needed / 1e9:.1f} GB and this machine has {there / 1e9:.1f} GB; "
+                f"caches of {tokens} tokens take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f}; "
                 "a smaller --depth, or fewer formats in --kv, need less"
             )
         return caches
@@ -321,7 +335,8 @@ class Bench:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of weights that a decode step reads: every matrix, of the embedding one row; tied, it is the head too."""
+    """Bytes of weights that a decode step reads: every matrix, but of the embedding one row; tied, it is the head
+    as well."""
     weights = model.file.weights
     embed = weights["embed.weight"]
     matrices = sum(weight.data.nbytes for name, weight in weights.items() if name != "embed.weight")

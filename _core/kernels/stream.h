@@ -7,8 +7,8 @@
 typedef uint64_t kv_line __attribute__((vector_size(64)));
 
 /* Sum of n bytes, a multiple of 256, that start on a 64-byte boundary. Four places are read in turn, since hardware
- * prefetches several streams faster than one; of the two accumulators each is a whole line wide, so that additions
- * take a fraction of the time that loads do, at the plainest instruction set too. */
+ * prefetches several streams faster than one. Two accumulators, each a whole line wide, keep additions well below
+ * the time of the loads, at the plainest instruction set too. */
 static inline uint64_t kv_stream_sum(const void *data, int64_t n)
 {
     const kv_line *line = data;

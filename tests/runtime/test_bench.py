@@ -1,0 +1,310 @@
+"""`kvrun bench`: its JSON, the bytes it counts, table and plot, and what it refuses. No figure is judged."""
+
+import importlib.util
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from kvrun import _core, bench, cli, speed
+from kvrun._core import bench as core
+from kvrun.modelfile import read_model_file
+
+KEYS = {
+    "test",
+    "kv",
+    "depth",
+    "tokens_per_second",
+    "bytes_per_token",
+    "bandwidth_fraction",
+    "kv_bytes",
+    "ctx",
+    "window",
+}
+MORE = {
+    "prefill": {"tokens"},
+    "decode": {"tokens"},
+    "attention": {"shape", "layers", "measured_layers"},
+    "cache": {"tokens", "seconds", "seconds_without", "ratio", "same_tokens"},
+}
+REPORT = {
+    "version",
+    "model",
+    "file",
+    "cpu",
+    "isa",
+    "threads",
+    "runs",
+    "weight_bytes_per_token",
+    "memory_bandwidth_gb_s",
+    "results",
+}
+NAME = "grouped-tied"
+QUICK = ["--runs", "1", "--threads", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Buffers and samples of a size for tests."""
+    read = core.read_bandwidth
+    monkeypatch.setattr(core, "read_bandwidth", lambda threads, seconds: read(threads, 1 << 23, 0))
+    monkeypatch.setattr(speed, "COLD_BYTES", 1 << 20)
+    monkeypatch.setattr(speed, "SAMPLE_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    return str(converted(NAME))
+
+
+def called(capsys, *arguments):
+    status = cli.main(["bench", *arguments])
+    captured = capsys.readouterr()
+    assert status == 0 and not captured.err, captured.err
+    return captured.out
+
+
+def report(capsys, *arguments):
+    found = json.loads(called(capsys, *arguments, *QUICK, "--json"))
+    assert set(found) == REPORT
+    for row in found["results"]:
+        assert set(row) == KEYS | MORE[row["test"]]
+        assert row["tokens_per_second"] > 0
+        if row["bytes_per_token"] is None:
+            assert row["bandwidth_fraction"] is None and row["test"] in ("prefill", "cache")
+        else:
+            share = row["bytes_per_token"] * row["tokens_per_second"] / 1e9 / found["memory_bandwidth_gb_s"]
+            assert row["bandwidth_fraction"] == pytest.approx(share)
+    return found
+
+
+def refused(capsys, *arguments, words, status=1):
+    assert cli.main(["bench", *arguments]) == status
+    captured = capsys.readouterr()
+    assert not captured.out and captured.err.startswith("kvrun: ") and captured.err.count("\n") == 1, captured
+    for word in words:
+        assert word in captured.err, captured.err
+
+
+def test_every_test(model, capsys):
+    found = report(
+        capsys,
+        model,
+        "--test",
+        "all",
+        "--depth",
+        "0",
+        "70",
+        "--prefill",
+        "5",
+        "600",
+        "--kv",
+        "f16",
+        "f16/f32",
+        "-n",
+        "20",
+    )
+    rows = [
+        (row["test"], row["kv"], row["depth"], row.get("tokens") if row["test"] != "decode" else None)
+        for row in found["results"]
+    ]
+    formats = ("f16", "f16/f32")
+    assert rows == (
+        [("prefill", kv, 0, n) for n in (5, 600) for kv in formats]
+        + [("decode", kv, depth, None) for depth in (0, 70) for kv in formats]
+        + [("attention", kv, 70, None) for kv in formats]
+        + [("cache", "f16", speed.PROMPT, n) for n in (16, 20)]
+    )
+    assert (found["isa"], found["threads"], found["runs"]) == (_core.isa(), 2, 1)
+    for row in found["results"]:
+        if row["test"] == "cache":
+            assert row["ratio"] == pytest.approx(row["seconds_without"] / row["seconds"])
+            assert row["same_tokens"] == row["tokens"]  # float weights: nothing is rounded to int8
+
+
+@pytest.mark.parametrize("name", [NAME, "grouped-untied"])
+def test_bytes_are_those_of_weights_and_cache(name, converted, capsys):
+    path = str(converted(name))
+    file = read_model_file(path)
+    d = file.description
+    found = report(
+        capsys,
+        path,
+        "--test",
+        "decode",
+        "--test",
+        "attention",
+        "--depth",
+        "0",
+        "100",
+        "--kv",
+        "f16",
+        "--window",
+        "64",
+        "--sinks",
+        "4",
+    )
+    embed, row = 4 * d.vocab_size * d.hidden_size, 4 * d.hidden_size
+    matrices = sum(weight.data.nbytes for weight in file.weights.values())
+    assert found["weight_bytes_per_token"] == matrices + row - (0 if d.tie_embeddings else embed)
+    pad = -(-d.head_dim // 16) * 16
+    for row in found["results"]:
+        seen = row["depth"] + 1
+        sinks = min(seen, 4)
+        cache = d.n_layers * d.n_kv_heads * (d.head_dim + pad) * (2 * (seen - sinks) + 4 * sinks)
+        assert row["bytes_per_token"] == cache + (row["test"] == "decode") * found["weight_bytes_per_token"]
+        assert row["ctx"] == max(row["depth"] + speed.ROOM, 4 + 64 + 64) and row["window"] == 64
+        assert row["kv_bytes"] == _core.kv_bytes(d, "f16", "f16", row["ctx"], 4, 64)
+
+
+def test_defaults(model, capsys, monkeypatch):
+    """Every format but f32, prefill and decode, and the lengths that the model's context has room for."""
+    monkeypatch.setattr(bench, "DEPTHS", (0, 30, 10**6))
+    monkeypatch.setattr(bench, "PREFILLS", (20, 10**6))
+    found = report(capsys, model)
+    formats = [kv for kv in _core.KV_FORMATS if kv != "f32"]
+    length = read_model_file(model).description.context_length
+    depths = [depth for depth in (0, 30) if depth + speed.ROOM <= length] or [0]
+    prefill = 20 if 20 + speed.ROOM <= length else length
+    assert [
+        (row["test"], row["kv"], row["tokens"] if row["test"] == "prefill" else row["depth"])
+        for row in found["results"]
+    ] == (
+        [("prefill", kv, prefill) for kv in formats]
+        + [("decode", kv, depth) for depth in depths for kv in formats]
+    )
+
+
+def test_a_shape_of_another_model(model, capsys):
+    found = report(capsys, model, "--shape", "8/2/128", "--depth", "0", "64", "--kv", "f16", "f32")
+    for row, size in zip(found["results"], (2, 4), strict=True):
+        assert (row["test"], row["shape"], row["layers"], row["depth"]) == ("attention", "8/2/128", 1, 64)
+        assert row["bytes_per_token"] == 2 * 2 * 128 * (61 * size + 4 * 4)
+        assert row["measured_layers"] * 2 * 2 * 128 * (61 * 2 + 4 * 4) >= speed.COLD_BYTES
+
+
+def test_lists_are_sorted_and_each_once(model, capsys):
+    found = report(
+        capsys,
+        model,
+        "--test",
+        "decode",
+        "--test",
+        "decode",
+        "--depth",
+        "9",
+        "3",
+        "--depth",
+        "3",
+        "--kv",
+        "f32/f32",
+        "f32",
+    )
+    assert [(row["kv"], row["depth"]) for row in found["results"]] == [("f32", 3), ("f32", 9)]
+
+
+def test_table(model, capsys):
+    out = called(
+        capsys,
+        model,
+        "--test",
+        "all",
+        "--depth",
+        "0",
+        "70",
+        "--prefill",
+        "5",
+        "-n",
+        "3",
+        "--kv",
+        "f16",
+        *QUICK,
+    )
+    assert "2 threads; memory is read at" in out and "one run each" in out
+    for title in ("prefill", "decode", "attention alone", "the same text with a f16 cache and without"):
+        assert f"\n{title}" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[:2] for line in lines if line[1:2] == ["f16"]] == [["5", "f16"], ["0", "f16"], ["70", "f16"]]
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+def test_progress_on_a_terminal_only(model):
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "kvrun", "bench", model, "--test", "cache", "-n", "2", *QUICK]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=side, env=os.environ | {"TERM": "xterm"}, timeout=120
+    )
+    os.close(side)
+    shown = os.read(main, 1 << 16).decode()
+    os.close(main)
+    assert done.returncode == 0 and b"without" in done.stdout
+    assert "without a cache" in shown and "Traceback" not in shown
+    quiet = subprocess.run(command, capture_output=True, timeout=120)
+    assert quiet.returncode == 0 and not quiet.stderr
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_plot(ending, model, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"speed{ending}"
+    report(capsys, model, "--test", "decode", "--depth", "0", "30", "40", "--plot", str(path))
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG") if ending == ".png" else b"<svg" in data
+    assert len(data) > 5000 and os.listdir(tmp_path) == [path.name]
+
+
+def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
+    """Said before anything is measured."""
+    path = str(tmp_path / "p.png")
+    refused(capsys, model, "--test", "prefill", "--plot", path, words=["plot", "--test decode"])
+    refused(capsys, model, "--plot", str(tmp_path / "p.txt"), words=["plot", "p.txt", ".png, .svg, .pdf"])
+    refused(capsys, model, "--plot", str(tmp_path / "no" / "p.png"), words=["plot", "no folder"])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    refused(capsys, model, "--plot", path, words=["plot", "matplotlib is missing", "pip install"])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--depth", "-1"], ["depth", "at least 0"]),
+        (["--depth", "many"], ["depth", "whole number", "'many'"]),
+        (["--depth", str(2**31)], ["depth", "at most"]),
+        (["--prefill", "0"], ["prefill", "at least 1"]),
+        (["--runs", "0"], ["runs", "at least 1"]),
+        (["--kv", "q3"], ["'q3'", "f16"]),
+        (["--kv", "f16/"], ["'f16/'", "K/V"]),
+        (["--threads", "0"], ["threads", "at least 1"]),
+        (["--window", "-1"], ["window", "at least 0"]),
+        (["--sinks", "-1"], ["sinks", "at least 0"]),
+        (["--max-tokens", "0", "--test", "cache"], ["max_tokens", "at least 1"]),
+        (["--shape", "8x2x64"], ["shape", "'8x2x64'", "32/8/128"]),
+        (["--shape", "8/2"], ["shape", "'8/2'"]),
+        (["--shape", "9/2/64"], ["shape", "multiple"]),
+        (["--shape", "8/0/64"], ["shape", "at least 1"]),
+        (["--shape", "8/2/64", "--test", "decode"], ["shape", "attention"]),
+        (["--test", "attention", "--depth", "0"], ["depth", "above 0"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_options_that_cannot_be(arguments, words, model, capsys):
+    refused(capsys, model, *arguments, words=words)
+
+
+def test_more_memory_than_there_is(model, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "physical_memory", lambda: 10**6)
+    refused(capsys, model, "--depth", "100000", words=["100000", "GB", "--depth"])
+
+
+def test_wrong_usage(model, capsys, tmp_path):
+    refused(capsys, model, "--test", "sleep", words=["sleep", "kvrun bench --help"], status=2)
+    refused(capsys, model, "--no-such-option", words=["--no-such-option"], status=2)
+    refused(capsys, str(tmp_path / "none.bin"), words=["none.bin"])
+    assert cli.main(["bench", "--help"]) == 0
+    assert "--shape" in capsys.readouterr().out
