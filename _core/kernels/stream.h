@@ -4,24 +4,25 @@
 
 #include <stdint.h>
 
-typedef uint64_t kv_line __attribute__((vector_size(64)));
+typedef uint64_t kv_quarter __attribute__((vector_size(16)));
 
-/* Sum of n bytes, a multiple of 256, that start on a 64-byte boundary. Four places are read in turn, since hardware
- * prefetches several streams faster than one. Two accumulators, each a whole line wide, keep additions well below
- * the time of the loads, at the plainest instruction set too. */
+/* Sum of n bytes, a multiple of 256, that start on a 64-byte boundary. Lines from four places are read in turn, since
+ * hardware prefetches several streams faster than one. Sixteen-byte additions, which every instruction set has, into
+ * eight accumulators: they take a fraction of the time of reading from memory. */
 static inline uint64_t kv_stream_sum(const void *data, int64_t n)
 {
-    const kv_line *line = data;
-    const int64_t quarter = n / 256;
-    kv_line a = {0}, b = {0};
-    for (int64_t i = 0; i < quarter; i++) {
-        a += line[i];
-        b += line[i + quarter];
-        a += line[i + 2 * quarter];
-        b += line[i + 3 * quarter];
+    const int64_t step = n / 64; /* a quarter of the data, in vectors */
+    const kv_quarter *p = data;
+    kv_quarter a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
+    for (const kv_quarter *end = p + step; p < end; p += 4) {
+        const kv_quarter *q = p + step, *r = q + step, *s = r + step;
+        a += p[0]; b += p[1]; c += p[2]; d += p[3];
+        e += q[0]; f += q[1]; g += q[2]; h += q[3];
+        a += r[0]; b += r[1]; c += r[2]; d += r[3];
+        e += s[0]; f += s[1]; g += s[2]; h += s[3];
     }
-    a += b;
-    return a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+    a += b + c + d + e + f + g + h;
+    return a[0] + a[1];
 }
 
 #endif
