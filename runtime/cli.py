@@ -10,12 +10,15 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from kvrun.errors import KvrunError, OptionError
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
+    from kvrun.model import Model
     from kvrun.session import Session
 
 COMMANDS = {
@@ -34,6 +37,7 @@ _TEXT_OPTIONS = {
     "--file": "--file",
     "--system": "--system",
     "--stop": "--stop",
+    "--session": "--session",
 }
 _MARK = "\0"  # put before such a value, since argparse drops one that is just "--"
 
@@ -155,6 +159,7 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
     add("--system", **text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
+    add("--session", **file, help="go on from the session in this file if it is there; save it there at the end")
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -260,15 +265,51 @@ def _run(args: argparse.Namespace) -> int:
     from kvrun.model import load
 
     model = load(args.model or _default_model(), threads=args.threads)
-    session = model.session(
-        kv=args.kv, kv_k=args.kv_k, kv_v=args.kv_v, ctx=args.ctx, sinks=args.sinks, window=args.window
-    )
-    answer = Answers(session, args)
-    if prompt is not None:
-        return 0 if answer(prompt) else 130
-    from kvrun.repl import chat
+    with _session(model, args) as session:
+        answer = Answers(session, args)
+        if prompt is not None:
+            return 0 if answer(prompt) else 130
+        from kvrun.repl import chat
 
-    return chat(answer)
+        return chat(answer)
+
+
+@contextmanager
+def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
+    """A session for the answers; with --session the one in that file, and saved to it at the end."""
+    cache = {name: getattr(args, name) for name in ("kv", "kv_k", "kv_v", "ctx", "sinks", "window")}
+    if args.session is None:
+        yield model.session(**cache)
+        return
+    from kvrun.modelwriter import check_output
+
+    check_output(args.session)
+    if os.path.lexists(args.session):
+        session = model.restore(args.session)
+        _check_cache(session, cache, args.session)
+        if not args.quiet and sys.stderr is not None:
+            print(f"[session {args.session}: {session.n_tokens} tokens so far]", file=sys.stderr)
+    else:
+        session = model.session(**cache)
+    try:
+        yield session
+    finally:
+        if session.n_tokens:
+            session.save(args.session)
+
+
+def _check_cache(session: Session, given: dict[str, Any], path: str) -> None:
+    """A restored session has the cache it was saved with: OptionError if other options are given."""
+    default = _parser().get_default
+    kv = given["kv"] if given["kv"] != default("kv") else None
+    wanted = {**given, "kv_k": given["kv_k"] or kv, "kv_v": given["kv_v"] or kv}
+    has = {**asdict(session.cache), "kv_k": session.cache.k, "kv_v": session.cache.v}
+    for name in ("kv_k", "kv_v", "ctx", "sinks", "window"):
+        if wanted[name] not in (has[name], default(name)):
+            option = name.replace("_", "-")
+            raise OptionError(
+                f"--{option}: the session in {path} has {has[name]}, not {wanted[name]}; leave the option out"
+            )
 
 
 def _default_model() -> str:

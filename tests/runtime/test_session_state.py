@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fakes import END, FakeCache, FakeModel
 from safetensors import safe_open
 
 import kvrun
-from kvrun import _core
+from kvrun import _core, cli
 from kvrun import session as session_module
 from kvrun._core.sampler import Sampler as CoreSampler
 from kvrun.errors import KvrunError, ModelFileError, OptionError
@@ -467,3 +468,61 @@ def test_an_endless_text_keeps_no_list_of_its_tokens(model):
     session.reset()
     text(session.stream("b", max_tokens=3, ignore_eos=True))
     assert len(session._ids) == session.n_tokens
+
+
+# --- kvrun --session FILE -------------------------------------------------------------------------
+
+
+def called(capsys, model, *arguments):
+    status = cli.main([model.file.path, *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+STEADY = ["-n", 12, "--seed", 3, "--ignore-eos"]
+
+
+def test_the_command_goes_on_where_it_ended(model, tmp_path, capsys):
+    path = tmp_path / "-s.kv"
+    kept = model.session(kv="f32", ctx=500)
+    turns = ("Hello", ["--kv", "f32", "--ctx", 500]), ("And then?", []), ("More", ["--ctx", 500])
+    for prompt, options in turns:
+        expected = text(kept.stream(prompt, max_tokens=12, seed=3, ignore_eos=True))
+        status, out, err = called(capsys, model, "-p", prompt, "--session", path, *STEADY, *options)
+        assert (status, out.removesuffix("\n")) == (0, expected.removesuffix("\n"))
+        assert (f"[session {path}: " in err) == (prompt != "Hello")
+    assert model.restore(path).messages == kept.messages
+    assert called(capsys, model, "-q", "-p", "x", "--session", path, *STEADY)[2] == ""
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--kv", "f32"], "--kv-k: the session in .* has f16, not f32; leave the option out"),
+        (["--kv-v", "f32"], "--kv-v: .* has f16"),
+        (["--ctx", 900], "--ctx: .* has 2048, not 900"),
+        (["--sinks", 5], "--sinks: .* has 4"),
+        (["--window", 65], "--window: .* has 64"),
+    ],
+)
+def test_other_cache_options_than_the_file_has(model, tmp_path, capsys, options, message):
+    path = tmp_path / "s.kv"
+    session = model.session(ctx=2048)
+    text(session.stream("a", **GO_ON))
+    session.save(path)
+    before = path.read_bytes()
+    status, out, err = called(capsys, model, "-p", "a", "--session", path, *options)
+    assert (status, out, err.count("\n")) == (1, "", 1) and path.read_bytes() == before
+    assert re.search(message, err)
+
+
+def test_a_session_that_cannot_be_used_or_kept(model, tmp_path, capsys):
+    """Said before anything is answered, and the file is left alone."""
+    path = tmp_path / "s.kv"
+    path.write_bytes(b"something else")
+    for target in (path, tmp_path, tmp_path / "no" / "s.kv", model.file.path):
+        status, out, err = called(capsys, model, "-p", "a", "--session", target)
+        assert (status, out, err.count("\n")) == (1, "", 1) and str(target) in err
+    assert path.read_bytes() == b"something else" and os.listdir(tmp_path) == ["s.kv"]
+    status, out, err = called(capsys, model, "-p", "a", "--temperature", -1, "--session", tmp_path / "new.kv")
+    assert status == 1 and os.listdir(tmp_path) == ["s.kv"]
