@@ -1,6 +1,8 @@
 """The worked examples of docs/kv-cache.md: quantisation by hand, and the size of a cache."""
 
 from pathlib import Path
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,3 +121,35 @@ def test_bytes_of_a_tile(format, tile_bytes):
     sizes = [_core.kv_bytes(SMOLLM2_135M, format, format, 4 + 64 + 64 * n) for n in (1, 11)]
     assert sizes[1] - sizes[0] == 10 * 30 * 3 * tile_bytes
     assert tile_bytes == 2 * 64 * 64 * _core.KV_FORMATS[format] / 8
+
+
+# --- the page itself ------------------------------------------------------------------------------
+
+
+def numbers(line):
+    return [float(word) for word in re.findall(r"-?[\d.]+", line)]
+
+
+def test_the_page_has_these_numbers():
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    absmax = [line for line in lines if line.startswith("codes    28")]
+    assert [numbers(line)[:8] for line in absmax] == [ABSMAX]
+    start = lines.index(next(line for line in lines if line.startswith("4 bits: ")))
+    codes, scale, _ = affine(NUMBERS, 4)
+    assert numbers(lines[start + 1]) == codes.tolist()
+    assert numbers(lines[start + 2]) == np.round(codes * scale + min(NUMBERS), 2).tolist()
+
+
+@pytest.mark.parametrize("model", [SMOLLM2_135M, LLAMA_2_7B])
+def test_the_memory_tables_are_what_is_allocated(model):
+    name = "SmolLM2-135M (30" if model is SMOLLM2_135M else "Llama-2-7B (32"
+    part = PAGE.read_text(encoding="utf-8").split(f"\n{name}")[1]
+    rows = dict(re.findall(r"^\| ([\w/]+) \| (.*) \|$", part.split("\n\n")[1], re.MULTILINE)[1:])
+    assert list(rows) == ["f16", "q8", "q4", "q4/q2", "q2"]
+    for formats, row in rows.items():
+        k, _, v = formats.partition("/")
+        window = 128 if formats.endswith("q2") else 64
+        shown = [float(cell.replace(",", "")) for cell in row.split(" | ")[:4]]
+        for ctx, megabytes in zip((2048, 8192, 32768, 131072), shown):
+            exact = _core.kv_bytes(model, k, v or k, ctx, 4, window) / 1e6
+            assert megabytes == round(exact, 1 if exact < 1000 else 0), (formats, ctx)
