@@ -2,10 +2,10 @@
 
     python benchmarks/endless.py MODEL --text FILE [--ctx 1024] [--kv q4] [--tokens 20000]
 
-The text is fed as one sequence, over and over if it is shorter than --tokens, and every token is scored, seeing
-what it would in decoding. Each run goes through the same tokens; the perplexity of a quarter of them can
+The text is fed as one sequence, over and over if it is shorter than --tokens, and every token is scored,
+seeing what it would in decoding. Each run goes through the same tokens; the perplexity of a quarter of them can
 be compared between runs, and between quarters as far as the text is equally hard throughout. For that the last
-column has its ratio to an exact cache that begins anew every --ctx tokens: a ring that stays healthy keeps it.
+column has its ratio to an exact cache that begins anew every --ctx tokens: a healthy ring keeps it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 import kvrun
 from kvrun import _core
-from kvrun.perplexity import Scores, cache_options, new_cache, precise_engine
+from kvrun.perplexity import cache_options, log_softmax, new_cache, precise_engine
 
 PIECE = 128
 QUARTERS = 4
@@ -46,7 +46,7 @@ def run(engine, cache, tokens: np.ndarray, restart: int | None = None) -> dict[s
     found: dict[str, list[float]] = {"perplexity": [], "resident_mb": []}
     cache.reset()
     for first, last in zip(bounds, bounds[1:]):
-        scores, start = Scores(), first
+        nll, start = 0.0, first
         while start < last:
             if restart and cache.n_tokens >= restart:
                 cache.reset()
@@ -54,15 +54,17 @@ def run(engine, cache, tokens: np.ndarray, restart: int | None = None) -> dict[s
             if restart:
                 end = min(end, start + restart - cache.n_tokens)
             logits = engine.forward(tokens[start:end], cache, logits="all")
-            scores.add(logits, logits, tokens[start + 1 : end + 1])
+            log_p = log_softmax(logits.astype(np.float64))
+            nll -= log_p[np.arange(end - start), tokens[start + 1 : end + 1]].sum()
             start = end
-        found["perplexity"].append(math.exp(scores.nll / scores.tokens))
+        found["perplexity"].append(math.exp(nll / (last - first)))
         found["resident_mb"].append(resident_mb())
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--ctx", type=int, default=1024)
