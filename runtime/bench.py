@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from kvrun.speed import ROOM, TESTS, Bench, Plan, Shape
 
 DEFAULT_TESTS = ("prefill", "decode")
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
+RUNS, PATIENCE = 3, 8.0  # the latter in seconds
 MAX_TOKENS = 256  # of the cache test
 PLOT_TYPES = (".png", ".svg", ".pdf")
 
@@ -72,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         **_whole("max-tokens"),
         help=f"tokens that the cache test generates ({MAX_TOKENS})",
     )
-    add("--runs", **_whole("runs"), default=3, help="runs of each, of which the median is shown (3)")
+    add("--runs", **_whole("runs"), help="runs of each (3, or fewer where they take long)")
     add("--sinks", **_whole("sinks"), help="first tokens that are always kept (4)")
     add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
@@ -137,7 +139,8 @@ def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int)
         or _fitting(PREFILLS, context_length, context_length),
         formats=tuple(dict.fromkeys(cache_options(name, context_length, **sizes)[0] for name in names)),
         shapes=tuple(dict.fromkeys(map(Shape.parse, args.shape or ()))),
-        runs=integer("runs", args.runs, low=1, high=1000),
+        runs=RUNS if args.runs is None else integer("runs", args.runs, low=1, high=1000),
+        patience=PATIENCE if args.runs is None else math.inf,
         max_tokens=_max_tokens(args.max_tokens, context_length),
         sizes=sizes,
     )
@@ -200,7 +203,7 @@ def show(report: dict[str, Any]) -> None:
         f"{report['model']}: {report['cpu']}, {report['isa']}, {threads}; memory is read at "
         f"{report['memory_bandwidth_gb_s']:.1f} GB/s\n"
         f"a decode step reads {report['weight_bytes_per_token'] / 1e6:.1f} MB of weights; "
-        + ("one run each" if report["runs"] == 1 else f"medians of {report['runs']} runs")
+        + _runs(report["results"])
     )
     for test in TESTS:
         rows = [row for row in report["results"] if row["test"] == test]
@@ -221,6 +224,13 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(*line(row))
         console.print()
         console.print(table)
+
+
+def _runs(rows: list[dict[str, Any]]) -> str:
+    least, most = (limit(row["runs"] for row in rows) for limit in (min, max))
+    if most == 1:
+        return "one run each"
+    return f"medians of {most} runs" if least == most else f"medians of {least} to {most} runs"
 
 
 _SPEED = ["tok/s", "ms", "MB a token", "GB/s", "of memory", "cache MB"]

@@ -67,7 +67,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `formats`: "q4" or, K before V, "q4/q2". `sizes`: sinks and window, where given."""
+    """What to measure. `formats`: "q4" or, K before V, "q4/q2". `sizes`: sinks and window, where given.
+    `patience`: seconds after which no further run of the same kind is begun."""
 
     tests: tuple[str, ...]
     depths: tuple[int, ...]
@@ -75,6 +76,7 @@ class Plan:
     formats: tuple[str, ...]
     shapes: tuple[Shape, ...]
     runs: int
+    patience: float
     max_tokens: int
     sizes: dict[str, int]
 
@@ -141,7 +143,6 @@ class Bench:
             "cpu": cpu_name(),
             "isa": _core.isa(),
             "threads": self.model.threads,
-            "runs": self.plan.runs,
             "weight_bytes_per_token": self._weights,
             "memory_bandwidth_gb_s": bandwidth,
             "results": rows,
@@ -158,13 +159,14 @@ class Bench:
             run = partial(self._prefill_run, tokens=tokens)
             seconds = self._alternate(f"prefill of {n}", caches, run, with_bandwidth=False)
             for name, kv in caches.items():
-                yield self._row("prefill", name, kv, 0, n / seconds[name], None, tokens=n)
+                yield self._row("prefill", name, kv, 0, seconds[name], None, tokens=n)
 
     def _prefill_run(self, kv: _core.KVCache, tokens: np.ndarray) -> float:
+        """Seconds a token."""
         kv.reset()
         start = time.perf_counter()
         self._feed(kv, tokens)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / len(tokens)
 
     def _decode(self) -> Iterator[dict[str, Any]]:
         for depth in self.plan.depths:
@@ -175,10 +177,10 @@ class Bench:
             seconds = self._alternate(f"decode at depth {depth}", caches, run)
             for name, kv in caches.items():
                 read = self._weights + core.bytes_read(kv, depth + 1)
-                yield self._row("decode", name, kv, depth, 1 / seconds[name], read, tokens=n)
+                yield self._row("decode", name, kv, depth, seconds[name], read, tokens=n)
 
     def _decode_run(self, kv: _core.KVCache, depth: int, n: int) -> float:
-        """Seconds a token, over n tokens from a depth on."""
+        """Seconds a token, over n of them from a depth on."""
         tokens = self._tokens(n + 1)
         core.fill(kv, depth)
         self.engine.forward(tokens[:1], kv)
@@ -218,7 +220,7 @@ class Bench:
         for name, kv in small.items():
             read = core.bytes_read(kv, depth + 1)
             more = {"shape": str(shape), "layers": n_layers, "measured_layers": n_layers * times}
-            yield self._row("attention", name, kv, depth, 1 / seconds[name], read, **more)
+            yield self._row("attention", name, kv, depth, seconds[name], read, **more)
 
     def _with_and_without(self) -> Iterator[dict[str, Any]]:
         """Without a cache every step runs the whole text as a prefill. The text is that of the cached run, so
@@ -240,7 +242,7 @@ class Bench:
                     name,
                     kv,
                     PROMPT,
-                    (i + 1) / with_cache[i],
+                    [with_cache[i] / (i + 1)],
                     None,
                     tokens=i + 1,
                     seconds=with_cache[i],
@@ -299,34 +301,45 @@ class Bench:
         caches: dict[str, _core.KVCache],
         run: Callable[[_core.KVCache], float],
         with_bandwidth: bool = True,
-    ) -> dict[str, float]:
-        """Median of what `run` returns for each cache, all taking turns."""
+    ) -> dict[str, list[float]]:
+        """What `run` returns for each cache, all taking turns."""
         seconds: dict[str, list[float]] = {name: [] for name in caches}
-        for _ in range(self.plan.runs):
+        start = time.perf_counter()
+        for turn in range(self.plan.runs):
+            if turn and time.perf_counter() - start > self.plan.patience:
+                break
             if with_bandwidth:
                 self._measure_bandwidth(0.1)
             for name, kv in caches.items():
                 self._progress(f"{what}, {name} cache")
                 seconds[name].append(run(kv))
-        return {name: statistics.median(values) for name, values in seconds.items()}
+        return seconds
 
     def _measure_bandwidth(self, seconds: float) -> None:
         self._bandwidths.append(core.read_bandwidth(self.model.threads, seconds=seconds))
 
     def _row(
-        self, test: str, name: str, kv: _core.KVCache, depth: int, speed: float, read: int | None, **more: Any
+        self,
+        test: str,
+        name: str,
+        kv: _core.KVCache,
+        depth: int,
+        samples: list[float],
+        read: int | None,
+        **more: Any,
     ) -> dict[str, Any]:
-        """One result; its share of the bandwidth is known in the end."""
+        """One result. `samples`: seconds a token of each run. The share of the bandwidth is known in the end."""
         return {
             "test": test,
             "kv": name,
             "depth": depth,
-            "tokens_per_second": speed,
+            "tokens_per_second": 1 / statistics.median(samples),
             "bytes_per_token": read,
             "bandwidth_fraction": None,
             "kv_bytes": kv.nbytes,
             "ctx": kv.ctx,
             "window": kv.window,
+            "runs": len(samples),
             **more,
         }
 
@@ -335,8 +348,8 @@ class Bench:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of weights that a decode step reads: every matrix, but of the embedding one row; tied, it is the head
-    as well."""
+    """Bytes of weights that a decode step reads: every matrix, but of the embedding one row, unless it is the
+    head as well."""
     weights = model.file.weights
     embed = weights["embed.weight"]
     matrices = sum(weight.data.nbytes for name, weight in weights.items() if name != "embed.weight")
