@@ -17,6 +17,7 @@ from setuptools.errors import CompileError, LinkError
 
 KERNELS = "_core/kernels"
 KERNEL_FILES = sorted(str(p) for p in Path(KERNELS).glob("*.[ch]"))
+HEADERS = [path for path in KERNEL_FILES if path.endswith(".h")]
 COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                 "-g0"]
 
@@ -91,7 +92,8 @@ class build_extensions(build_ext):
 
 
 def extension(name):
-    return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=KERNEL_FILES,
+    linked = KERNEL_FILES if name == "kernels" else HEADERS + BASE_SOURCES
+    return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=linked,
                      extra_compile_args=["-O2", "-std=gnu11", "-fno-math-errno", "-g0"])
 
 

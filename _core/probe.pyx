@@ -48,6 +48,13 @@ def rope(x, cos, sin, scale=1.0, level=None):
     return np.asarray(out)
 
 
+def hadamard(x, level=None):
+    """Orthonormal Hadamard transform of x [n]."""
+    cdef float[::1] out = np.array(x, np.float32)
+    _level(level).hadamard(&out[0], out.shape[0])
+    return np.asarray(out)
+
+
 def quantize(x, planes=1, level=None):
     """x [n] in blocks of 32: (int8 codes [planes, blocks * 32], float32 scales [planes, blocks], int32 sums of codes
     [planes, blocks])."""

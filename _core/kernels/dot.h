@@ -1,6 +1,6 @@
 /* Integer dot products of codes with int8 inputs, shared by block-quantised weights and quantised tiles.
  *
- * A block of `depth` (32 or 16) inputs for 16 lanes is stored in lines of 64 bytes [16 lanes][4]. With 8 bits line l
+ * A block of 32 (or at the end 16) inputs for 16 lanes is stored in lines of 64 bytes [16 lanes][4]. With 8 bits line l
  * holds inputs 4l..4l+3; with fewer bits each byte holds the codes of 8/bits inputs: field f (bits f*bits and up) of
  * line l holds inputs 4(f * lines + l).. of the block's `lines`. */
 #ifndef KVRUN_DOT_H
@@ -10,10 +10,10 @@
 
 /* sum[r] = the exact dot products of one block with input row r, as floats. 8-bit codes are stored with an offset of
  * 128, which is not part of the result; x_sum has the sums of the rows' codes. */
-KV_INLINE void dot_codes(const int bits, const int depth, const int rows, const uint8_t *codes, const int8_t *x,
+KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const uint8_t *codes, const int8_t *x,
                          int64_t ld, const int32_t *x_sum, int64_t ld_sum, vf *sum)
 {
-    const int fields = 8 / bits, lines = depth / 4 / fields;
+    const int fields = 8 / bits;
     if (bits == 8) {
         d8 dot[KV_ROWS];
         KV_UNROLL

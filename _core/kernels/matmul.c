@@ -73,7 +73,7 @@ KV_INLINE void block_rows(const int type, const int rows, const int planes, cons
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *pair = panel + b / 2 * (head + 2 * code_bytes), *codes = pair + head + b % 2 * code_bytes;
         vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
-        dot_codes(type == KV_Q8_0 ? 8 : 4, KV_BLOCK, rows, codes, x + b * KV_BLOCK, ld, x_sum + b, blocks, dot);
+        dot_codes(type == KV_Q8_0 ? 8 : 4, type == KV_Q8_0 ? 8 : 4, rows, codes, x + b * KV_BLOCK, ld, x_sum + b, blocks, dot);
         KV_UNROLL
         for (int r = 0; r < rows; r++) {
             float d = x_scale[r * blocks + b], s = d * (float)x_sum[r * blocks + b];

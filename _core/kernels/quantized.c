@@ -200,7 +200,7 @@ typedef struct {
 void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
 
 /* Row r: x * scale as int8, and the constant sum of x * minimum (plus the offset of 8-bit codes). */
-KV_INLINE void fold(const int bits, const int planes, const float *x, int64_t n, int64_t depth, const uint16_t *scale,
+static void fold(int bits, int planes, const float *x, int64_t n, int64_t depth, const uint16_t *scale,
                     const uint16_t *minimum, folded *f, int64_t r)
 {
     int64_t blocks = (depth + KV_BLOCK - 1) / KV_BLOCK;
@@ -219,9 +219,11 @@ KV_INLINE void fold(const int bits, const int planes, const float *x, int64_t n,
                                f->sum + r * planes * blocks);
 }
 
-/* One panel for `rows` rows of `planes` planes each: out[r] = the 16 lanes' products, constant included. */
+/* One panel for a few rows of `planes` planes each: out[r][ld] = (or +=) the 16 lanes' products, constant included. */
+typedef void (*panel_fn)(const uint8_t *panel, int64_t depth, const folded *f, float *out, int64_t ld, int add);
+
 KV_INLINE void panel_rows(const int bits, const int planes, const int rows, const uint8_t *panel, int64_t depth,
-                          const folded *f, vf *out)
+                          const folded *f, float *out, int64_t ld_out, int add)
 {
     const int64_t blocks = (depth + KV_BLOCK - 1) / KV_BLOCK, ld = blocks * KV_BLOCK;
     vf sum[KV_ROWS], dot[KV_ROWS];
@@ -230,96 +232,79 @@ KV_INLINE void panel_rows(const int bits, const int planes, const int rows, cons
         sum[r] = vf_zero();
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *codes = panel + 16 * b * KV_BLOCK * bits / 8;
-        if (depth - b * KV_BLOCK >= KV_BLOCK)
-            dot_codes(bits, KV_BLOCK, rows * planes, codes, f->q + b * KV_BLOCK, ld, f->sum + b, blocks, dot);
-        else
-            dot_codes(bits, KV_BLOCK / 2, rows * planes, codes, f->q + b * KV_BLOCK, ld, f->sum + b, blocks, dot);
+        int lines = depth - b * KV_BLOCK >= KV_BLOCK ? bits : bits / 2;
+        dot_codes(bits, lines, rows * planes, codes, f->q + b * KV_BLOCK, ld, f->sum + b, blocks, dot);
         KV_UNROLL
         for (int r = 0; r < rows * planes; r++)
             sum[r] = vf_fma(dot[r], vf_set1(f->scale[r * blocks + b]), sum[r]);
     }
     KV_UNROLL
     for (int r = 0; r < rows; r++) {
-        vf total = planes == 2 ? vf_add(sum[2 * r], sum[2 * r + 1]) : sum[r];
-        out[r] = vf_add(total, vf_set1(f->constant[r]));
+        vf total = vf_add(planes == 2 ? vf_add(sum[2 * r], sum[2 * r + 1]) : sum[r], vf_set1(f->constant[r]));
+        vf_store(out + r * ld_out, add ? vf_add(vf_load(out + r * ld_out), total) : total);
     }
 }
 
-KV_INLINE void k_rows(const int bits, const int planes, const int rows, const uint8_t *tile, int64_t head_dim,
-                      const float *q, int64_t ld_q, int64_t lanes, float *scores)
+/* How a number of bits is multiplied: q8 takes inputs of 16 bits, in two planes, so as not to lose what it kept. */
+typedef struct {
+    int bits, planes, most;
+    panel_fn panels[5];     /* by number of rows, up to `most` */
+} product;
+
+#define KV_PANEL_FN(BITS, PLANES, ROWS)                                                                            \
+    static void panel_##BITS##_##ROWS(const uint8_t *panel, int64_t depth, const folded *f, float *out, int64_t ld,\
+                                      int add)                                                                     \
+    {                                                                                                              \
+        panel_rows(BITS, PLANES, ROWS, panel, depth, f, out, ld, add);                                             \
+    }
+
+KV_PANEL_FN(8, 2, 1)
+KV_PANEL_FN(8, 2, 2)
+KV_PANEL_FN(4, 1, 1)
+KV_PANEL_FN(4, 1, 2)
+KV_PANEL_FN(4, 1, 3)
+KV_PANEL_FN(4, 1, 4)
+KV_PANEL_FN(2, 1, 1)
+KV_PANEL_FN(2, 1, 2)
+KV_PANEL_FN(2, 1, 3)
+KV_PANEL_FN(2, 1, 4)
+static const product product_8 = {8, 2, 2, {NULL, panel_8_1, panel_8_2}};
+static const product product_4 = {4, 1, 4, {NULL, panel_4_1, panel_4_2, panel_4_3, panel_4_4}};
+static const product product_2 = {2, 1, 4, {NULL, panel_2_1, panel_2_2, panel_2_3, panel_2_4}};
+
+static void k_dot(const product *by, const uint8_t *tile, int64_t head_dim, const float *q, int64_t ld_q, int64_t rows,
+                  int64_t lanes, float *scores)
 {
-    int64_t depth = padded(head_dim), panel = code_bytes(bits, head_dim) / 4;
-    const uint16_t *scale = (const uint16_t *)(tile + code_bytes(bits, head_dim));
+    int64_t depth = padded(head_dim), panel = code_bytes(by->bits, head_dim) / 4;
+    const uint16_t *scale = (const uint16_t *)(tile + code_bytes(by->bits, head_dim));
     folded f;
-    vf out[KV_ROWS];
-    for (int r = 0; r < rows; r++)
-        fold(bits, planes, q + r * ld_q, head_dim, depth, scale, scale + depth, &f, r);
-    for (int64_t p = 0; p < lanes / 16; p++) {
-        panel_rows(bits, planes, rows, tile + p * panel, depth, &f, out);
-        for (int r = 0; r < rows; r++)
-            vf_store(scores + r * KV_TILE + 16 * p, out[r]);
+    for (int64_t done = 0, some; done < rows; done += some) {
+        some = rows - done < by->most ? rows - done : by->most;
+        for (int64_t r = 0; r < some; r++)
+            fold(by->bits, by->planes, q + (done + r) * ld_q, head_dim, depth, scale, scale + depth, &f, r);
+        for (int64_t p = 0; p < lanes / 16; p++)
+            by->panels[some](tile + p * panel, depth, &f, scores + done * KV_TILE + 16 * p, KV_TILE, 0);
     }
 }
 
-KV_INLINE void v_rows(const int bits, const int planes, const int rows, const uint8_t *tile, int64_t head_dim,
-                      const float *p, float *acc)
+static void v_accumulate(const product *by, const uint8_t *tile, int64_t head_dim, const float *p, int64_t rows, float *acc)
 {
-    int64_t width = padded(head_dim), panel = 16 * KV_TILE * bits / 8;
-    const uint16_t *scale = (const uint16_t *)(tile + code_bytes(bits, head_dim));
+    int64_t width = padded(head_dim), panel = 16 * KV_TILE * by->bits / 8;
     folded f;
-    vf out[KV_ROWS];
-    for (int64_t start = 0; start < width; start += GROUP, scale += 2 * KV_TILE) {
-        int64_t end = start + GROUP < width ? start + GROUP : width;
-        for (int r = 0; r < rows; r++)
-            fold(bits, planes, p + r * KV_TILE, KV_TILE, KV_TILE, scale, scale + KV_TILE, &f, r);
-        for (int64_t c = start; c < end; c += 16) {
-            panel_rows(bits, planes, rows, tile + c / 16 * panel, KV_TILE, &f, out);
-            for (int r = 0; r < rows; r++)
-                vf_store(acc + r * width + c, vf_add(vf_load(acc + r * width + c), out[r]));
+    for (int64_t done = 0, some; done < rows; done += some) {
+        const uint16_t *scale = (const uint16_t *)(tile + code_bytes(by->bits, head_dim));
+        some = rows - done < by->most ? rows - done : by->most;
+        for (int64_t start = 0; start < width; start += GROUP, scale += 2 * KV_TILE) {
+            for (int64_t r = 0; r < some; r++)
+                fold(by->bits, by->planes, p + (done + r) * KV_TILE, KV_TILE, KV_TILE, scale, scale + KV_TILE, &f, r);
+            for (int64_t c = start; c < width && c < start + GROUP; c += 16)
+                by->panels[some](tile + c / 16 * panel, KV_TILE, &f, acc + done * width + c, width, 1);
         }
     }
 }
 
-/* All rows, KV_ROWS / planes at a time: a tile is unpacked once for so many. */
-KV_INLINE void k_all(const int bits, const int planes, const uint8_t *tile, int64_t head_dim, const float *q,
-                     int64_t ld_q, int64_t rows, int64_t lanes, float *scores)
-{
-    const int some = KV_ROWS / planes;
-    for (; rows >= some; rows -= some, q += some * ld_q, scores += some * KV_TILE)
-        k_rows(bits, planes, some, tile, head_dim, q, ld_q, lanes, scores);
-    if (some > 4 && rows >= 4) {
-        k_rows(bits, planes, 4, tile, head_dim, q, ld_q, lanes, scores);
-        rows -= 4, q += 4 * ld_q, scores += 4 * KV_TILE;
-    }
-    if (some > 2 && rows == 3)
-        k_rows(bits, planes, 3, tile, head_dim, q, ld_q, lanes, scores);
-    else if (some > 2 && rows == 2)
-        k_rows(bits, planes, 2, tile, head_dim, q, ld_q, lanes, scores);
-    else if (rows == 1)
-        k_rows(bits, planes, 1, tile, head_dim, q, ld_q, lanes, scores);
-}
-
-KV_INLINE void v_all(const int bits, const int planes, const uint8_t *tile, int64_t head_dim, const float *p,
-                     int64_t rows, float *acc)
-{
-    const int some = KV_ROWS / planes;
-    const int64_t width = padded(head_dim);
-    for (; rows >= some; rows -= some, p += some * KV_TILE, acc += some * width)
-        v_rows(bits, planes, some, tile, head_dim, p, acc);
-    if (some > 4 && rows >= 4) {
-        v_rows(bits, planes, 4, tile, head_dim, p, acc);
-        rows -= 4, p += 4 * KV_TILE, acc += 4 * width;
-    }
-    if (some > 2 && rows == 3)
-        v_rows(bits, planes, 3, tile, head_dim, p, acc);
-    else if (some > 2 && rows == 2)
-        v_rows(bits, planes, 2, tile, head_dim, p, acc);
-    else if (rows == 1)
-        v_rows(bits, planes, 1, tile, head_dim, p, acc);
-}
-
 /* One row of the table of formats, all its functions for `BITS`. */
-#define KV_QUANTIZED(NAME, BITS, PLANES)                                                                               \
+#define KV_QUANTIZED(NAME, BITS)                                                                               \
     static int64_t NAME##_k_bytes(int64_t head_dim) { return k_bytes(BITS, head_dim); }                                \
     static int64_t NAME##_v_bytes(int64_t head_dim) { return v_bytes(BITS, head_dim); }                                \
     static void NAME##_pack_k(const float *k, int64_t head_dim, void *tile) { pack_k(BITS, k, head_dim, tile); }       \
@@ -330,22 +315,22 @@ KV_INLINE void v_all(const int bits, const int planes, const uint8_t *tile, int6
                              int64_t rows, int64_t lanes, float *scores)                                               \
     {                                                                                                                  \
         (void)stride;                                                                                                  \
-        k_all(BITS, PLANES, tile, head_dim, q, ld_q, rows, lanes, scores);                                             \
+        k_dot(&product_##BITS, tile, head_dim, q, ld_q, rows, lanes, scores);                                             \
     }                                                                                                                  \
     static void NAME##_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens,  \
                                     float *acc)                                                                        \
     {                                                                                                                  \
         (void)tokens;                                                                                                  \
-        v_all(BITS, PLANES, tile, head_dim, p, rows, acc);                                                             \
+        v_accumulate(&product_##BITS, tile, head_dim, p, rows, acc);                                                             \
     }                                                                                                                  \
     static const kv_format NAME = {                                                                                    \
         #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,           \
         NAME##_unpack_v, NULL, NULL, NAME##_k_dot, NAME##_v_accumulate,                                                \
     };
 
-KV_QUANTIZED(q8, 8, 2)
-KV_QUANTIZED(q4, 4, 1)
-KV_QUANTIZED(q2, 2, 1)
+KV_QUANTIZED(q8, 8)
+KV_QUANTIZED(q4, 4)
+KV_QUANTIZED(q2, 2)
 
 void KV_NAME(kv_fill_quantized)(kv_kernels *table);
 void KV_NAME(kv_fill_quantized)(kv_kernels *table)

@@ -140,9 +140,14 @@ def test_softmax_over_many_tiles(level, rng):
     close(acc / l[:, None], expected, 1e-5)
 
 
+# Queries and weights are rounded to 16 bits for q8, to 8 bits (in blocks of 32, scales folded in) for q4 and q2.
+PRODUCT_TOLERANCE = {"f32": 1e-5, "f16": 1e-5, "q8": 3e-4, "q4": 0.03, "q2": 0.03}
+HEAD_DIMS = [8, 20, 64, 80, 96, 128, 256]
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11, 32])
-@pytest.mark.parametrize("head_dim", [8, 20, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("format", _core.KV_FORMATS)
 def test_tile(format, head_dim, rows, level, rng):
     """k_dot and v_accumulate against float64 over the unpacked tile."""
@@ -151,8 +156,74 @@ def test_tile(format, head_dim, rows, level, rng):
     q = rng.standard_normal((rows, head_dim)).astype(np.float32)
     p = rng.uniform(0, 1, (rows, 64)).astype(np.float32)
     acc = rng.standard_normal((rows, head_dim)).astype(np.float32)
-    close(tile.k_dot(q), q.astype(np.float64) @ keys, 1e-5)
-    close(tile.v_accumulate(p, acc), acc + p.astype(np.float64) @ values, 1e-5)
+    close(tile.k_dot(q), q.astype(np.float64) @ keys, PRODUCT_TOLERANCE[format])
+    close(tile.v_accumulate(p, acc), acc + p.astype(np.float64) @ values, PRODUCT_TOLERANCE[format])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("format", _core.KV_FORMATS)
+def test_products_are_exact_for_inputs_that_need_no_rounding(format, level, rng):
+    """Codes times small whole numbers: what is left is float32 rounding, so a wrong lane, block or field shows."""
+    k, v = rng.integers(0, 4, (64, 64)).astype(np.float32), rng.integers(0, 4, (64, 64)).astype(np.float32)
+    k[:, 0], k[:, 1], v[:, 0], v[:, 1] = 0, 3, 0, 3
+    tile = probe.Tile(format, k * 85, v * 85, level)  # 85 = 255 / 3: every format has a scale that is a whole number
+    keys, values = tile.unpack()
+    np.testing.assert_array_equal(keys, k * 85)
+    np.testing.assert_array_equal(values, v * 85)
+    q = rng.integers(-127, 128, (5, 64)).astype(np.float32)
+    q[:, ::32] = 127
+    p = np.abs(q)
+    close(tile.k_dot(q), q @ keys.astype(np.float64), 1e-6)
+    close(tile.v_accumulate(p, np.zeros((5, 64))), p @ values.astype(np.float64), 1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format, bits", [("q8", 8), ("q4", 4), ("q2", 2)])
+def test_quantised_tile(format, bits, head_dim, level, rng):
+    """K per channel over 64 tokens, V per token over groups of 64 channels: never worse than half a step between the
+    extremes, and at 2 bits better than that in the mean square."""
+    k, v = rng.standard_normal((head_dim, 64)).astype(np.float32), rng.standard_normal((64, head_dim)).astype(np.float32)
+    tile = probe.Tile(format, k, v, level)
+    groups = [(k, tile.unpack()[0])]
+    groups += [(v[:, at:at + 64], tile.unpack()[1][:, at:at + 64]) for at in range(0, head_dim, 64)]
+    for exact, got in groups:
+        low, high = exact.min(1, keepdims=True), exact.max(1, keepdims=True)
+        step = (high - low) / (2**bits - 1)
+        plain = low + np.round((exact - low) / np.maximum(step, 1e-9)) * step
+        if bits == 2:
+            assert ((got - exact) ** 2).mean() <= 0.9 * ((plain - exact) ** 2).mean() or exact.shape[1] < 20
+        else:
+            assert (np.abs(got - exact) <= step / 2 + 2e-3 * np.abs(exact).max()).all()
+        assert len(np.unique(got[0])) <= 2**bits
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("format", ["q8", "q4", "q2"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e5, np.nan, np.inf])
+def test_quantised_tile_of_one_value(format, value, level):
+    """Constant lines, values beyond float16 and values that are none: no crash, and what can be exact is."""
+    tile = probe.Tile(format, np.full((64, 64), value), np.full((64, 64), value), level)
+    for got in tile.unpack():
+        if abs(value) < 65504:
+            np.testing.assert_allclose(got, value, rtol=1e-3)
+    tile.k_dot(np.ones((3, 64), np.float32))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [2, 8, 20, 64, 80, 96, 128])
+def test_hadamard(n, level, rng):
+    """Orthonormal and its own inverse; the Sylvester matrix in blocks of the largest powers of two."""
+    matrix, at = np.zeros((n, n)), 0
+    while at < n:
+        block = np.ones((1, 1))
+        while 2 * len(block) <= n - at:
+            block = np.block([[block, block], [block, -block]])
+        matrix[at:at + len(block), at:at + len(block)] = block / np.sqrt(len(block))
+        at += len(block)
+    x = rng.standard_normal(n).astype(np.float32)
+    close(probe.hadamard(x, level), matrix @ x, 1e-6)
+    close(probe.hadamard(probe.hadamard(x, level), level), x, 1e-6)
 
 
 @pytest.mark.parametrize("level", LEVELS)
