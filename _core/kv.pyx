@@ -184,11 +184,12 @@ cdef class KVCache:
             self.c.n_tokens = self.c.lost = 0
 
     def truncate(self, n):
-        """Keeps the first n tokens, 0 <= n <= n_tokens, as if only they had been fed.
+        """Keeps the first n tokens, 0 <= n <= n_tokens.
 
-        Tiles that reach back into the window are unpacked into it. Tokens that were evicted do not come back: the
-        next ones see the sinks and what is left of the tiles since. Raises ValueError, with nothing changed, when
-        nothing would be left of them, or n is out of range.
+        Tiles that the window reaches back to are unpacked into it; what a format has rounded stays rounded, and
+        rounds to the same again. Tokens that were evicted do not come back: the next ones see the sinks and what is
+        left of the tiles since. Raises ValueError, with nothing changed, when nothing would be left of them, or n is
+        out of range.
         """
         with self.lock:
             if not 0 <= n <= self.c.n_tokens:

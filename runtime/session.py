@@ -104,7 +104,7 @@ class Session:
         self.messages = []
 
     def truncate(self, n: int) -> None:
-        """Keep the first `n` tokens of the text, as if only they had been fed.
+        """Keep the first `n` tokens of the text, and go on from there.
 
         `messages` are forgotten if anything is cut off: go on with `raw` text, token ids or messages of your
         own. OptionError, with nothing changed, if the text is shorter or all after its beginning has left the

@@ -12,6 +12,7 @@ from numpy_llama import NumpyLlama, rotate
 from test_ring import OPTIONS, TILE, ListCache
 
 from kvrun import _core
+from kvrun._core import probe
 from kvrun.modelfile import read_model_file
 
 
@@ -264,6 +265,18 @@ def test_truncation_inside_a_packed_tile(name, wide):
             logits.append(wide[1].forward([3], cache.copy()))
         error = np.abs(logits[1] - logits[0]).max() / np.abs(logits[0]).max()
         assert error <= 8 / 2 ** min(_core.KV_FORMATS[name], 11), (n, error)
+
+
+@pytest.mark.parametrize("name", _core.KV_FORMATS)
+def test_packing_again_what_was_unpacked(name):
+    """Truncation may unpack a tile into the window again and again: the errors do not add up."""
+    rng = np.random.default_rng(0)
+    origin = rng.standard_normal((64, TILE)).astype(np.float32), rng.standard_normal((TILE, 64)).astype(np.float32)
+    parts, errors = origin, []
+    for _ in range(8):
+        parts = [part.astype(np.float16).astype(np.float32) for part in probe.Tile(name, *parts).unpack()]
+        errors.append([np.sqrt(np.mean((part - true) ** 2)) for part, true in zip(parts, origin, strict=True)])
+    assert np.allclose(errors, errors[0], rtol=0.01)
 
 
 def test_a_state_has_nothing_of_what_was_cut_off(wide):
