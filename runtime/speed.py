@@ -328,7 +328,7 @@ class Bench:
         read: int | None,
         **more: Any,
     ) -> dict[str, Any]:
-        """One result. `samples`: seconds a token of each run. The share of the bandwidth is known in the end."""
+        """One result. `samples`: seconds a token, run by run. Its share of the bandwidth is known later."""
         return {
             "test": test,
             "kv": name,
