@@ -1,11 +1,12 @@
 """A long text through a small ring: perplexity along the way and resident memory, with sinks and without.
 
-    python benchmarks/endless.py MODEL --text FILE [--ctx 1024] [--kv q4] [--tokens 20000]
+    python benchmarks/endless.py MODEL --text FILE [--ctx 1024] [--kv q4] [--tokens 20000] [--passage 5000]
 
 The text is fed as one sequence, over and over if it is shorter than --tokens, and every token is scored,
-seeing what it would in decoding. Each run goes through the same tokens; the perplexity of a quarter of them can
-be compared between runs, and between quarters as far as the text is equally hard throughout. For that the last
-column has its ratio to an exact cache that begins anew every --ctx tokens: a healthy ring keeps it.
+seeing what it would in decoding. Quarters of a text are not equally hard. Two things tell that from a ring that
+goes wrong: the last columns have the ratio to an exact cache that begins anew every --ctx tokens, on the same
+tokens; and with --passage only the first tokens of the text are used, over and over, so that all quarters are
+the same (let it be several times --ctx, and a quarter of --tokens a multiple of it).
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> int:
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--kv", default="q4", help='format, or "K/V"')
     parser.add_argument("--tokens", type=int, default=20000)
+    parser.add_argument("--passage", type=int, help="tokens of the text to use (all)")
     parser.add_argument("--sinks", type=int, nargs="+", default=[4, 0])
     parser.add_argument("--window", type=int)
     parser.add_argument("--threads", type=int)
@@ -89,6 +91,7 @@ def measure(args: argparse.Namespace) -> dict:
     model = kvrun.load(args.model, threads=args.threads)
     text = Path(args.text).read_text(encoding="utf-8")
     ids = model.tokenize(text, parse_special=False)
+    ids = ids[: args.passage]
     tokens = np.resize(np.array(ids, np.int32), args.tokens + 1)
     engine = model.engine if args.fast else precise_engine(model)
     length = model.description.context_length

@@ -12,6 +12,7 @@ import kvrun
 from kvrun import _core, cli, perplexity
 from kvrun.convert import convert
 from kvrun.modelfile import read_model_file
+from kvrun.options import CacheOptions
 
 KEYS = {"kv", "bpv", "window", "cache_ctx", "perplexity", "ratio", "kl_mean", "top1_agreement"}
 SETTINGS = {"model", "text", "tokens", "ctx", "chunks", "scored_tokens", "sinks", "precise", "isa", "threads"}
@@ -197,6 +198,8 @@ def test_formats_by_default(model, text, capsys):
     found = report(capsys, model, "--text", text, "--ctx", "200", "--chunks", "1")
     assert [r["kv"] for r in found["results"]] == ["f32", *(f for f in _core.KV_FORMATS if f != "f32")]
     assert (found["chunks"], found["scored_tokens"]) == (1, 99)
+    windows = [CacheOptions.resolve(_core.KV_FORMATS, 1024, r["kv"]).window for r in found["results"]]
+    assert [r["window"] for r in found["results"]] == windows
 
 
 def test_sinks_and_window(model, text, capsys):
