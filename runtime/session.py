@@ -415,6 +415,7 @@ class Session:
             except ValueError as error:
                 self._text = text
                 raise OptionError(f"n: {error}") from None
+            self._logits = None
         self._state = (min(n, fed), waiting[: max(0, n - fed)])
         recent = list(self._recent)[: max(0, len(self._recent) - cut)] if ids is None else ids[:n]
         self._recent = deque(recent, maxlen=REPEAT_LAST_N)

@@ -332,7 +332,7 @@ def test_truncate_what_was_not_fed_yet(model):
     assert session.n_tokens == n - 1 and session.messages == [] and len(session.logits)
 
 
-def test_truncate_after_evictions(model):
+def test_truncate_after_evictions(model, tmp_path):
     session = model.session(ctx=132)
     text(session.stream("a", max_tokens=400, seed=1, ignore_eos=True))
     n, messages = session.n_tokens, session.messages
@@ -342,6 +342,10 @@ def test_truncate_after_evictions(model):
     assert session.n_tokens == n and session.messages == messages
     session.truncate(n - 20)
     assert session.n_tokens == n - 20
+    session.save(tmp_path / "s.kv")
+    for cut in (session, session.fork(), model.restore(tmp_path / "s.kv")):
+        with pytest.raises(KvrunError, match="no logits"):  # their token is not known any more
+            cut.logits
     text(session.stream([3], **GO_ON))
     assert session.n_tokens == n + 11 and np.isfinite(session.logits).all()
 
@@ -422,6 +426,27 @@ def test_a_fresh_turn_after_plain_text(fake):
     text(session.stream("<|im_start|>user\nHi", raw=True))
     assert text(session.stream("Ho")) == "two" and fake.fed == USER.format("Ho") + "two"
     assert session.stats.prompt_tokens == len(fake.tokenize("o<|im_end|>\n<|im_start|>assistant\n"))
+
+
+def test_logits_of_a_lost_step_are_not_saved(model, tmp_path, monkeypatch):
+    session = model.session()
+    text(session.stream([5, 6], max_tokens=0))
+    forward = model.engine.forward
+
+    class Interrupted:
+        def forward(self, *args, **options):
+            forward(*args, **options)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "engine", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            text(session.stream([7], max_tokens=0))
+    session.save(tmp_path / "s.kv")
+    restored = model.restore(tmp_path / "s.kv")
+    assert restored.n_tokens == 3
+    with pytest.raises(KvrunError, match="no logits"):
+        restored.logits
 
 
 def test_nothing_is_reused_once_tokens_were_lost(fake):
