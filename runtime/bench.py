@@ -233,11 +233,11 @@ def _runs(rows: list[dict[str, Any]]) -> str:
     return f"medians of {most} runs" if least == most else f"medians of {least} to {most} runs"
 
 
-_SPEED = ["tok/s", "ms", "MB a token", "GB/s", "of memory", "cache MB"]
+_READ = ["ms", "MB a token", "GB/s", "of memory", "cache MB"]
 _HEADINGS = {
     "prefill": ["prompt", "cache", "tok/s", "ms a token", "cache MB"],
-    "decode": ["depth", "cache", *_SPEED],
-    "attention": ["shape", "depth", "cache", *_SPEED],
+    "decode": ["depth", "cache", "tok/s", *_READ],
+    "attention": ["shape", "depth", "cache", "steps/s", *_READ],
 }
 _CACHE_HEADINGS = ["tokens", "with: s", "tok/s", "without: s", "tok/s", "times faster", "same tokens"]
 
@@ -247,7 +247,7 @@ def _title(test: str, row: dict[str, Any]) -> str:
         layers = row["layers"]
         return f"attention alone, {layers} layer{'s' * (layers > 1)} (heads/KV heads/head_dim)"
     if test == "cache":
-        return f"the same text with a {row['kv']} cache and without"
+        return f"the same text with the cache ({row['kv']}) and without"
     return test
 
 

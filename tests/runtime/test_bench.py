@@ -233,7 +233,7 @@ def test_table(model, capsys):
         *QUICK,
     )
     assert "2 threads; memory is read at" in out and "one run each" in out
-    for title in ("prefill", "decode", "attention alone", "the same text with a f16 cache and without"):
+    for title in ("prefill", "decode", "attention alone", "the same text with the cache (f16) and without"):
         assert f"\n{title}" in out
     lines = [line.split() for line in out.splitlines()]
     assert [line[:2] for line in lines if line[1:2] == ["f16"]] == [["5", "f16"], ["0", "f16"], ["70", "f16"]]
