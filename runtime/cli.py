@@ -185,7 +185,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-v", metavar="FORMAT", help="format of the values, if another")
     add("--ctx", **_whole("ctx"), help="tokens kept (the model's context length, at most 8192)")
     add("--sinks", **_whole("sinks"), default=4, help="first tokens that are always kept (4)")
-    add("--window", **_whole("window"), default=64, help="newest tokens kept unquantised (64)")
+    add("--window", **_whole("window"), help="newest tokens kept unquantised (64; 128 with q2)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
 
 

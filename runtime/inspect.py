@@ -13,9 +13,10 @@ from typing import Any
 from kvrun import _core
 from kvrun.errors import KvrunError, one_line
 from kvrun.modelfile import ModelFile, read_model_file
+from kvrun.options import default_window
 
 CONTEXTS = (2048, 8192, 32768, 131072)
-SINKS, WINDOW = 4, 64
+SINKS = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +89,7 @@ def kv_memory(model: ModelFile) -> dict[str, dict[str, int]]:
     """{format: {context length: bytes}}, with the default sinks and window."""
     return {
         name: {
-            str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, WINDOW) for ctx in CONTEXTS
+            str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, default_window(name, name)) for ctx in CONTEXTS
         }
         for name in _core.KV_FORMATS
     }

@@ -53,13 +53,13 @@ class Model:
         kv_v: str | None = None,
         ctx: int | None = None,
         sinks: int = 4,
-        window: int = 64,
+        window: int | None = None,
     ) -> Session:
         """A session with a key/value cache of its own.
 
         `kv`: format of the cache, or `kv_k` and `kv_v` for keys and values apart. `ctx`: how many tokens it
         keeps (the model's context length, at most 8192), of them the first `sinks` and at least the newest
-        `window` in full precision. OptionError for values that cannot be used.
+        `window` in full precision (64; 128 with q2). OptionError for values that cannot be used.
         """
         return Session(self, kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
 
@@ -91,7 +91,7 @@ class Model:
         kv_v: str | None = None,
         ctx: int | None = None,
         sinks: int = 4,
-        window: int = 64,
+        window: int | None = None,
         **options: Any,
     ) -> str:
         """The answer to one prompt, in a session of its own; other options are those of `Session.stream`."""

@@ -64,9 +64,12 @@ class CacheOptions:
         kv_v: str | None = None,
         ctx: int | None = None,
         sinks: int = 4,
-        window: int = 64,
+        window: int | None = None,
     ) -> CacheOptions:
-        """`kv` is the format of both K and V, `kv_k` and `kv_v` that of one. OptionError if unusable."""
+        """`kv` is the format of both K and V, `kv_k` and `kv_v` that of one. OptionError if unusable.
+
+        `window` None: 64, and 128 where K or V is q2, which a longer window helps most.
+        """
         k, v = kv_k or kv, kv_v or kv
         for name, value in (("kv", kv), ("kv_k", k), ("kv_v", v)):
             if not isinstance(value, str) or value not in formats:
@@ -74,7 +77,7 @@ class CacheOptions:
                     f"{name}: there is no cache format {value!r}; there is {', '.join(sorted(formats))}"
                 )
         sinks = integer("sinks", sinks, low=0)
-        window = integer("window", window, low=0)
+        window = default_window(k, v) if window is None else integer("window", window, low=0)
         least = sinks + window + 64
         if ctx is None:
             ctx = max(min(context_length, DEFAULT_CTX), least)
@@ -85,6 +88,11 @@ class CacheOptions:
                 f"it must be at least {least}"
             )
         return cls(k, v, ctx, sinks, window)
+
+
+def default_window(k: str, v: str) -> int:
+    """Newest tokens kept unquantised beside these formats."""
+    return 128 if "q2" in (k, v) else 64
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
