@@ -195,6 +195,9 @@ typedef struct {
     float scale[KV_ROWS * MAX_DEPTH / KV_BLOCK];
     int32_t sum[KV_ROWS * MAX_DEPTH / KV_BLOCK];
     float constant[KV_ROWS];
+#ifdef KV_WIDE
+    int16_t wide[KV_ROWS * MAX_DEPTH / 2];      /* the two planes of q joined */
+#endif
 } folded;
 
 void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
@@ -206,17 +209,27 @@ static void fold(int bits, int planes, const float *x, int64_t n, int64_t depth,
     int64_t blocks = (depth + KV_BLOCK - 1) / KV_BLOCK;
     float w[MAX_DEPTH];
     vf constant = vf_zero();
+#ifdef KV_WIDE
+    const float offset = 0;
+    (void)bits;
+#else
+    const float offset = bits == 8 ? 128 : 0; /* which dot_codes leaves out */
+#endif
     for (int64_t i = 0; i < depth; i += 16) {
         vf v = i + 16 <= n ? vf_load(x + i) : vf_load_part(x + i, n > i ? n - i : 0);
         vf scaled = vf_mul(v, vf_load_f16(scale + i));
         vf_store(w + i, scaled);
         constant = vf_fma(v, vf_load_f16(minimum + i), constant);
-        if (bits == 8)
-            constant = vf_fma(scaled, vf_set1(128), constant);
+        constant = vf_fma(scaled, vf_set1(offset), constant);
     }
     f->constant[r] = vf_sum(constant);
     KV_NAME(kv_quantize_input)(w, depth, planes, f->q + r * planes * blocks * KV_BLOCK, f->scale + r * planes * blocks,
                                f->sum + r * planes * blocks);
+#ifdef KV_WIDE
+    if (planes == 2)
+        d16_join(f->q + r * 2 * blocks * KV_BLOCK, f->q + (r * 2 + 1) * blocks * KV_BLOCK, blocks * KV_BLOCK,
+                 f->wide + r * blocks * KV_BLOCK);
+#endif
 }
 
 /* One panel for a few rows of `planes` planes each: out[r][ld] = (or +=) the 16 lanes' products, constant included. */
@@ -245,6 +258,41 @@ KV_INLINE void panel_rows(const int bits, const int planes, const int rows, cons
     }
 }
 
+#ifdef KV_WIDE
+/* The same for 8 bits, with the planes joined. */
+KV_INLINE void panel_rows_wide(const int rows, const uint8_t *panel, int64_t depth, const folded *f, float *out,
+                               int64_t ld_out, int add)
+{
+    const int64_t blocks = (depth + KV_BLOCK - 1) / KV_BLOCK;
+    vf sum[KV_ROWS];
+    KV_UNROLL
+    for (int r = 0; r < rows; r++)
+        sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *codes = panel + 16 * b * KV_BLOCK;
+        int lines = depth - b * KV_BLOCK >= KV_BLOCK ? 8 : 4;
+        d16 dot[KV_ROWS];
+        KV_UNROLL
+        for (int r = 0; r < rows; r++)
+            dot[r] = d16_zero();
+        KV_NO_UNROLL
+        for (int l = 0; l < lines; l++) {
+            __m256i w[4];
+            d16_load(w, codes + 64 * l);
+            KV_UNROLL
+            for (int r = 0; r < rows; r++)
+                dot[r] = d16_dot(dot[r], w, f->wide + (r * blocks + b) * KV_BLOCK + 4 * l);
+        }
+        KV_UNROLL
+        for (int r = 0; r < rows; r++)
+            sum[r] = vf_fma(d16_float(dot[r]), vf_set1(f->scale[(2 * r + 1) * blocks + b]), sum[r]);
+    }
+    KV_UNROLL
+    for (int r = 0; r < rows; r++)
+        vf_store(out + r * ld_out, vf_add(sum[r], vf_set1(f->constant[r])));
+}
+#endif
+
 /* How a number of bits is multiplied: q8 takes inputs of 16 bits, in two planes, so as not to lose what it kept. */
 typedef struct {
     int bits, planes, most;
@@ -258,8 +306,19 @@ typedef struct {
         panel_rows(BITS, PLANES, ROWS, panel, depth, f, out, ld, add);                                             \
     }
 
+#ifdef KV_WIDE
+static void panel_8_1(const uint8_t *panel, int64_t depth, const folded *f, float *out, int64_t ld, int add)
+{
+    panel_rows_wide(1, panel, depth, f, out, ld, add);
+}
+static void panel_8_2(const uint8_t *panel, int64_t depth, const folded *f, float *out, int64_t ld, int add)
+{
+    panel_rows_wide(2, panel, depth, f, out, ld, add);
+}
+#else
 KV_PANEL_FN(8, 2, 1)
 KV_PANEL_FN(8, 2, 2)
+#endif
 KV_PANEL_FN(4, 1, 1)
 KV_PANEL_FN(4, 1, 2)
 KV_PANEL_FN(4, 1, 3)
