@@ -21,7 +21,9 @@ static void f32_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k
 
 static void f32_put_v(void *tile, int64_t head_dim, int64_t lane, const float *v)
 {
-    memcpy((float *)tile + lane * padded(head_dim), v, (size_t)head_dim * sizeof(float));
+    float *to = (float *)tile + lane * padded(head_dim);
+    memcpy(to, v, (size_t)head_dim * sizeof(float));
+    memset(to + head_dim, 0, (size_t)(padded(head_dim) - head_dim) * sizeof(float));
 }
 
 static void f32_k_dot(const void *tile, int64_t stride, int64_t head_dim, const float *q, int64_t ld_q, int64_t rows,

@@ -85,7 +85,7 @@ def ragged():
 
 
 OPTIONS = [dict(ctx=132, sinks=4, window=64), dict(ctx=200, sinks=4, window=64), dict(ctx=64, sinks=0, window=0),
-           dict(ctx=200, sinks=70, window=1), dict(ctx=300, sinks=1, window=129), dict(ctx=256, sinks=17, window=100)]
+           dict(ctx=200, sinks=70, window=1), dict(ctx=220, sinks=1, window=129), dict(ctx=185, sinks=17, window=100)]
 
 
 @pytest.fixture(scope="module")
