@@ -22,7 +22,7 @@ import numpy as np
 
 import kvrun
 from kvrun import _core
-from kvrun.perplexity import cache_options, log_softmax, new_cache, precise_engine
+from kvrun.perplexity import cache_options, log_softmax, new_cache
 
 PIECE = 128
 QUARTERS = 4
@@ -88,12 +88,12 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    model = kvrun.load(args.model, threads=args.threads)
+    model = kvrun.load(args.model, threads=args.threads, precise=not args.fast)
     text = Path(args.text).read_text(encoding="utf-8")
     ids = model.tokenize(text, parse_special=False)
     ids = ids[: args.passage]
     tokens = np.resize(np.array(ids, np.int32), args.tokens + 1)
-    engine = model.engine if args.fast else precise_engine(model)
+    engine = model.engine
     length = model.description.context_length
     _, exact = cache_options("f32", length, ctx=args.ctx)
     fresh = run(engine, new_cache(engine, exact), tokens, restart=args.ctx)

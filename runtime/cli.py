@@ -159,6 +159,7 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
     add("--system", **text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
+    add("--precise", action="store_true", help="read it as precisely as the answer is made; about half as fast")
     add("--session", **file, help="go on from the session in this file if it is there; save it there at the end")
 
 
@@ -264,7 +265,7 @@ def _run(args: argparse.Namespace) -> int:
         raise KvrunError("standard output is closed")
     from kvrun.model import load
 
-    model = load(args.model or _default_model(), threads=args.threads)
+    model = load(args.model or _default_model(), threads=args.threads, precise=args.precise)
     with _session(model, args) as session:
         answer = Answers(session, args)
         if prompt is not None:

@@ -20,19 +20,21 @@ if TYPE_CHECKING:
     from kvrun.tokenizer import Tokenizer
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Model:
+def load(path: str | os.PathLike[str], threads: int | None = None, precise: bool = False) -> Model:
     """Open a model file. Cheap: the file is mapped, not read. `threads`: the CPUs this process may use.
 
+    `precise`: read prompts, too, with the 16-bit activations that decoding always has; matters for
+    block-quantised weights, whose prompts otherwise take 8 bits and about half the time.
     ModelFileError if the file cannot be used, OptionError for a number of threads that is none.
     """
     count = _core.max_threads() if threads is None else integer("threads", threads, low=1, high=1024)
-    return Model(read_model_file(path), count)
+    return Model(read_model_file(path), count, precise)
 
 
 class Model:
     """A loaded model; `load` makes one. Threads may share it, each with a session of its own."""
 
-    def __init__(self, file: ModelFile, threads: int) -> None:
+    def __init__(self, file: ModelFile, threads: int, precise: bool = False) -> None:
         self.file = file
         self.threads = threads
         self.description: ModelDescription = file.description
@@ -41,7 +43,7 @@ class Model:
         self._lock = threading.RLock()
         try:
             self.engine = _core.Engine(
-                file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads
+                file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads, precise
             )
         except (ValueError, NotImplementedError) as error:
             raise KvrunError(f"{file.path}: this model cannot be run: {error}") from None

@@ -207,13 +207,6 @@ def new_cache(engine: _core.Engine, options: CacheOptions) -> _core.KVCache:
         ) from None
 
 
-def precise_engine(model: Model) -> _core.Engine:
-    """An engine that rounds activations in chunks no more than in decoding."""
-    file = model.file
-    inv_freq = file.description.rope_inv_freq()
-    return _core.Engine(file.description, file.weights, file.vectors, inv_freq, model.threads, precise=True)
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -263,12 +256,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chunk_limit = None if args.chunks is None else integer("chunks", args.chunks, low=1)
     with open(args.text, "rb") as file:
         text = utf8(file.read(), f"the text in {args.text}").removeprefix("\ufeff")
-    model = load(args.model, threads=args.threads)
+    model = load(args.model, threads=args.threads, precise=not args.fast)
     length = model.description.context_length
     ctx = min(CTX, length) if args.ctx is None else integer("ctx", args.ctx, low=4, high=1 << 24)
     options = _caches(args, length, ctx)
     chunks, n_tokens = text_chunks(model, text, ctx, chunk_limit)
-    engine = model.engine if args.fast else precise_engine(model)
+    engine = model.engine
     caches = [new_cache(engine, cache) for _, cache in options]
     with _progress(len(chunks) * (ctx - 1) * len(caches)) as advance:
         scores = measure(engine, chunks, caches, advance)
