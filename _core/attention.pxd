@@ -25,6 +25,7 @@ ctypedef struct Plan:
     int64_t n_blocks, block_tokens, n_spans      # query blocks; spans of tiles that work is split into
     int64_t n_heads, group                       # group: query heads of a KV head
     float scale
+    bint exact                                   # many queries multiply as one does, with rounded inputs
     QueryBlock* blocks
     const float* cos                             # [n][head_dim/2] of the new tokens
     const float* sin

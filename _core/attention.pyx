@@ -26,9 +26,13 @@ cdef int64_t _rows(int64_t group) noexcept nogil:
 
 
 cdef int64_t scratch_needed(const Cache* c, int64_t group) noexcept nogil:
-    """Floats of one thread's scratch: rotated queries, scores, visible counts; or a tile while it is packed."""
-    cdef int64_t attend = _rows(group) * (c.head_dim + KV_TILE + 1), pack = KV_TILE * (c.head_dim + c.head_pad)
-    return (max(attend, pack) + 15) // 16 * 16
+    """Floats of one thread's scratch: a tile while it is packed or unpacked; rotated queries, scores, visible
+    counts."""
+    return (_tile_floats(c) + _rows(group) * (c.head_dim + KV_TILE + 1) + 15) // 16 * 16
+
+
+cdef inline int64_t _tile_floats(const Cache* c) noexcept nogil:
+    return KV_TILE * (c.head_dim + c.head_pad)
 
 
 cdef int64_t spans_needed(const Cache* c, int64_t n, int64_t packed, int64_t last_tile) noexcept nogil:
@@ -145,6 +149,7 @@ cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* 
 ctypedef struct Rows:
     int64_t n, layer, head
     const QueryBlock* block
+    float* tile                # room for an unpacked one: keys, then values
     float* q                   # [n][head_dim], rotated and scaled
     float* scores              # [n][64]
     int32_t* visible           # [n] tokens of the tile at hand that each row sees
@@ -190,9 +195,18 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
         data = _unpacked(c, plan, rows.layer, rows.head, tile)
     _see(c, plan, rows, start)
     tokens = rows.visible[rows.n - 1]  # the last query sees most
-    k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
+    cdef const void* keys = data
+    cdef const void* values = data + k_bytes
+    if not plan.exact:
+        if k.unpack_rows and rows.n >= k.unpack_rows:
+            k.unpack_k(keys, c.head_dim, rows.tile)
+            keys, k = rows.tile, &kern.format[KV_FORMAT_F32]
+        if v.unpack_rows and rows.n >= v.unpack_rows:
+            v.unpack_v(values, c.head_dim, rows.tile + KV_TILE * c.head_dim)
+            values, v = rows.tile + KV_TILE * c.head_dim, &kern.format[KV_FORMAT_F32]
+    k.k_dot(keys, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
     kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
-    v.v_accumulate(data + k_bytes, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
+    v.v_accumulate(values, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
 
 
 cdef void _prepare_rows(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows, const float* q,
@@ -215,7 +229,8 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
     cdef int64_t at, tile, first, last
     rows.layer, rows.head, rows.block = layer, head, &plan.blocks[block]
     rows.n = (rows.block.end - rows.block.start) * plan.group
-    rows.q = scratch
+    rows.tile = scratch
+    rows.q = scratch + _tile_floats(c)
     rows.scores = rows.q + _rows(plan.group) * c.head_dim
     rows.visible = <int32_t*>(rows.scores + _rows(plan.group) * KV_TILE)
     at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group

@@ -395,6 +395,7 @@ cdef class Engine:
         p.evicted_before = tiles_evicted(c, tiles_packed(c, p.first + 1))
         p.n_shifts = tiles_evicted(c, p.packed_after) - p.evicted_before + 1
         p.n_heads, p.group, p.scale = self.c.n_heads, self.c.n_heads // self.c.n_kv_heads, self.c.attention_scale
+        p.exact = self.precise
         p.block_tokens = queries_per_block(p.group)
         p.n_spans = spans_needed(c, n, tiles_packed(c, p.first + 1), p.last_tile)
         p.max_tiles = p.last_tile - p.packed_before + 1

@@ -57,6 +57,7 @@ typedef struct {
     const char *name;
     double bits;
     int hadamard;           /* V is kept transformed, which spreads outliers over the head's channels */
+    int unpack_rows;        /* for so many rows it is faster to unpack a tile and multiply floats; 0: never */
     int64_t (*k_bytes)(int64_t head_dim);
     int64_t (*v_bytes)(int64_t head_dim);
     void (*pack_k)(const float *k, int64_t head_dim, void *tile);

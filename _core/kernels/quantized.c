@@ -23,7 +23,7 @@ static int64_t v_bytes(int bits, int64_t head_dim)
     return code_bytes(bits, head_dim) + n_groups(head_dim) * 4 * KV_TILE;
 }
 
-static float at_f16(const uint16_t *p, int64_t i) { return kv_f16_float(p[i]); }
+KV_INLINE float at_f16(const uint16_t *p, int64_t i) { return kv_f16_float(p[i]); }
 
 /* Codes */
 
@@ -159,32 +159,44 @@ static void pack_v(int bits, const float *v, int64_t head_dim, uint8_t *tile)
     }
 }
 
-static float decode(int bits, const uint8_t *panel, int64_t depth, int64_t lane, int64_t input, float scale, float low)
+/* One panel as floats: to[input * ld] = 16 lanes of code * scale + minimum, for the first `inputs` of `depth`. */
+KV_INLINE void unpack_panel(const int bits, const uint8_t *panel, int64_t depth, int64_t inputs, const uint16_t *scale,
+                            const uint16_t *minimum, float *to, int64_t ld)
 {
-    int shift;
-    uint8_t byte = *code_at(bits, (uint8_t *)panel, depth, lane, input, &shift);
-    return (float)(byte >> shift & ((1 << bits) - 1)) * scale + low;
+    for (int64_t first = 0; first < inputs; first += KV_BLOCK, panel += 16 * KV_BLOCK * bits / 8) {
+        int64_t lines = depth - first >= KV_BLOCK ? bits : bits / 2;
+        for (int64_t l = 0; l < lines; l++) {
+            vw line = vw_load(panel + 64 * l);
+            KV_UNROLL
+            for (int code = 0; code < 32 / bits; code++) {
+                int64_t i = first + 4 * (code / 4 * lines + l) + code % 4;
+                if (i < inputs) {
+                    vf q = vw_code(line, code % 4, code / 4 * bits, (1 << bits) - 1);
+                    vf_store(to + i * ld, vf_fma(q, vf_set1(at_f16(scale, i)), vf_set1(at_f16(minimum, i))));
+                }
+            }
+        }
+    }
 }
 
-static void unpack_k(int bits, const uint8_t *tile, int64_t head_dim, float *k)
+KV_INLINE void unpack_k(const int bits, const uint8_t *tile, int64_t head_dim, float *k)
 {
     int64_t depth = padded(head_dim), panel = code_bytes(bits, head_dim) / 4;
-    const uint16_t *scale = (const uint16_t *)(tile + code_bytes(bits, head_dim)), *minimum = scale + depth;
-    for (int64_t c = 0; c < head_dim; c++)
-        for (int64_t t = 0; t < KV_TILE; t++)
-            k[c * KV_TILE + t] = decode(bits, tile + t / 16 * panel, depth, t % 16, c, at_f16(scale, c), at_f16(minimum, c));
+    const uint16_t *scale = (const uint16_t *)(tile + code_bytes(bits, head_dim));
+    for (int64_t t = 0; t < KV_TILE; t += 16)
+        unpack_panel(bits, tile + t / 16 * panel, depth, head_dim, scale, scale + depth, k + t, KV_TILE);
 }
 
-static void unpack_v(int bits, const uint8_t *tile, int64_t head_dim, float *v)
+KV_INLINE void unpack_v(const int bits, const uint8_t *tile, int64_t head_dim, float *v)
 {
     int64_t width = padded(head_dim), panel = 16 * KV_TILE * bits / 8;
     const uint16_t *params = (const uint16_t *)(tile + code_bytes(bits, head_dim));
-    for (int64_t t = 0; t < KV_TILE; t++)
-        for (int64_t c = 0; c < width; c++) {
-            const uint16_t *scale = params + c / GROUP * 2 * KV_TILE;
-            v[t * width + c] = c < head_dim ? decode(bits, tile + c / 16 * panel, KV_TILE, c % 16, t, at_f16(scale, t),
-                                                     at_f16(scale + KV_TILE, t)) : 0;
-        }
+    for (int64_t c = 0; c < width; c += 16) {
+        const uint16_t *scale = params + c / GROUP * 2 * KV_TILE;
+        unpack_panel(bits, tile + c / 16 * panel, KV_TILE, KV_TILE, scale, scale + KV_TILE, v + c, width);
+    }
+    for (int64_t t = 0; t < KV_TILE && head_dim < width; t++) /* the padding has no codes of its own */
+        memset(v + t * width + head_dim, 0, (size_t)(width - head_dim) * sizeof(float));
 }
 
 /* Products */
@@ -363,7 +375,7 @@ static void v_accumulate(const product *by, const uint8_t *tile, int64_t head_di
 }
 
 /* One row of the table of formats, all its functions for `BITS`. */
-#define KV_QUANTIZED(NAME, BITS)                                                                               \
+#define KV_QUANTIZED(NAME, BITS, UNPACK)                                                                               \
     static int64_t NAME##_k_bytes(int64_t head_dim) { return k_bytes(BITS, head_dim); }                                \
     static int64_t NAME##_v_bytes(int64_t head_dim) { return v_bytes(BITS, head_dim); }                                \
     static void NAME##_pack_k(const float *k, int64_t head_dim, void *tile) { pack_k(BITS, k, head_dim, tile); }       \
@@ -383,13 +395,17 @@ static void v_accumulate(const product *by, const uint8_t *tile, int64_t head_di
         v_accumulate(&product_##BITS, tile, head_dim, p, rows, acc);                                                             \
     }                                                                                                                  \
     static const kv_format NAME = {                                                                                    \
-        #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,           \
+        #NAME, BITS + 0.5, 1, UNPACK, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,           \
         NAME##_unpack_v, NULL, NULL, NAME##_k_dot, NAME##_v_accumulate,                                                \
     };
 
-KV_QUANTIZED(q8, 8)
-KV_QUANTIZED(q4, 4)
-KV_QUANTIZED(q2, 2)
+#ifdef KV_WIDE
+KV_QUANTIZED(q8, 8, 12)
+#else
+KV_QUANTIZED(q8, 8, 0)
+#endif
+KV_QUANTIZED(q4, 4, 0)
+KV_QUANTIZED(q2, 2, 0)
 
 void KV_NAME(kv_fill_quantized)(kv_kernels *table);
 void KV_NAME(kv_fill_quantized)(kv_kernels *table)

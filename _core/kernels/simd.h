@@ -5,6 +5,7 @@
  *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
  *                                    vf_load_f16 vf_store_f16, vf_bf16_even/odd (channels of a bf16 line)
  *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_field (bits `mask` after a shift)
+ *                                                    vw_code (those of one of the 4 channels, as vf)
  *   d4   dot products of codes 0..15 with int8 inputs; at most 8 d4_dot between d4_zero and d4_float
  *   d8   the same for bytes storing code + 128; `sum` is that of the inputs since d8_zero
  */

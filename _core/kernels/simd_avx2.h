@@ -92,6 +92,13 @@ KV_INLINE vw vw_field(vw w, const int shift, const int mask)
 KV_INLINE __m256i kv_quad(const int8_t *x) { int32_t q; memcpy(&q, x, 4); return _mm256_set1_epi32(q); }
 KV_INLINE vf kv_i32_float(__m256i a, __m256i b) { return (vf){_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
 
+KV_INLINE vf vw_code(vw w, const int input, const int shift, const int mask)
+{
+    __m256i m = _mm256_set1_epi32(mask);
+    return kv_i32_float(_mm256_and_si256(_mm256_srli_epi32(w.a, 8 * input + shift), m),
+                        _mm256_and_si256(_mm256_srli_epi32(w.b, 8 * input + shift), m));
+}
+
 KV_INLINE d4 d4_zero(void) { return (d4){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 KV_INLINE d4 d4_dot(d4 s, vw w, const int8_t *x)
 {

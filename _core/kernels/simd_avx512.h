@@ -53,6 +53,11 @@ KV_INLINE vw vw_field(vw w, const int shift, const int mask)
     return _mm512_and_si512(_mm512_srli_epi16(w, shift), _mm512_set1_epi8((char)mask));
 }
 
+KV_INLINE vf vw_code(vw w, const int input, const int shift, const int mask)
+{
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(w, 8 * input + shift), _mm512_set1_epi32(mask)));
+}
+
 KV_INLINE __m512i kv_quad(const int8_t *x) { int32_t q; memcpy(&q, x, 4); return _mm512_set1_epi32(q); }
 
 KV_INLINE d4 d4_zero(void) { return _mm512_setzero_si512(); }

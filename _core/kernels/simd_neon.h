@@ -76,6 +76,12 @@ KV_INLINE vw vw_field(vw w, const int shift, const int mask)
     KV_EACH(vw, vandq_u8(vshlq_u8(w.val[i], vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask)));
 }
 
+KV_INLINE vf vw_code(vw w, const int input, const int shift, const int mask)
+{
+    int32x4_t right = vdupq_n_s32(-(8 * input + shift));
+    KV_EACH(vf, vcvtq_f32_u32(vandq_u32(vshlq_u32(vreinterpretq_u32_u8(w.val[i]), right), vdupq_n_u32((uint32_t)mask))));
+}
+
 KV_INLINE int8x16_t kv_quad(const int8_t *x)
 {
     int32_t q;

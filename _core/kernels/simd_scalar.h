@@ -55,6 +55,11 @@ KV_INLINE vw vw_field(vw a, const int shift, const int mask)
     return a;
 }
 
+KV_INLINE vf vw_code(vw a, const int input, const int shift, const int mask)
+{
+    KV_EACH(vf, (float)(a.v[4 * i + input] >> shift & mask));
+}
+
 KV_INLINE d4 d4_zero(void) { KV_EACH(d4, 0); }
 KV_INLINE d4 d4_dot(d4 a, vw w, const int8_t *x)
 {

@@ -8,6 +8,7 @@
 
 typedef float v16f __attribute__((vector_size(64), aligned(1), may_alias));
 typedef int32_t v16i __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint32_t v16u __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint16_t v32u __attribute__((vector_size(64), aligned(1), may_alias));
 
 #define FN static inline __attribute__((always_inline, unused))
@@ -88,6 +89,7 @@ FN void in_c_store_halves(void *p, v16h a) { memcpy(p, &a, 32); }
 #define _mm512_sub_epi32(a, b) ((a) - (b))
 #define _mm512_slli_epi32(a, n) ((a) << (n))
 #define _mm512_srli_epi16 in_c_srli_epi16
+#define _mm512_srli_epi32(a, n) ((v16i)((v16u)(a) >> (n)))
 #define _mm512_dpbusd_epi32 in_c_dpbusd_epi32
 #define _mm512_cvtsepi32_epi8 in_c_cvtsepi32_epi8
 #define _mm512_cvtph_ps in_c_cvtph_ps
