@@ -121,10 +121,10 @@ static void check_tile(int f, int64_t head_dim, int64_t rows)
     compare("unpack_v", f, head_dim, unpacked, again, pad * 64, 1e-6);
     one->k_dot(keys, 64, head_dim, q, head_dim, rows, 64, s), two->k_dot(keys, 64, head_dim, q, head_dim, rows, 64, t);
     /* a rounded input may fall to either side of a tie: then a product moves by one step of 1/127 */
-    compare("k_dot", f, head_dim, s, t, rows * 64, one->bits < 16 ? 3e-3 : 1e-5);
+    compare("k_dot", f, head_dim, s, t, rows * 64, one->bits < 16 ? 1e-2 : 1e-5);
     memcpy(b, a, (size_t)(rows * pad * 4));
     one->v_accumulate(values, head_dim, p, rows, 64, a), two->v_accumulate(values, head_dim, p, rows, 64, b);
-    compare("v_accumulate", f, head_dim, a, b, rows * pad, one->bits < 16 ? 3e-3 : 1e-5);
+    compare("v_accumulate", f, head_dim, a, b, rows * pad, one->bits < 16 ? 1e-2 : 1e-5);
     memcpy(b, a, (size_t)(rows * pad * 4));
     for (int64_t r = 0; r < rows; r++) {
         visible[r] = (int32_t)(uniform() * 40 + 28) > 64 ? 64 : (int32_t)(uniform() * 36 + 28);
