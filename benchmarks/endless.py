@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 import kvrun
-from kvrun import _core
 from kvrun.perplexity import cache_options, log_softmax, new_cache
 
 PIECE = 128

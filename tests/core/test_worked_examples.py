@@ -2,7 +2,6 @@
 
 from pathlib import Path
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
