@@ -5,6 +5,7 @@ cdef extern from "kernels.h":
         KV_PANEL
         KV_BLOCK
         KV_TILE
+        KV_MAX_HEAD_DIM
         KV_WEIGHT_TYPES
         KV_FORMATS
         KV_Q8_0

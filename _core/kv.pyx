@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_TILE, kernels
+from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels
 from .kernels cimport KV_FORMATS as N_FORMATS
 
 
@@ -32,6 +32,8 @@ cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:
     if ctx < sinks + window + KV_TILE:
         raise ValueError(f"a context of {ctx} is too small: sinks ({sinks}), window ({window}) and one tile "
                          f"({KV_TILE}) take {sinks + window + KV_TILE}")
+    if not 1 <= description.head_dim <= KV_MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {description.head_dim} is not between 1 and {KV_MAX_HEAD_DIM}")
     if ctx >= 1 << 32:
         raise ValueError(f"a context of {ctx} is out of range")
     c.k, c.v = _format(k), _format(v)
@@ -150,7 +152,10 @@ cdef class KVCache:
         _lay_out(&self.c, engine.description, k, v, ctx, sinks, window)
         self.k, self.v, self.ctx = k, v, ctx
         self.description = engine.description
-        self.nbytes = kv_bytes(engine.description, k, v, ctx, sinks, window)
+        size = kv_bytes(engine.description, k, v, ctx, sinks, window)
+        if size >= 1 << 62:
+            raise MemoryError(f"no memory for a KV cache of {size} bytes")
+        self.nbytes = size
         self.lock = threading.Lock()
         self.memory = calloc(self.nbytes + 64, 1)  # untouched pages cost nothing until tokens reach them
         if self.memory == NULL:

@@ -26,6 +26,7 @@
 #define KV_PANEL 16
 #define KV_BLOCK 32
 #define KV_TILE 64
+#define KV_MAX_HEAD_DIM 1024 /* what kernels have room for on the stack */
 
 enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
 enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };

@@ -12,7 +12,7 @@
 #include "dot.h"
 #include "f16.h"
 
-enum { GROUP = 64, MAX_DEPTH = 512 };
+enum { GROUP = 64, MAX_DEPTH = KV_MAX_HEAD_DIM };
 
 static int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 static int64_t n_groups(int64_t head_dim) { return (head_dim + GROUP - 1) / GROUP; }

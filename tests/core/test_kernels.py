@@ -142,7 +142,7 @@ def test_softmax_over_many_tiles(level, rng):
 
 # Queries and weights are rounded to 16 bits for q8, to 8 bits (in blocks of 32, scales folded in) for q4 and q2.
 PRODUCT_TOLERANCE = {"f32": 1e-5, "f16": 1e-5, "q8": 3e-4, "q4": 0.05, "q2": 0.05}
-HEAD_DIMS = [8, 20, 64, 80, 96, 128, 256]
+HEAD_DIMS = [8, 20, 64, 80, 96, 128, 256, 1008, 1024]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -1,6 +1,7 @@
 """The ring: what every token sees, past many turns, against a plain list model and float64 NumPy."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,20 @@ def test_the_textbook_figure(model):
 def test_impossible_options(options, message, model):
     with pytest.raises(ValueError, match=message):
         _core.KVCache(model[1], **options)
+
+
+@pytest.mark.parametrize("head_dim", [0, 1026, 1 << 20])
+def test_head_dims_beyond_the_kernels(head_dim):
+    with pytest.raises(ValueError, match="head_dim .* is not between 1 and 1024"):
+        _core.kv_bytes(SimpleNamespace(n_layers=1, n_kv_heads=1, head_dim=head_dim), "q8", "q8")
+
+
+def test_a_cache_beyond_any_memory(model):
+    """More bytes than an address can count: refused as too large, like one that the machine has no room for."""
+    huge = SimpleNamespace(description=replace(model[0].description, n_layers=4096, n_kv_heads=4096, n_heads=4096,
+                                               head_dim=1024))
+    with pytest.raises(MemoryError):
+        _core.KVCache(huge, "f32", "f32", ctx=(1 << 32) - 1)
 
 
 def test_calls_that_make_no_sense(model):
