@@ -37,18 +37,18 @@ ctypedef struct Config:
     int64_t hidden_pad          # rounded up to 16, as every row of floats below
     float norm_eps, attention_scale
 
-# Buffers of one call; `rows` is the larger of tokens and threads, since each thread prepares its own input in decode.
+# Buffers of one call; [rows] is the larger of tokens and threads, since each thread prepares its own input in decode.
 # `planes` is that of chunks; a single token always has two, which cost it nothing.
 ctypedef struct RunState:
-    int64_t rows, planes
-    float* x                    # [rows][hidden_pad] residual stream
+    int64_t planes
+    float* x                    # [n][hidden_pad] residual stream
     float* input                # [rows][input_width] normed or combined input of a matrix
     int8_t* q                   # [rows][2 planes][blocks of the widest input * 32]
     float* q_scale              # [rows][2][blocks]
     int32_t* q_sum              # [rows][2][blocks]
-    float* qkv                  # [rows][qkv.width]
-    float* gate                 # [rows][gate.width]
-    float* up                   # [rows][gate.width]
+    float* qkv                  # [n][qkv.width]
+    float* gate                 # [n][gate.width]
+    float* up                   # [n][gate.width]
     int64_t input_width
 
 # All that the threads of one call share.

@@ -408,7 +408,7 @@ cdef class Engine:
         cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads), half = self.c.head_dim // 2
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
         cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK, outputs = p.n_spans * n * p.n_heads
-        run.rows, run.input_width, run.planes = rows, _whole_panels(widest), 2 if self.precise else 1
+        run.input_width, run.planes = _whole_panels(widest), 2 if self.precise else 1
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
         run.input = <float*>arena.take(4 * rows * run.input_width)
         run.q = <int8_t*>arena.take(2 * rows * blocks * KV_BLOCK)

@@ -6,12 +6,10 @@ cdef extern from "kernels.h":
         KV_BLOCK
         KV_TILE
         KV_MAX_HEAD_DIM
-        KV_WEIGHT_TYPES
         KV_FORMATS
         KV_Q8_0
         KV_FORMAT_F32
         KV_FORMAT_F16
-        KV_FORMAT_Q2
 
     ctypedef struct kv_input:
         const float* f
@@ -53,6 +51,7 @@ cdef extern from "kernels.h":
         void (*softmax_step)(float*, const int32_t*, int64_t, int64_t, float*, float*, float*) noexcept nogil
 
     int kv_kernels_find(const char* level, kv_kernels* table) noexcept nogil
+    int64_t kv_head_pad(int64_t) noexcept nogil
     int64_t kv_raw_row_bytes(int, int64_t) noexcept nogil
     int64_t kv_packed_bytes(int, int64_t, int64_t) noexcept nogil
     void kv_quantize_row(int, const float*, int64_t, uint8_t*) noexcept nogil

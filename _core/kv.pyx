@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels
+from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels, kv_head_pad
 from .kernels cimport KV_FORMATS as N_FORMATS
 
 
@@ -40,7 +40,7 @@ cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:
     c.wk = &kernels().format[KV_FORMAT_F32 if k == "f32" else KV_FORMAT_F16]
     c.wv = &kernels().format[KV_FORMAT_F32 if v == "f32" else KV_FORMAT_F16]
     c.n_layers, c.n_kv_heads, c.head_dim = description.n_layers, description.n_kv_heads, description.head_dim
-    c.head_pad = (c.head_dim + 15) // 16 * 16
+    c.head_pad = kv_head_pad(c.head_dim)
     c.n_sinks, c.window = sinks, window
     c.sink_lanes = (c.n_sinks + 15) // 16 * 16
     c.n_window_tiles = (window + 2 * KV_TILE - 1) // KV_TILE

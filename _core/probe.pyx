@@ -8,7 +8,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 import numpy as np
 
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kernels_of, kv_format, kv_input,
-                       kv_kernels)
+                       kv_head_pad, kv_kernels)
 
 from .weights import packed_size, type_id
 
@@ -129,7 +129,7 @@ cdef class Tile:
         cdef float[:, ::1] keys = np.array(k, np.float32), values
         self.format = &kern.format[names.index(format)]
         self.head_dim = keys.shape[0]
-        self.head_pad = (self.head_dim + 15) // 16 * 16
+        self.head_pad = kv_head_pad(self.head_dim)
         padded = np.zeros((KV_TILE, self.head_pad), np.float32)
         padded[:, :self.head_dim] = v
         values = padded

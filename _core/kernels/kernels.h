@@ -28,6 +28,9 @@
 #define KV_TILE 64
 #define KV_MAX_HEAD_DIM 1024 /* what kernels have room for on the stack */
 
+/* Channels of a head with the padding of its rows. */
+static inline int64_t kv_head_pad(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
 enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
 enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };
 

@@ -14,10 +14,9 @@
 
 enum { GROUP = 64, MAX_DEPTH = KV_MAX_HEAD_DIM };
 
-static int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 static int64_t n_groups(int64_t head_dim) { return (head_dim + GROUP - 1) / GROUP; }
-static int64_t code_bytes(int bits, int64_t head_dim) { return KV_TILE * padded(head_dim) * bits / 8; }
-static int64_t k_bytes(int bits, int64_t head_dim) { return code_bytes(bits, head_dim) + 4 * padded(head_dim); }
+static int64_t code_bytes(int bits, int64_t head_dim) { return KV_TILE * kv_head_pad(head_dim) * bits / 8; }
+static int64_t k_bytes(int bits, int64_t head_dim) { return code_bytes(bits, head_dim) + 4 * kv_head_pad(head_dim); }
 static int64_t v_bytes(int bits, int64_t head_dim)
 {
     return code_bytes(bits, head_dim) + n_groups(head_dim) * 4 * KV_TILE;
@@ -126,7 +125,7 @@ KV_INLINE uint8_t *code_at(int bits, uint8_t *panel, int64_t depth, int64_t lane
 
 static void pack_k(int bits, const float *k, int64_t head_dim, uint8_t *tile)
 {
-    int64_t depth = padded(head_dim), panel = code_bytes(bits, head_dim) / 4;
+    int64_t depth = kv_head_pad(head_dim), panel = code_bytes(bits, head_dim) / 4;
     uint16_t *scale = (uint16_t *)(tile + code_bytes(bits, head_dim)), *minimum = scale + depth;
     uint8_t codes[KV_TILE];
     int shift;
@@ -142,7 +141,7 @@ static void pack_k(int bits, const float *k, int64_t head_dim, uint8_t *tile)
 
 static void pack_v(int bits, const float *v, int64_t head_dim, uint8_t *tile)
 {
-    int64_t width = padded(head_dim), panel = 16 * KV_TILE * bits / 8;
+    int64_t width = kv_head_pad(head_dim), panel = 16 * KV_TILE * bits / 8;
     uint16_t *scale = (uint16_t *)(tile + code_bytes(bits, head_dim));
     uint8_t codes[GROUP];
     int shift;
@@ -181,7 +180,7 @@ KV_INLINE void unpack_panel(const int bits, const uint8_t *panel, int64_t depth,
 
 KV_INLINE void unpack_k(const int bits, const uint8_t *tile, int64_t head_dim, float *k)
 {
-    int64_t depth = padded(head_dim), panel = code_bytes(bits, head_dim) / 4;
+    int64_t depth = kv_head_pad(head_dim), panel = code_bytes(bits, head_dim) / 4;
     const uint16_t *scale = (const uint16_t *)(tile + code_bytes(bits, head_dim));
     for (int64_t t = 0; t < KV_TILE; t += 16)
         unpack_panel(bits, tile + t / 16 * panel, depth, head_dim, scale, scale + depth, k + t, KV_TILE);
@@ -189,7 +188,7 @@ KV_INLINE void unpack_k(const int bits, const uint8_t *tile, int64_t head_dim, f
 
 KV_INLINE void unpack_v(const int bits, const uint8_t *tile, int64_t head_dim, float *v)
 {
-    int64_t width = padded(head_dim), panel = 16 * KV_TILE * bits / 8;
+    int64_t width = kv_head_pad(head_dim), panel = 16 * KV_TILE * bits / 8;
     const uint16_t *params = (const uint16_t *)(tile + code_bytes(bits, head_dim));
     for (int64_t c = 0; c < width; c += 16) {
         const uint16_t *scale = params + c / GROUP * 2 * KV_TILE;
@@ -346,7 +345,7 @@ static const product product_2 = {2, 1, 4, {NULL, panel_2_1, panel_2_2, panel_2_
 static void k_dot(const product *by, const uint8_t *tile, int64_t head_dim, const float *q, int64_t ld_q, int64_t rows,
                   int64_t lanes, float *scores)
 {
-    int64_t depth = padded(head_dim), panel = code_bytes(by->bits, head_dim) / 4;
+    int64_t depth = kv_head_pad(head_dim), panel = code_bytes(by->bits, head_dim) / 4;
     const uint16_t *scale = (const uint16_t *)(tile + code_bytes(by->bits, head_dim));
     folded f;
     for (int64_t done = 0, some; done < rows; done += some) {
@@ -360,7 +359,7 @@ static void k_dot(const product *by, const uint8_t *tile, int64_t head_dim, cons
 
 static void v_accumulate(const product *by, const uint8_t *tile, int64_t head_dim, const float *p, int64_t rows, float *acc)
 {
-    int64_t width = padded(head_dim), panel = 16 * KV_TILE * by->bits / 8;
+    int64_t width = kv_head_pad(head_dim), panel = 16 * KV_TILE * by->bits / 8;
     folded f;
     for (int64_t done = 0, some; done < rows; done += some) {
         const uint16_t *scale = (const uint16_t *)(tile + code_bytes(by->bits, head_dim));
