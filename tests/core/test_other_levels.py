@@ -15,7 +15,7 @@ from kvrun import _core
 
 HERE = Path(__file__).parent / "levels"
 KERNELS = Path(__file__).parents[2] / "_core" / "kernels"
-SOURCES = ("vector", "matmul", "attention", "quantized", "table")
+SOURCES = ("vector", "matmul", "attention", "tile", "quantized", "table")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # level: (compiler, its flags, how the program is run)
