@@ -27,26 +27,31 @@ ctypedef struct Plan:
     float scale
     bint exact                                   # many queries multiply as one does, with rounded inputs
     QueryBlock* blocks
-    const float* cos                             # [n][head_dim/2] of the new tokens
-    const float* sin
-    const float* sink_cos                        # [n_shifts][n_sinks][head_dim/2]
-    const float* sink_sin
+    float* cos                                   # [n][head_dim/2] of the new tokens
+    float* sin
+    float* sink_cos                              # [n_shifts][n_sinks][head_dim/2]
+    float* sink_sin
     float* sinks                                 # [n_kv_heads][n_shifts] rotated keys [head_dim][sink_lanes]
     uint8_t* staged_windows                      # [n_kv_heads] window tiles beyond the window, max_tiles each
     uint8_t* staged_tiles                        # [n_kv_heads] packed tiles not yet in the ring, max_tiles each
     int64_t max_tiles
-    float* scratch                               # one thread: scratch_floats
-    int64_t scratch_floats
+    float* scratch                               # [threads][scratch_floats]
+    int64_t scratch_floats, threads
     float* acc                                   # [n_spans][n_kv_heads][n][group][head_pad] partial outputs
     float* top                                   # the same without head_pad: running maximum
     float* total                                 # and sum of weights
 
-cdef int64_t scratch_needed(const Cache* c, int64_t group) noexcept nogil
-cdef int64_t queries_per_block(int64_t group) noexcept nogil
-cdef int64_t spans_needed(const Cache* c, int64_t n, int64_t packed, int64_t last_tile) noexcept nogil
+# A chunk is planned by these three, in this order; then for each layer come append_step, attend_step, commit_step if
+# commit_needed (all threads of a team, a barrier after each), and combine.
+cdef void plan_chunk(Plan* plan, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale, bint exact,
+                     int64_t threads) noexcept nogil
+cdef int64_t plan_buffers(Plan* plan, const Cache* c, uint8_t* block) noexcept nogil
+cdef void plan_queries(Plan* plan, const Cache* c, const double* inv_freq) noexcept nogil
+cdef bint commit_needed(const Cache* c, const Plan* plan) noexcept nogil
 cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* k,
                       const float* v, int64_t ld, kv_team* team, int thread) noexcept nogil
 cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
                       int64_t ld, kv_team* team, int thread) noexcept nogil
 cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil
-cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil
+cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t token,
+                  float* out) noexcept nogil

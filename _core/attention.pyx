@@ -5,11 +5,11 @@ on the way are staged beside the ring until every query of the chunk is done, si
 copy of them, or the ring tile they will replace.
 """
 
-from libc.math cimport INFINITY, expf
+from libc.math cimport INFINITY, cos, expf, sin
 from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format
-from .kv cimport ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, window_tile
+from .kv cimport ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
 
 cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
@@ -17,28 +17,96 @@ cdef enum:
     SPLIT_TOKENS = 16     # longer chunks have enough queries to split
 
 
-cdef int64_t queries_per_block(int64_t group) noexcept nogil:
+# Plan ---------------------------------------------------------------------------------------------------------------
+
+cdef inline int64_t _queries_per_block(int64_t group) noexcept nogil:
     return BLOCK_ROWS // group if group < BLOCK_ROWS else 1
 
 
-cdef int64_t _rows(int64_t group) noexcept nogil:
-    return queries_per_block(group) * group
-
-
-cdef int64_t scratch_needed(const Cache* c, int64_t group) noexcept nogil:
-    """Floats of one thread's scratch: a tile while it is packed or unpacked; rotated queries, scores, visible
-    counts."""
-    return (_tile_floats(c) + _rows(group) * (c.head_dim + KV_TILE + 1) + 15) // 16 * 16
+cdef inline int64_t _rows(int64_t group) noexcept nogil:
+    return _queries_per_block(group) * group
 
 
 cdef inline int64_t _tile_floats(const Cache* c) noexcept nogil:
     return KV_TILE * (c.head_dim + c.head_pad)
 
 
-cdef int64_t spans_needed(const Cache* c, int64_t n, int64_t packed, int64_t last_tile) noexcept nogil:
-    if n > SPLIT_TOKENS:
+cdef int64_t _spans(const Cache* c, const Plan* plan) noexcept nogil:
+    if plan.n > SPLIT_TOKENS:
         return 1
-    return (last_tile - tiles_evicted(c, packed)) // SPAN_TILES + 1
+    return (plan.last_tile - tiles_evicted(c, tiles_packed(c, plan.first + 1))) // SPAN_TILES + 1
+
+
+cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale, bint exact,
+                     int64_t threads) noexcept nogil:
+    """Counts what a chunk of n tokens from position `first` on needs; no pointer is set."""
+    p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
+    p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
+    p.evicted_before = tiles_evicted(c, tiles_packed(c, first + 1))
+    p.n_shifts = tiles_evicted(c, p.packed_after) - p.evicted_before + 1
+    p.n_heads, p.group, p.scale, p.exact = n_heads, n_heads // c.n_kv_heads, scale, exact
+    p.block_tokens = _queries_per_block(p.group)
+    p.n_spans = _spans(c, p)
+    p.max_tiles = p.last_tile - p.packed_before + 1
+    # of a thread: a tile while it is packed or unpacked; rotated queries, scores, visible counts
+    p.scratch_floats = (_tile_floats(c) + _rows(p.group) * (c.head_dim + KV_TILE + 1) + 15) // 16 * 16
+    p.threads = threads
+
+
+cdef inline void* _take(uint8_t* block, int64_t* used, int64_t bytes) noexcept nogil:
+    cdef int64_t at = used[0]
+    used[0] += (bytes + 63) // 64 * 64
+    return NULL if block == NULL else block + at
+
+
+cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogil:
+    """Places the buffers in a block on a 64-byte boundary, which needs as many bytes as are returned; NULL: only
+    counts them."""
+    cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads
+    p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
+    p.cos = <float*>_take(block, &used, 4 * p.n * half)
+    p.sin = <float*>_take(block, &used, 4 * p.n * half)
+    p.sink_cos = <float*>_take(block, &used, 4 * p.n_shifts * c.n_sinks * half)
+    p.sink_sin = <float*>_take(block, &used, 4 * p.n_shifts * c.n_sinks * half)
+    p.sinks = <float*>_take(block, &used, 4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
+    p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.window_k_bytes + c.window_v_bytes))
+    p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.k_bytes + c.v_bytes))
+    p.scratch = <float*>_take(block, &used, 4 * p.threads * p.scratch_floats)
+    p.acc = <float*>_take(block, &used, 4 * outputs * c.head_pad)
+    p.top = <float*>_take(block, &used, 4 * outputs)
+    p.total = <float*>_take(block, &used, 4 * outputs)
+    return used
+
+
+cdef void plan_queries(Plan* p, const Cache* c, const double* inv_freq) noexcept nogil:
+    """Query blocks, and the angles of the new tokens and of the sinks, in float64. inv_freq: [head_dim/2]."""
+    cdef int64_t t = 0, s, j, packed, half = c.head_dim // 2
+    cdef QueryBlock* block
+    p.n_blocks = 0
+    while t < p.n:
+        packed = tiles_packed(c, p.first + t + 1)
+        block = &p.blocks[p.n_blocks]
+        block.start, block.packed, block.end = t, packed, t + 1
+        while (block.end < p.n and block.end - t < p.block_tokens
+               and tiles_packed(c, p.first + block.end + 1) == packed):
+            block.end += 1
+        t = block.end
+        p.n_blocks += 1
+    for t in range(p.n):
+        _angles(p.first + t, inv_freq, half, p.cos + t * half, p.sin + t * half)
+    for s in range(p.n_shifts):
+        for j in range(c.n_sinks):
+            t = (s * c.n_sinks + j) * half
+            _angles(j + KV_TILE * (p.evicted_before + s), inv_freq, half, p.sink_cos + t, p.sink_sin + t)
+
+
+cdef void _angles(int64_t position, const double* inv_freq, int64_t half, float* cosines, float* sines) noexcept nogil:
+    cdef int64_t i
+    cdef double angle
+    for i in range(half):
+        angle = position * inv_freq[i]
+        cosines[i] = <float>cos(angle)
+        sines[i] = <float>sin(angle)
 
 
 # Where a tile is while a chunk is under way -------------------------------------------------------------------------
@@ -129,6 +197,10 @@ cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, 
             _append_tile(kern, c, plan, layer, i // items, tile, k, v, ld, scratch)
 
 
+cdef bint commit_needed(const Cache* c, const Plan* plan) noexcept nogil:
+    return plan.packed_after > plan.packed_before or plan.last_tile >= plan.packed_before + c.n_window_tiles
+
+
 cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
     """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
     cdef int64_t tile, head = 0, end = 0, bytes = c.k_bytes + c.v_bytes
@@ -200,10 +272,12 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
     if not plan.exact:
         if k.unpack_rows and rows.n >= k.unpack_rows:
             k.unpack_k(keys, c.head_dim, rows.tile)
-            keys, k = rows.tile, &kern.format[KV_FORMAT_F32]
+            keys = rows.tile
+            k = &kern.format[KV_FORMAT_F32]
         if v.unpack_rows and rows.n >= v.unpack_rows:
             v.unpack_v(values, c.head_dim, rows.tile + KV_TILE * c.head_dim)
-            values, v = rows.tile + KV_TILE * c.head_dim, &kern.format[KV_FORMAT_F32]
+            values = rows.tile + KV_TILE * c.head_dim
+            v = &kern.format[KV_FORMAT_F32]
     k.k_dot(keys, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
     kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
     v.v_accumulate(values, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
@@ -262,8 +336,9 @@ cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, 
                 i // c.n_kv_heads % plan.n_spans, q, ld, scratch)
 
 
-cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t token, float* out) noexcept nogil:
-    """Attention output of one token from its spans' partial softmax: out [n_heads * head_dim]."""
+cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t token,
+                  float* out) noexcept nogil:
+    """Attention output of one token in a layer from its spans' partial softmax: out [n_heads * head_dim]."""
     cdef int64_t h, span, at, i
     cdef float top, total, weight
     cdef float* to

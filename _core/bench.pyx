@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from .attention cimport (Plan, QueryBlock, attend_step, combine, kv_team, kv_team_barrier, kv_team_run,
-                         kv_team_take, queries_per_block, scratch_needed, spans_needed)
+from .attention cimport (Plan, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_take,
+                         plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport KV_TILE, kernels, kv_format, kv_kernels
 from .kernels import require_level
 from .kv cimport (Cache, KVCache, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
@@ -177,19 +177,8 @@ cdef void _step(void* arg, kv_team* team, int thread) noexcept nogil:
     for layer in range(s.cache.n_layers):
         attend_step(s.kern, s.cache, &s.plan, layer, s.q, width, team, thread)
         kv_team_barrier(team)
-        combine(s.kern, s.cache, &s.plan, 0, s.out + thread * width)
+        combine(s.kern, s.cache, &s.plan, layer, 0, s.out + thread * width)
         kv_team_barrier(team)
-
-
-cdef void _plan(Plan* p, const Cache* c, description) noexcept:
-    """The newest token of the cache as a chunk of its own that is already in; see Engine.forward."""
-    p.n, p.first, p.last_tile = 1, c.n_tokens - 1, tile_of(c, c.n_tokens - 1)
-    p.packed_before = p.packed_after = tiles_packed(c, c.n_tokens)
-    p.evicted_before, p.n_shifts = tiles_evicted(c, p.packed_before), 1
-    p.n_heads, p.group = description.n_heads, description.n_heads // description.n_kv_heads
-    p.scale, p.block_tokens, p.n_blocks = description.attention_scale, queries_per_block(p.group), 1
-    p.n_spans = spans_needed(c, 1, p.packed_before, p.last_tile)
-    p.max_tiles, p.scratch_floats = 1, scratch_needed(c, p.group)
 
 
 def attention(engine, KVCache kv not None, repeat=1, seed=0):
@@ -217,34 +206,23 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef Step step
     cdef Plan* p = &step.plan
     cdef const Cache* c = &kv.c
-    cdef QueryBlock block
-    cdef int64_t i, half = c.head_dim // 2, width
+    cdef int64_t i, width = d.n_heads * d.head_dim
+    cdef double[::1] inv_freq = rng.uniform(0, 2 * np.pi, c.head_dim // 2)
+    cdef float[::1] q = rng.standard_normal(width, np.float32), out = np.zeros(threads * width, np.float32), sinks
+    cdef uint8_t[::1] block
     memset(&step, 0, sizeof(Step))
-    step.kern, step.cache = kernels(), c
-    _plan(p, c, d)
-    width = p.n_heads * c.head_dim
-    block.start, block.end, block.packed = 0, 1, p.packed_before
-    p.blocks = &block
-    angles = rng.uniform(0, 2 * np.pi, half)
-    cdef float[::1] q = rng.standard_normal(width, np.float32), out = _floats(threads * width)
-    cdef float[::1] cosines = np.cos(angles).astype(np.float32), sines = np.sin(angles).astype(np.float32)
-    cdef float[::1] sinks = _floats(c.n_kv_heads * c.head_dim * c.sink_lanes)
-    cdef float[::1] scratch = _floats(threads * p.scratch_floats)
-    cdef float[::1] acc = _floats(p.n_spans * p.n_heads * c.head_pad)
-    cdef float[::1] top = _floats(p.n_spans * p.n_heads), total = _floats(p.n_spans * p.n_heads)
-    np.asarray(sinks)[:] = rng.standard_normal(len(sinks), np.float32)
-    step.q, step.out, p.cos, p.sin, p.sinks = &q[0], &out[0], &cosines[0], &sines[0], &sinks[0]
-    p.scratch, p.acc, p.top, p.total = &scratch[0], &acc[0], &top[0], &total[0]
+    step.kern, step.cache, step.q, step.out = kernels(), c, &q[0], &out[0]
+    plan_chunk(p, c, c.n_tokens - 1, 1, d.n_heads, d.attention_scale, False, threads)
+    p.packed_before = p.packed_after   # the token is in already
+    block = _aligned(plan_buffers(p, c, NULL))
+    plan_buffers(p, c, &block[0])
+    plan_queries(p, c, &inv_freq[0])
+    if c.n_sinks:                      # which an append would rotate
+        sinks = rng.standard_normal(c.n_kv_heads * c.head_dim * c.sink_lanes, np.float32)
+        memcpy(p.sinks, &sinks[0], sinks.nbytes)
     start = time.perf_counter()
     with nogil:
         for i in range(repeat):
             kv_team_run(threads, _step, &step)
     seconds = (time.perf_counter() - start) / repeat
     return seconds, np.asarray(out)[:width].reshape(d.n_heads, d.head_dim).copy()
-
-
-def _floats(n):
-    """float32 [n] zeros on a 64-byte boundary; one at least, so that there is an address."""
-    memory = _aligned(4 * max(n, 16)).view(np.float32)
-    memory[:] = 0
-    return memory

@@ -1,6 +1,6 @@
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 
-from .attention cimport Plan, QueryBlock
+from .attention cimport Plan
 from .kernels cimport kv_input, kv_kernels
 from .kv cimport Cache
 

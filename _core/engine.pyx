@@ -5,17 +5,16 @@ Threads take work by number between barriers, so that every result is the same w
 
 import os
 
-from libc.math cimport cos, sin
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 import numpy as np
 
-from .attention cimport (append_step, attend_step, combine, commit_step, kv_team, kv_team_barrier,
-                         kv_team_has_openmp, kv_team_run, kv_team_size, kv_team_take, queries_per_block,
-                         scratch_needed, spans_needed)
-from .kernels cimport KV_BLOCK, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kv_packed_bytes, kv_unpack_row
-from .kv cimport KVCache, tile_of, tiles_evicted, tiles_packed
+from .attention cimport (append_step, attend_step, combine, commit_needed, commit_step, kv_team, kv_team_barrier,
+                         kv_team_has_openmp, kv_team_run, kv_team_size, kv_team_take, plan_buffers, plan_chunk,
+                         plan_queries)
+from .kernels cimport KV_BLOCK, KV_PANEL, KV_Q8_0, kernels, kv_packed_bytes, kv_unpack_row
+from .kv cimport KVCache
 from .kernels import require_level
 from .weights import packed_size, type_id
 
@@ -91,20 +90,20 @@ cdef void _gate_up(const Call* call, kv_team* team, const Layer* layer, const kv
     kv_team_barrier(team)
 
 
-ctypedef void (*Source)(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil
+ctypedef void (*Source)(const Call* call, const float* weight, int64_t layer, int64_t token, float* out) noexcept nogil
 
 
-cdef void _normed(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil:
+cdef void _normed(const Call* call, const float* weight, int64_t layer, int64_t token, float* out) noexcept nogil:
     cdef const Config* c = call.config
     call.kern.rms_norm(call.run.x + token * c.hidden_pad, weight, c.hidden_size, c.norm_eps, out)
 
 
-cdef void _attended(const Call* call, const float* weight, int64_t token, float* out) noexcept nogil:
-    combine(call.kern, call.cache, &call.plan, token, out)
+cdef void _attended(const Call* call, const float* weight, int64_t layer, int64_t token, float* out) noexcept nogil:
+    combine(call.kern, call.cache, &call.plan, layer, token, out)
 
 
 cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* m, Source source, const float* weight,
-                     int64_t first, int64_t n) noexcept nogil:
+                     int64_t layer, int64_t first, int64_t n) noexcept nogil:
     """The input of a matrix for tokens [first, first + n) of the chunk: floats from `source` (without one: the gated
     activations), int8 beside them if the matrix takes them.
 
@@ -128,7 +127,7 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
             end = 1
         for row in range(t, end):
             if source != NULL:
-                source(call, weight, first + row, floats + floats_at + row * x.ld)
+                source(call, weight, layer, first + row, floats + floats_at + row * x.ld)
             if m.quantized:
                 call.kern.quantize(floats + floats_at + row * x.ld, m.cols, planes,
                                    run.q + (own + row) * blocks * KV_BLOCK, run.q_scale + (own + row) * blocks,
@@ -164,7 +163,7 @@ cdef void _attention(const Call* call, kv_team* team, int thread, const Layer* l
     kv_team_barrier(team)
     attend_step(call.kern, call.cache, plan, i, qkv, m.width, team, thread)
     kv_team_barrier(team)
-    if plan.packed_after > plan.packed_before or plan.last_tile >= plan.packed_before + call.cache.n_window_tiles:
+    if commit_needed(call.cache, plan):
         commit_step(call.cache, plan, i, team)
         kv_team_barrier(team)
 
@@ -180,18 +179,18 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
     _embed(call, team)                                                            # x [n][hidden]
     for i in range(c.n_layers):
         layer = &call.layers[i]
-        x = _input(call, team, thread, &layer.qkv, _normed, layer.attn_norm, 0, n)
+        x = _input(call, team, thread, &layer.qkv, _normed, layer.attn_norm, i, 0, n)
         _matmul(call, team, &layer.qkv, &x, n, run.qkv, layer.qkv.width, False)   # [n][q, k, v]
         _attention(call, team, thread, layer, i)
-        x = _input(call, team, thread, &layer.o, _attended, NULL, 0, n)           # [n][n_heads * head_dim]
+        x = _input(call, team, thread, &layer.o, _attended, NULL, i, 0, n)        # [n][n_heads * head_dim]
         _matmul(call, team, &layer.o, &x, n, run.x, c.hidden_pad, True)
-        x = _input(call, team, thread, &layer.gate, _normed, layer.mlp_norm, 0, n)
+        x = _input(call, team, thread, &layer.gate, _normed, layer.mlp_norm, i, 0, n)
         _gate_up(call, team, layer, &x, n)                                        # [n][intermediate]
-        x = _input(call, team, thread, &layer.down, NULL, NULL, 0, n)
+        x = _input(call, team, thread, &layer.down, NULL, NULL, i, 0, n)
         _matmul(call, team, &layer.down, &x, n, run.x, c.hidden_pad, True)
     if call.logits != NULL:
         n -= call.first_logit
-        x = _input(call, team, thread, call.head, _normed, call.norm, call.first_logit, n)
+        x = _input(call, team, thread, call.head, _normed, call.norm, c.n_layers, call.first_logit, n)
         _matmul(call, team, call.head, &x, n, call.logits, call.head.width, False)
 
 
@@ -372,12 +371,12 @@ cdef class Engine:
         call.kern, call.config, call.layers, call.cache = kernels(), &self.c, self.layers, &kv.c
         call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, self.norm, &ids[0]
         call.first_logit = first_logit
-        self._plan(&call.plan, kv, n)
+        plan_chunk(&call.plan, &kv.c, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale, self.precise, threads)
         arena.count()
         self._buffers(arena, &call)
         arena.allocate()
         self._buffers(arena, &call)
-        self._angles(&call.plan, kv)
+        plan_queries(&call.plan, &kv.c, &self.inv_freq[0])
         result = None
         if first_logit < n:
             result = np.empty((n - first_logit, self.head.width), np.float32)
@@ -388,26 +387,13 @@ cdef class Engine:
         kv.c.n_tokens += n
         return None if result is None else result[:, :self.c.vocab_size]
 
-    cdef void _plan(self, Plan* p, KVCache kv, int64_t n) noexcept:
-        cdef Cache* c = &kv.c
-        p.n, p.first, p.last_tile = n, c.n_tokens, tile_of(c, c.n_tokens + n - 1)
-        p.packed_before, p.packed_after = tiles_packed(c, p.first), tiles_packed(c, p.first + n)
-        p.evicted_before = tiles_evicted(c, tiles_packed(c, p.first + 1))
-        p.n_shifts = tiles_evicted(c, p.packed_after) - p.evicted_before + 1
-        p.n_heads, p.group, p.scale = self.c.n_heads, self.c.n_heads // self.c.n_kv_heads, self.c.attention_scale
-        p.exact = self.precise
-        p.block_tokens = queries_per_block(p.group)
-        p.n_spans = spans_needed(c, n, tiles_packed(c, p.first + 1), p.last_tile)
-        p.max_tiles = p.last_tile - p.packed_before + 1
-        p.scratch_floats = scratch_needed(c, p.group)
-
     cdef void _buffers(self, _Arena arena, Call* call) noexcept:
         cdef Plan* p = &call.plan
         cdef RunState* run = &call.run
         cdef const Cache* c = call.cache
-        cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads), half = self.c.head_dim // 2
+        cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads)
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
-        cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK, outputs = p.n_spans * n * p.n_heads
+        cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK
         run.input_width, run.planes = _whole_panels(widest), 2 if self.precise else 1
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
         run.input = <float*>arena.take(4 * rows * run.input_width)
@@ -417,45 +403,4 @@ cdef class Engine:
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
         run.gate = <float*>arena.take(4 * n * self.layers[0].gate.width)
         run.up = <float*>arena.take(4 * n * self.layers[0].gate.width)
-        p.blocks = <QueryBlock*>arena.take(n * sizeof(QueryBlock))
-        p.cos = <float*>arena.take(4 * n * half)
-        p.sin = <float*>arena.take(4 * n * half)
-        p.sink_cos = <float*>arena.take(4 * p.n_shifts * c.n_sinks * half)
-        p.sink_sin = <float*>arena.take(4 * p.n_shifts * c.n_sinks * half)
-        p.sinks = <float*>arena.take(4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
-        p.staged_windows = <uint8_t*>arena.take(c.n_kv_heads * p.max_tiles * (c.window_k_bytes + c.window_v_bytes))
-        p.staged_tiles = <uint8_t*>arena.take(c.n_kv_heads * p.max_tiles * (c.k_bytes + c.v_bytes))
-        p.scratch = <float*>arena.take(4 * self.threads * p.scratch_floats)
-        p.acc = <float*>arena.take(4 * outputs * c.head_pad)
-        p.top = <float*>arena.take(4 * outputs)
-        p.total = <float*>arena.take(4 * outputs)
-
-    cdef void _angles(self, Plan* p, KVCache kv) noexcept:
-        """Query blocks, and the angles of the new tokens and of the sinks, in float64."""
-        cdef Cache* c = &kv.c
-        cdef int64_t t = 0, s, j, packed
-        cdef QueryBlock* block
-        p.n_blocks = 0
-        while t < p.n:
-            packed = tiles_packed(c, p.first + t + 1)
-            block = &p.blocks[p.n_blocks]
-            block.start, block.packed, block.end = t, packed, t + 1
-            while (block.end < p.n and block.end - t < p.block_tokens
-                   and tiles_packed(c, p.first + block.end + 1) == packed):
-                block.end += 1
-            t = block.end
-            p.n_blocks += 1
-        for t in range(p.n):
-            self._angle(p.first + t, t, <float*>p.cos, <float*>p.sin)
-        for s in range(p.n_shifts):
-            for j in range(c.n_sinks):
-                self._angle(j + KV_TILE * (p.evicted_before + s), s * c.n_sinks + j, <float*>p.sink_cos,
-                            <float*>p.sink_sin)
-
-    cdef void _angle(self, int64_t position, int64_t row, float* cosines, float* sines) noexcept nogil:
-        cdef int64_t i, half = self.inv_freq.shape[0]
-        cdef double angle
-        for i in range(half):
-            angle = position * self.inv_freq[i]
-            cosines[row * half + i] = <float>cos(angle)
-            sines[row * half + i] = <float>sin(angle)
+        plan_buffers(p, c, <uint8_t*>arena.take(plan_buffers(p, c, NULL)))

@@ -105,7 +105,7 @@ def expected_attention(engine, n, first, seed):
         for _ in ("ring", "window")
     ]
     rng = np.random.default_rng(seed)
-    angles = rng.uniform(0, 2 * np.pi, d.head_dim // 2)
+    angles = (n - 1) * rng.uniform(0, 2 * np.pi, d.head_dim // 2)
     q = rotate(rng.standard_normal((1, d.n_heads, d.head_dim), np.float32).astype(np.float64), angles[None])[
         0
     ]
