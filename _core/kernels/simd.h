@@ -1,11 +1,16 @@
 /* Vectors of 16 lanes, the width of a weight panel, under one set of names for every instruction-set level.
  *
  *   vf   16 floats                   vf_load vf_store vf_set1 vf_zero vf_add vf_sub vf_mul vf_fma(a,b,c)=a*b+c
- *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top (largest lane) vf_round
+ *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top vf_low (largest and
+ *                                    smallest lane) vf_round vf_pick(a,b,x,y) = a > b ? x : y
  *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
+ *                                    vf_top4 vf_sum4 (of four at once), vf_store_codes (32 codes, of two)
  *                                    vf_load_f16 vf_store_f16, vf_bf16_even/odd (channels of a bf16 line)
  *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_field (bits `mask` after a shift)
  *                                                    vw_code (those of one of the 4 channels, as vf)
+ *                                    vw_store, vw_pack (four bytes a lane, of four vf), vw_or (x | y << shift in each
+ *                                    byte), vw_fill (int8 of a vf, four times a lane), vw_count (n + (x > than), int8)
+ *   vs   sums over the four bytes of a lane: vs_dot (n * x, n a few small counts, x int8; at most 32), vs_float
  *   d4   dot products of codes 0..15 with int8 inputs; at most 8 d4_dot between d4_zero and d4_float
  *   d8   the same for bytes storing code + 128; `sum` is that of the inputs since d8_zero
  */
@@ -20,6 +25,7 @@
 #include "kernels.h"
 
 #define KV_INLINE static inline __attribute__((always_inline, unused))
+#define KV_OWN __attribute__((noinline, unused)) /* code of its own: for the sake of registers */
 #define KV_PASTE_(a, b) a##_##b
 #define KV_PASTE(a, b) KV_PASTE_(a, b)
 #define KV_NAME(name) KV_PASTE(name, KV_LEVEL) /* this level's copy of a symbol */
@@ -35,6 +41,11 @@
 #define KV_UNROLL _Pragma("GCC unroll 8")
 #define KV_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
+
+/* Asks for what is to be read from memory a little later: hardware prefetches one stream at a time, and stops at the end
+ * of a page. Addresses beyond the data do no harm. */
+#define KV_AHEAD 4096
+KV_INLINE void kv_ahead(const void *p) { __builtin_prefetch((const char *)p + KV_AHEAD); }
 
 #if defined(KV_LEVEL_AVX512)
 #include "simd_avx512.h"
@@ -61,6 +72,20 @@ KV_INLINE vf vf_exp(vf x)
     p = vf_fma(p, r, vf_set1(1.0f / 6));
     p = vf_fma(p, r, vf_set1(0.5f));
     p = vf_fma(p, r, vf_set1(1.0f));
+    p = vf_fma(p, r, vf_set1(1.0f));
+    return vf_mul(p, vf_exp2i(n));
+}
+
+/* 2^x for x <= 0; below -125 it stays what it is there, 2e-38. x = n + r, |r| <= 1/2, and the polynomial of degree 5 in r
+ * of least relative error: 3e-7 with its rounding. */
+KV_INLINE vf vf_exp2(vf x)
+{
+    x = vf_max(x, vf_set1(-125.0f));
+    vf n = vf_round(x), r = vf_sub(x, n);
+    vf p = vf_fma(vf_set1(1.32764713e-3f), r, vf_set1(9.67554096e-3f));
+    p = vf_fma(p, r, vf_set1(5.55071309e-2f));
+    p = vf_fma(p, r, vf_set1(2.40221202e-1f));
+    p = vf_fma(p, r, vf_set1(6.93146944e-1f));
     p = vf_fma(p, r, vf_set1(1.0f));
     return vf_mul(p, vf_exp2i(n));
 }

@@ -3,6 +3,9 @@
 
 #define KV_ROWS 4 /* 8 accumulators of the 16 registers, 4 weights, the rest temporaries */
 
+/* Keeps a sum where it is: GCC would add products in pairs first, and run out of registers for them. */
+#define KV_IN_ORDER(x) __asm__("" : "+x"(x))
+
 typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vw;
 typedef struct { __m256i a, b; } d4; /* int16: up to 8 sums of 2 * 15 * 127 fit */
@@ -47,6 +50,21 @@ KV_INLINE float vf_top(vf x)
     return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
 
+/* The largest lanes, and the sums, of four at once. */
+#define KV_FOUR(NAME, OP)                                                                                              \
+    KV_INLINE void NAME(const vf x[4], float *out)                                                                     \
+    {                                                                                                                  \
+        __m256 a = OP(x[0].a, x[0].b), b = OP(x[1].a, x[1].b), c = OP(x[2].a, x[2].b), d = OP(x[3].a, x[3].b);         \
+        __m256 ab = OP(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));                                            \
+        __m256 cd = OP(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));                                            \
+        __m256 all = OP(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));                             \
+        _mm_storeu_ps(out, KV_FOUR_##NAME(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));                \
+    }
+#define KV_FOUR_vf_top4 _mm_max_ps
+#define KV_FOUR_vf_sum4 _mm_add_ps
+KV_FOUR(vf_top4, _mm256_max_ps)
+KV_FOUR(vf_sum4, _mm256_add_ps)
+
 KV_INLINE vf vf_load_f16(const uint16_t *p)
 {
     return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
@@ -79,6 +97,65 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
 }
 
+KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
+{
+    __m256i i = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    __m256i j = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
+    __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packing works on halves of registers */
+    _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(i, j), order));
+}
+
+/* Tiles */
+KV_INLINE float vf_low(vf x)
+{
+    __m256 s = _mm256_min_ps(x.a, x.b);
+    __m128 t = _mm_min_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_min_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_min_ss(t, _mm_movehdup_ps(t)));
+}
+KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y)
+{
+    return (vf){_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),
+                _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
+}
+KV_INLINE __m256i kv_pack(__m256 a, __m256 b, __m256 c, __m256 d)
+{
+    __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+    __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+    __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm256_shuffle_epi8(_mm256_packus_epi16(ab, cd), _mm256_broadcastsi128_si256(turn));
+}
+KV_INLINE vw vw_pack(vf a, vf b, vf c, vf d) { return (vw){kv_pack(a.a, b.a, c.a, d.a), kv_pack(a.b, b.b, c.b, d.b)}; }
+KV_INLINE vw vw_or(vw x, vw y, const int shift)
+{
+    return (vw){_mm256_or_si256(x.a, _mm256_slli_epi32(y.a, shift)), _mm256_or_si256(x.b, _mm256_slli_epi32(y.b, shift))};
+}
+KV_INLINE void vw_store(uint8_t *p, vw x)
+{
+    _mm256_storeu_si256((__m256i *)p, x.a);
+    _mm256_storeu_si256((__m256i *)(p + 32), x.b);
+}
+KV_INLINE vw vw_fill(vf x)
+{
+    __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    return (vw){_mm256_shuffle_epi8(_mm256_cvtps_epi32(x.a), first), _mm256_shuffle_epi8(_mm256_cvtps_epi32(x.b), first)};
+}
+KV_INLINE vw vw_count(vw n, vw x, vw than)
+{
+    return (vw){_mm256_sub_epi8(n.a, _mm256_cmpgt_epi8(x.a, than.a)), _mm256_sub_epi8(n.b, _mm256_cmpgt_epi8(x.b, than.b))};
+}
+typedef struct { __m256i a, b; } vs; /* int16, two sums to a lane */
+KV_INLINE vs vs_zero(void) { return (vs){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+KV_INLINE vs vs_dot(vs s, vw n, vw x)
+{
+    return (vs){_mm256_add_epi16(s.a, _mm256_maddubs_epi16(n.a, x.a)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(n.b, x.b))};
+}
+KV_INLINE vf vs_float(vs s)
+{
+    __m256i ones = _mm256_set1_epi16(1);
+    return (vf){_mm256_cvtepi32_ps(_mm256_madd_epi16(s.a, ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(s.b, ones))};
+}
+
 KV_INLINE vw vw_load(const uint8_t *p)
 {
     return (vw){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
@@ -103,7 +180,10 @@ KV_INLINE d4 d4_zero(void) { return (d4){_mm256_setzero_si256(), _mm256_setzero_
 KV_INLINE d4 d4_dot(d4 s, vw w, const int8_t *x)
 {
     __m256i q = kv_quad(x);
-    return (d4){_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, q)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, q))};
+    s = (d4){_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, q)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, q))};
+    KV_IN_ORDER(s.a);
+    KV_IN_ORDER(s.b);
+    return s;
 }
 KV_INLINE vf d4_float(d4 s)
 {
@@ -127,40 +207,44 @@ KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x)
 KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return kv_i32_float(s.a, s.b); }
 
 /* 16-bit inputs with whole bytes, where there is no instruction for sums of byte products: vpmaddwd costs no more than
- * one plane of int8 with its signs put right. int32, two sums to a lane. */
+ * one plane of int8 with its signs put right. Eight lanes of 4 inputs; sums are int32, two to a lane. */
 #define KV_WIDE 1
-typedef struct { __m256i v[4]; } d16;
+enum { WIDE_BLOCK = 256 }; /* inputs that share a scale; a lane's sum has at most 256 products of 255 and 32767 */
+typedef struct { __m256i a, b; } d16;
 
-KV_INLINE d16 d16_zero(void)
+static inline int64_t wide_blocks(int64_t depth) { return (depth + WIDE_BLOCK - 1) / WIDE_BLOCK; }
+KV_INLINE d16 d16_zero(void) { return (d16){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+KV_INLINE d16 d16_load(const uint8_t *half_line)
 {
-    __m256i zero = _mm256_setzero_si256();
-    return (d16){{zero, zero, zero, zero}};
+    const __m128i *p = (const __m128i *)half_line;
+    return (d16){_mm256_cvtepu8_epi16(_mm_loadu_si128(p)), _mm256_cvtepu8_epi16(_mm_loadu_si128(p + 1))};
 }
-KV_INLINE d16 d16_dot(d16 s, const __m256i w[4], const int16_t *x)
+KV_INLINE d16 d16_dot(d16 s, d16 w, const int16_t *x)
 {
     int64_t quad;
     memcpy(&quad, x, 8);
     __m256i q = _mm256_set1_epi64x(quad);
-    for (int i = 0; i < 4; i++)
-        s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w[i], q));
+    s = (d16){_mm256_add_epi32(s.a, _mm256_madd_epi16(w.a, q)), _mm256_add_epi32(s.b, _mm256_madd_epi16(w.b, q))};
+    KV_IN_ORDER(s.a);
+    KV_IN_ORDER(s.b);
     return s;
 }
-KV_INLINE void d16_load(__m256i w[4], const uint8_t *line)
+KV_INLINE __m256 d16_float(d16 s)
 {
-    for (int i = 0; i < 4; i++)
-        w[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(line + 16 * i)));
+    return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(s.a, s.b), 0xd8));
 }
-KV_INLINE vf d16_float(d16 s)
+/* n floats, a multiple of 32, as 16-bit integers; returns their scale */
+KV_INLINE float d16_round(const float *w, int64_t n, int16_t *x)
 {
-    __m256i a = _mm256_hadd_epi32(s.v[0], s.v[1]), b = _mm256_hadd_epi32(s.v[2], s.v[3]);
-    return kv_i32_float(_mm256_permute4x64_epi64(a, 0xd8), _mm256_permute4x64_epi64(b, 0xd8));
-}
-/* 256 * high + low for n (a multiple of 16) codes of two planes */
-KV_INLINE void d16_join(const int8_t *high, const int8_t *low, int64_t n, int16_t *x)
-{
+    vf top = vf_zero();
+    for (int64_t i = 0; i < n; i += 16)
+        top = vf_max(top, vf_abs(vf_load(w + i)));
+    float most = vf_top(top);
+    vf by = vf_set1(32767 / (most > 1e-30f ? most : 1e-30f));
     for (int64_t i = 0; i < n; i += 16) {
-        __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(high + i)));
-        __m256i l = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(low + i)));
-        _mm256_storeu_si256((__m256i *)(x + i), _mm256_add_epi16(_mm256_slli_epi16(h, 8), l));
+        vf v = vf_mul(vf_load(w + i), by);
+        __m256i codes = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+        _mm256_storeu_si256((__m256i *)(x + i), _mm256_permute4x64_epi64(codes, 0xd8));
     }
+    return most / 32767;
 }

@@ -47,6 +47,39 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return _mm512_reduce_add_epi32(i);
 }
 
+KV_INLINE void vf_top4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_top(x[i]); }
+KV_INLINE void vf_sum4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_sum(x[i]); }
+KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
+{
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+    _mm_storeu_si128((__m128i *)(p + 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(y)));
+}
+
+/* Tiles */
+KV_INLINE float vf_low(vf x) { return _mm512_reduce_min_ps(x); }
+KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x); }
+KV_INLINE vw vw_or(vw x, vw y, const int shift) { return _mm512_or_si512(x, _mm512_slli_epi32(y, shift)); }
+KV_INLINE vw vw_pack(vf a, vf b, vf c, vf d)
+{
+    vw low = vw_or(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b), 8);
+    return vw_or(low, vw_or(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d), 8), 16);
+}
+KV_INLINE void vw_store(uint8_t *p, vw x) { _mm512_storeu_si512(p, x); }
+KV_INLINE vw vw_fill(vf x)
+{
+    __m512i low = _mm512_and_si512(_mm512_cvtps_epi32(x), _mm512_set1_epi32(255));
+    low = vw_or(low, low, 8);
+    return vw_or(low, low, 16);
+}
+KV_INLINE vw vw_count(vw n, vw x, vw than)
+{
+    return _mm512_mask_add_epi8(n, _mm512_cmpgt_epi8_mask(x, than), n, _mm512_set1_epi8(1));
+}
+typedef __m512i vs;
+KV_INLINE vs vs_zero(void) { return _mm512_setzero_si512(); }
+KV_INLINE vs vs_dot(vs s, vw n, vw x) { return _mm512_dpbusd_epi32(s, n, x); }
+KV_INLINE vf vs_float(vs s) { return _mm512_cvtepi32_ps(s); }
+
 KV_INLINE vw vw_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 KV_INLINE vw vw_field(vw w, const int shift, const int mask)
 {

@@ -70,6 +70,67 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return vaddvq_s32(vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d)));
 }
 
+KV_INLINE float32x4_t kv_top(vf x) { return vmaxq_f32(vmaxq_f32(x.val[0], x.val[1]), vmaxq_f32(x.val[2], x.val[3])); }
+KV_INLINE float32x4_t kv_sum(vf x) { return vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3])); }
+KV_INLINE void vf_top4(const vf x[4], float *out)
+{
+    vst1q_f32(out, vpmaxq_f32(vpmaxq_f32(kv_top(x[0]), kv_top(x[1])), vpmaxq_f32(kv_top(x[2]), kv_top(x[3]))));
+}
+KV_INLINE void vf_sum4(const vf x[4], float *out)
+{
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(kv_sum(x[0]), kv_sum(x[1])), vpaddq_f32(kv_sum(x[2]), kv_sum(x[3]))));
+}
+KV_INLINE int8x16_t kv_codes(vf x)
+{
+    int16x8_t low = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.val[0])), vqmovn_s32(vcvtnq_s32_f32(x.val[1])));
+    int16x8_t high = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.val[2])), vqmovn_s32(vcvtnq_s32_f32(x.val[3])));
+    return vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
+}
+KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
+{
+    vst1q_s8(p, kv_codes(x));
+    vst1q_s8(p + 16, kv_codes(y));
+}
+
+/* Tiles */
+KV_INLINE float vf_low(vf x)
+{
+    return vminvq_f32(vminq_f32(vminq_f32(x.val[0], x.val[1]), vminq_f32(x.val[2], x.val[3])));
+}
+KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y)
+{
+    KV_EACH(vf, vbslq_f32(vcgtq_f32(a.val[i], b.val[i]), x.val[i], y.val[i]));
+}
+KV_INLINE uint8x16_t kv_pack(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d)
+{
+    uint32x4_t low = vsliq_n_u32(vcvtnq_u32_f32(a), vcvtnq_u32_f32(b), 8);
+    uint32x4_t high = vsliq_n_u32(vcvtnq_u32_f32(c), vcvtnq_u32_f32(d), 8);
+    return vreinterpretq_u8_u32(vsliq_n_u32(low, high, 16));
+}
+KV_INLINE vw vw_pack(vf a, vf b, vf c, vf d) { KV_EACH(vw, kv_pack(a.val[i], b.val[i], c.val[i], d.val[i])); }
+KV_INLINE vw vw_or(vw x, vw y, const int shift)
+{
+    KV_EACH(vw, vorrq_u8(x.val[i], vshlq_u8(y.val[i], vdupq_n_s8((int8_t)shift))));
+}
+KV_INLINE void vw_store(uint8_t *p, vw x) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, x.val[i]); }
+KV_INLINE uint8x16_t kv_fill(float32x4_t x)
+{
+    uint32x4_t low = vandq_u32(vreinterpretq_u32_s32(vcvtnq_s32_f32(x)), vdupq_n_u32(255));
+    return vreinterpretq_u8_u32(vmulq_n_u32(low, 0x01010101));
+}
+KV_INLINE vw vw_fill(vf x) { KV_EACH(vw, kv_fill(x.val[i])); }
+KV_INLINE vw vw_count(vw n, vw x, vw than)
+{
+    KV_EACH(vw, vsubq_u8(n.val[i], vcgtq_s8(vreinterpretq_s8_u8(x.val[i]), vreinterpretq_s8_u8(than.val[i]))));
+}
+typedef int32x4x4_t vs;
+KV_INLINE vs vs_zero(void) { KV_EACH(vs, vdupq_n_s32(0)); }
+KV_INLINE vs vs_dot(vs s, vw n, vw x)
+{
+    KV_EACH(vs, vdotq_s32(s.val[i], vreinterpretq_s8_u8(n.val[i]), vreinterpretq_s8_u8(x.val[i])));
+}
+KV_INLINE vf vs_float(vs s) { KV_EACH(vf, vcvtq_f32_s32(s.val[i])); }
+
 KV_INLINE vw vw_load(const uint8_t *p) { KV_EACH(vw, vld1q_u8(p + 16 * i)); }
 KV_INLINE vw vw_field(vw w, const int shift, const int mask)
 {

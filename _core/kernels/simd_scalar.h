@@ -47,6 +47,60 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return sum;
 }
 
+KV_INLINE void vf_top4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_top(x[i]); }
+KV_INLINE void vf_sum4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_sum(x[i]); }
+KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
+{
+    for (int i = 0; i < 16; i++) {
+        p[i] = (int8_t)rintf(x.v[i]);
+        p[16 + i] = (int8_t)rintf(y.v[i]);
+    }
+}
+
+/* Tiles */
+KV_INLINE float vf_low(vf a) { float m = a.v[0]; for (int i = 1; i < 16; i++) if (a.v[i] < m) m = a.v[i]; return m; }
+KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y) { KV_EACH(vf, a.v[i] > b.v[i] ? x.v[i] : y.v[i]); }
+KV_INLINE vw vw_pack(vf a, vf b, vf c, vf d)
+{
+    vw r;
+    for (int i = 0; i < 16; i++) {
+        r.v[4 * i] = (uint8_t)rintf(a.v[i]);
+        r.v[4 * i + 1] = (uint8_t)rintf(b.v[i]);
+        r.v[4 * i + 2] = (uint8_t)rintf(c.v[i]);
+        r.v[4 * i + 3] = (uint8_t)rintf(d.v[i]);
+    }
+    return r;
+}
+KV_INLINE vw vw_or(vw x, vw y, const int shift)
+{
+    for (int i = 0; i < 64; i++)
+        x.v[i] = (uint8_t)(x.v[i] | y.v[i] << shift);
+    return x;
+}
+KV_INLINE void vw_store(uint8_t *p, vw x) { memcpy(p, x.v, 64); }
+KV_INLINE vw vw_fill(vf x)
+{
+    vw r;
+    for (int i = 0; i < 64; i++)
+        r.v[i] = (uint8_t)(int8_t)rintf(x.v[i / 4]);
+    return r;
+}
+KV_INLINE vw vw_count(vw n, vw x, vw than)
+{
+    for (int i = 0; i < 64; i++)
+        n.v[i] = (uint8_t)(n.v[i] + ((int8_t)x.v[i] > (int8_t)than.v[i]));
+    return n;
+}
+typedef struct { int32_t v[16]; } vs;
+KV_INLINE vs vs_zero(void) { KV_EACH(vs, 0); }
+KV_INLINE vs vs_dot(vs s, vw n, vw x)
+{
+    for (int i = 0; i < 64; i++)
+        s.v[i / 4] += n.v[i] * (int8_t)x.v[i];
+    return s;
+}
+KV_INLINE vf vs_float(vs s) { KV_EACH(vf, (float)s.v[i]); }
+
 KV_INLINE vw vw_load(const uint8_t *p) { vw r; memcpy(r.v, p, 64); return r; }
 KV_INLINE vw vw_field(vw a, const int shift, const int mask)
 {

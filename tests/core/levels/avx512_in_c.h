@@ -32,6 +32,9 @@ FN v16i in_c_cvtps_epi32(v16f a) { LANES(v16i, (int32_t)rintf(a[i])); }
 FN v16f in_c_cvtepi32_ps(v16i a) { LANES(v16f, (float)a[i]); }
 FN float in_c_reduce_add_ps(v16f a) { float s = 0; for (int i = 0; i < 16; i++) s += a[i]; return s; }
 FN float in_c_reduce_max_ps(v16f a) { float m = a[0]; for (int i = 1; i < 16; i++) m = a[i] > m ? a[i] : m; return m; }
+FN float in_c_reduce_min_ps(v16f a) { float m = a[0]; for (int i = 1; i < 16; i++) m = a[i] < m ? a[i] : m; return m; }
+FN uint16_t in_c_above_ps(v16f a, v16f b) { unsigned m = 0; for (int i = 0; i < 16; i++) m |= (unsigned)(a[i] > b[i]) << i; return (uint16_t)m; }
+FN v16f in_c_mask_blend_ps(uint16_t m, v16f a, v16f b) { LANES(v16f, m >> i & 1 ? b[i] : a[i]); }
 FN int32_t in_c_reduce_add_epi32(v16i a) { int32_t s = 0; for (int i = 0; i < 16; i++) s += a[i]; return s; }
 
 FN v16i in_c_loadu_si512(const void *p) { v16i r; memcpy(&r, p, 64); return r; }
@@ -58,6 +61,24 @@ FN v16h in_c_load_halves(const void *p) { v16h r; memcpy(&r, p, 32); return r; }
 FN v16f in_c_cvtph_ps(v16h a) { LANES(v16f, kv_f16_float(a.h[i])); }
 FN v16h in_c_cvtps_ph(v16f a, int mode) { v16h r; (void)mode; for (int i = 0; i < 16; i++) r.h[i] = kv_float_f16(a[i]); return r; }
 FN void in_c_store_halves(void *p, v16h a) { memcpy(p, &a, 32); }
+FN void in_c_storeu_si512(void *p, v16i a) { memcpy(p, &a, 64); }
+FN uint64_t in_c_above_epi8(v16i a, v16i b)
+{
+    const int8_t *x = (const int8_t *)&a, *y = (const int8_t *)&b;
+    uint64_t m = 0;
+    for (int i = 0; i < 64; i++)
+        m |= (uint64_t)(x[i] > y[i]) << i;
+    return m;
+}
+FN v16i in_c_mask_add_epi8(v16i src, uint64_t m, v16i a, v16i b)
+{
+    int8_t *r = (int8_t *)&src;
+    const int8_t *x = (const int8_t *)&a, *y = (const int8_t *)&b;
+    for (int i = 0; i < 64; i++)
+        if (m >> i & 1)
+            r[i] = (int8_t)(x[i] + y[i]);
+    return src;
+}
 
 #define __m512 v16f
 #define __m512i v16i
@@ -96,3 +117,10 @@ FN void in_c_store_halves(void *p, v16h a) { memcpy(p, &a, 32); }
 #define _mm512_cvtps_ph in_c_cvtps_ph
 #define _mm256_loadu_si256 in_c_load_halves
 #define _mm256_storeu_si256 in_c_store_halves
+#define _mm512_reduce_min_ps in_c_reduce_min_ps
+#define _mm512_cmp_ps_mask(a, b, greater) in_c_above_ps(a, b)
+#define _mm512_mask_blend_ps in_c_mask_blend_ps
+#define _mm512_or_si512(a, b) ((a) | (b))
+#define _mm512_storeu_si512 in_c_storeu_si512
+#define _mm512_cmpgt_epi8_mask in_c_above_epi8
+#define _mm512_mask_add_epi8 in_c_mask_add_epi8
