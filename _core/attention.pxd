@@ -24,7 +24,7 @@ ctypedef struct Plan:
     int64_t evicted_before, n_shifts             # sinks are rotated for n_shifts numbers of evicted tiles
     int64_t n_blocks, block_tokens, n_spans      # query blocks; spans of tiles that work is split into
     int64_t n_heads, group                       # group: query heads of a KV head
-    float scale
+    float scale                                  # of queries, times log2(e): the softmax is to the base 2
     bint exact                                   # many queries multiply as one does, with rounded inputs
     QueryBlock* blocks
     float* cos                                   # [n][head_dim/2] of the new tokens

@@ -5,11 +5,14 @@ on the way are staged beside the ring until every query of the chunk is done, si
 copy of them, or the ring tile they will replace.
 """
 
-from libc.math cimport INFINITY, cos, expf, sin
+from libc.math cimport INFINITY, M_LOG2E, cos, sin
 from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format
 from .kv cimport ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
+
+cdef extern from "<math.h>" nogil:
+    float exp2f(float)
 
 cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
@@ -44,7 +47,7 @@ cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t 
     p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
     p.evicted_before = tiles_evicted(c, tiles_packed(c, first + 1))
     p.n_shifts = tiles_evicted(c, p.packed_after) - p.evicted_before + 1
-    p.n_heads, p.group, p.scale, p.exact = n_heads, n_heads // c.n_kv_heads, scale, exact
+    p.n_heads, p.group, p.scale, p.exact = n_heads, n_heads // c.n_kv_heads, <float>(scale * M_LOG2E), exact
     p.block_tokens = _queries_per_block(p.group)
     p.n_spans = _spans(c, p)
     p.max_tiles = p.last_tile - p.packed_before + 1
@@ -354,7 +357,7 @@ cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
             at = ((span * c.n_kv_heads + h // plan.group) * plan.n + token) * plan.group + h % plan.group
             if plan.total[at] == 0:
                 continue
-            weight = expf(plan.top[at] - top)
+            weight = exp2f(plan.top[at] - top)
             total += weight * plan.total[at]
             for i in range(c.head_dim):
                 to[i] += weight * plan.acc[at * c.head_pad + i]

@@ -87,59 +87,66 @@ static void f16_v_accumulate(const void *tile, int64_t head_dim, const float *p,
     gemm_f16(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);
 }
 
-/* Weights e^(s - m) of one row in place, zero from lane n on; their sum. */
-KV_INLINE float exponentials(float *s, int64_t n, float m)
+/* Lanes from n on as if they had been seen nowhere. */
+static void hide(float *s, int64_t n, float with)
 {
-    vf sum = vf_zero();
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        vf p = vf_exp(vf_sub(vf_load(s + i), vf_set1(m)));
-        sum = vf_add(sum, p);
-        vf_store(s + i, p);
-    }
-    if (i < n) {
-        float part[16] = {0};
-        vf_store(part, vf_exp(vf_sub(vf_load_part(s + i, n - i), vf_set1(m))));
-        memset(part + (n - i), 0, (size_t)(16 - (n - i)) * sizeof(float));
-        vf_store(s + i, vf_load(part));
-        sum = vf_add(sum, vf_load(part));
-        i += 16;
-    }
-    memset(s + i, 0, (size_t)(KV_TILE - i) * sizeof(float));
-    return vf_sum(sum);
+    for (int64_t i = n; i < KV_TILE; i++)
+        s[i] = with;
 }
 
-KV_INLINE float largest(const float *s, int64_t n, float m)
+/* Weights of one row in place; their sum, lane by lane. */
+KV_INLINE vf weights(float *s, float m)
 {
-    int64_t i = 0;
-    vf top = vf_set1(m);
-    for (; i + 16 <= n; i += 16)
-        top = vf_max(top, vf_load(s + i));
-    m = vf_top(top);
-    for (; i < n; i++)
-        m = s[i] > m ? s[i] : m;
-    return m;
+    vf top = vf_set1(m), sum = vf_zero();
+    KV_UNROLL
+    for (int64_t i = 0; i < KV_TILE; i += 16) {
+        vf p = vf_exp2(vf_sub(vf_load(s + i), top));
+        vf_store(s + i, p);
+        sum = vf_add(sum, p);
+    }
+    return sum;
+}
+
+/* Up to four rows, so that their maxima and sums are found together. */
+KV_INLINE void softmax_rows(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
+                            float *acc)
+{
+    vf four[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+    float found[4];
+    for (int64_t r = 0; r < rows; r++) {
+        float *s = scores + r * KV_TILE;
+        if (visible[r] < KV_TILE)
+            hide(s, visible[r] > 0 ? visible[r] : 0, -INFINITY);
+        four[r] = vf_max(vf_max(vf_load(s), vf_load(s + 16)), vf_max(vf_load(s + 32), vf_load(s + 48)));
+    }
+    vf_top4(four, found);
+    for (int64_t r = 0; r < rows; r++) {
+        float *s = scores + r * KV_TILE;
+        if (found[r] > m[r]) {
+            float shrink = exp2f(m[r] - found[r]); /* 0 for the first */
+            l[r] *= shrink;
+            for (int64_t i = 0; i < head_pad; i += 16)
+                vf_store(acc + r * head_pad + i, vf_mul(vf_load(acc + r * head_pad + i), vf_set1(shrink)));
+            m[r] = found[r];
+        }
+        if (visible[r] > 0)
+            four[r] = weights(s, m[r]);
+        else
+            four[r] = vf_zero();
+        if (visible[r] < KV_TILE)
+            hide(s, visible[r] > 0 ? visible[r] : 0, 0);
+    }
+    vf_sum4(four, found);
+    for (int64_t r = 0; r < rows; r++)
+        l[r] += found[r];
 }
 
 static void softmax_step(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
                          float *acc)
 {
-    for (int64_t r = 0; r < rows; r++, scores += KV_TILE, acc += head_pad) {
-        int64_t n = visible[r];
-        if (n <= 0) {
-            memset(scores, 0, KV_TILE * sizeof(float));
-            continue;
-        }
-        float top = largest(scores, n, m[r]);
-        if (top > m[r]) {
-            float shrink = m[r] == -INFINITY ? 0 : expf(m[r] - top);
-            l[r] *= shrink;
-            for (int64_t i = 0; i < head_pad; i += 16)
-                vf_store(acc + i, vf_mul(vf_load(acc + i), vf_set1(shrink)));
-            m[r] = top;
-        }
-        l[r] += exponentials(scores, n, m[r]);
-    }
+    for (int64_t r = 0; r < rows; r += 4)
+        softmax_rows(scores + r * KV_TILE, visible + r, rows - r < 4 ? rows - r : 4, head_pad, m + r, l + r,
+                     acc + r * head_pad);
 }
 
 void KV_NAME(kv_fill_attention)(kv_kernels *table);

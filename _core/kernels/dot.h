@@ -8,12 +8,29 @@
 
 #include "simd.h"
 
+/* Adds the products of a block's 4- or 2-bit codes with input rows r, integers all, to dot[r]. */
+KV_INLINE void dot_add(const int bits, const int lines, const int rows, const uint8_t *codes, const int8_t *x, int64_t ld,
+                       d4 *dot)
+{
+    KV_NO_UNROLL
+    for (int l = 0; l < lines; l++) {
+        vw line = vw_load(codes + 64 * l);
+        kv_ahead(codes + 64 * l);
+        KV_UNROLL
+        for (int f = 0; f < 8 / bits; f++) {
+            vw field = vw_field(line, f * bits, (1 << bits) - 1);
+            KV_UNROLL
+            for (int r = 0; r < rows; r++)
+                dot[r] = d4_dot(dot[r], field, x + r * ld + 4 * (f * lines + l));
+        }
+    }
+}
+
 /* sum[r] = the exact dot products of one block with input row r, as floats. 8-bit codes are stored with an offset of
  * 128, which is not part of the result; x_sum has the sums of the rows' codes. */
 KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const uint8_t *codes, const int8_t *x,
                          int64_t ld, const int32_t *x_sum, int64_t ld_sum, vf *sum)
 {
-    const int fields = 8 / bits;
     if (bits == 8) {
         d8 dot[KV_ROWS];
         KV_UNROLL
@@ -22,6 +39,7 @@ KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const 
         KV_NO_UNROLL
         for (int l = 0; l < lines; l++) {
             vw line = vw_load(codes + 64 * l);
+            kv_ahead(codes + 64 * l);
             KV_UNROLL
             for (int r = 0; r < rows; r++)
                 dot[r] = d8_dot(dot[r], line, x + r * ld + 4 * l);
@@ -34,17 +52,7 @@ KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const 
         KV_UNROLL
         for (int r = 0; r < rows; r++)
             dot[r] = d4_zero();
-        KV_NO_UNROLL
-        for (int l = 0; l < lines; l++) {
-            vw line = vw_load(codes + 64 * l);
-            KV_UNROLL
-            for (int f = 0; f < fields; f++) {
-                vw field = vw_field(line, f * bits, (1 << bits) - 1);
-                KV_UNROLL
-                for (int r = 0; r < rows; r++)
-                    dot[r] = d4_dot(dot[r], field, x + r * ld + 4 * (f * lines + l));
-            }
-        }
+        dot_add(bits, lines, rows, codes, x, ld, dot);
         KV_UNROLL
         for (int r = 0; r < rows; r++)
             sum[r] = d4_float(dot[r]);

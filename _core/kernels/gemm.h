@@ -6,42 +6,67 @@
 
 #include "simd.h"
 
-#define KV_GEMM(NAME, TYPE, LOAD)                                                                                  \
-    KV_INLINE void NAME##_rows(const int rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b,          \
-                               int64_t depth, float *c, int64_t ld_c, int add)                                     \
-    {                                                                                                              \
-        vf sum[KV_ROWS];                                                                                           \
-        KV_UNROLL                                                                                                  \
-        for (int r = 0; r < rows; r++)                                                                             \
-            sum[r] = add ? vf_load(c + r * ld_c) : vf_zero();                                                      \
-        for (int64_t k = 0; k < depth; k++) {                                                                      \
-            vf line = LOAD(b + k * ld_b);                                                                          \
-            KV_UNROLL                                                                                              \
-            for (int r = 0; r < rows; r++)                                                                         \
-                sum[r] = vf_fma(vf_set1(a[r * ld_a + k]), line, sum[r]);                                           \
-        }                                                                                                          \
-        KV_UNROLL                                                                                                  \
-        for (int r = 0; r < rows; r++)                                                                             \
-            vf_store(c + r * ld_c, sum[r]);                                                                        \
-    }                                                                                                              \
-                                                                                                                   \
-    static void NAME(int64_t rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b, int64_t depth,       \
-                     int64_t lanes, float *c, int64_t ld_c, int add)                                               \
-    {                                                                                                              \
-        for (int64_t n = 0; n < lanes; n += 16) {                                                                  \
-            int64_t r = 0;                                                                                         \
-            for (; r + KV_ROWS <= rows; r += KV_ROWS)                                                              \
-                NAME##_rows(KV_ROWS, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add);         \
-            if (KV_ROWS > 4 && rows - r >= 4) {                                                                    \
-                NAME##_rows(4, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add);               \
-                r += 4;                                                                                            \
-            }                                                                                                      \
-            switch (rows - r) {                                                                                    \
-            case 3: NAME##_rows(3, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add); break;    \
-            case 2: NAME##_rows(2, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add); break;    \
-            case 1: NAME##_rows(1, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add); break;    \
-            }                                                                                                      \
-        }                                                                                                          \
+#define KV_GEMM(NAME, TYPE, LOAD)                                                                                      \
+    KV_INLINE void NAME##_rows(const int rows, const int groups, const float *a, int64_t ld_a, const TYPE *b,          \
+                               int64_t ld_b, int64_t depth, float *c, int64_t ld_c, int add)                           \
+    {                                                                                                                  \
+        vf sum[KV_ROWS][2];                                                                                            \
+        KV_UNROLL                                                                                                      \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            KV_UNROLL                                                                                                  \
+            for (int g = 0; g < groups; g++)                                                                           \
+                sum[r][g] = add ? vf_load(c + r * ld_c + 16 * g) : vf_zero();                                          \
+        for (int64_t k = 0; k < depth; k++) {                                                                          \
+            vf x[KV_ROWS];                                                                                             \
+            KV_UNROLL                                                                                                  \
+            for (int r = 0; r < rows; r++)                                                                             \
+                x[r] = vf_set1(a[r * ld_a + k]);                                                                       \
+            kv_ahead(b + k * ld_b);                                                                                    \
+            KV_UNROLL                                                                                                  \
+            for (int g = 0; g < groups; g++) {                                                                         \
+                vf line = LOAD(b + k * ld_b + 16 * g);                                                                 \
+                KV_UNROLL                                                                                              \
+                for (int r = 0; r < rows; r++)                                                                         \
+                    sum[r][g] = vf_fma(x[r], line, sum[r][g]);                                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+        KV_UNROLL                                                                                                      \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            KV_UNROLL                                                                                                  \
+            for (int g = 0; g < groups; g++)                                                                           \
+                vf_store(c + r * ld_c + 16 * g, sum[r][g]);                                                            \
+    }                                                                                                                  \
+                                                                                                                       \
+    static KV_OWN void NAME##_few(const int rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b,           \
+                                  int64_t depth, int64_t lanes, float *c, int64_t ld_c, int add)                       \
+    {                                                                                                                  \
+        int64_t n = 0;                                                                                                 \
+        for (; n + 32 <= lanes; n += 32)                                                                               \
+            switch (rows) {                                                                                            \
+            case 3: NAME##_rows(3, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
+            case 2: NAME##_rows(2, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
+            case 1: NAME##_rows(1, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
+            }                                                                                                          \
+        if (n < lanes)                                                                                                 \
+            switch (rows) {                                                                                            \
+            case 3: NAME##_rows(3, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
+            case 2: NAME##_rows(2, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
+            case 1: NAME##_rows(1, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
+            }                                                                                                          \
+    }                                                                                                                  \
+                                                                                                                       \
+    static void NAME(int64_t rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b, int64_t depth,           \
+                     int64_t lanes, float *c, int64_t ld_c, int add)                                                   \
+    {                                                                                                                  \
+        const int64_t many = rows / KV_ROWS * KV_ROWS, four = KV_ROWS > 4 ? rows / 4 * 4 : many;                       \
+        for (int64_t n = 0; n < lanes && four; n += 16) {                                                              \
+            for (int64_t r = 0; r < many; r += KV_ROWS)                                                                \
+                NAME##_rows(KV_ROWS, 1, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add);          \
+            if (many < four)                                                                                           \
+                NAME##_rows(4, 1, a + many * ld_a, ld_a, b + n, ld_b, depth, c + many * ld_c + n, ld_c, add);          \
+        }                                                                                                              \
+        if (four < rows)                                                                                               \
+            NAME##_few((int)(rows - four), a + four * ld_a, ld_a, b, ld_b, depth, lanes, c + four * ld_c, ld_c, add);  \
     }
 
 KV_GEMM(gemm_f32, float, vf_load)

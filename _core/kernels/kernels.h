@@ -92,8 +92,8 @@ typedef struct {
     void (*hadamard)(float *x, int64_t n);
     /* out = silu(gate) * up */
     void (*silu_mul)(const float *gate, const float *up, int64_t n, float *out);
-    /* Online softmax over one tile (Milakov and Gimelshein 2018). scores [rows][64] become weights in place;
-     * lanes at or beyond visible[r] get weight 0. Running maximum m, sum l and accumulators acc [rows][head_pad]
+    /* Online softmax over one tile (Milakov and Gimelshein 2018), to the base 2: scores [rows][64], which come times
+     * log2(e), become weights in place; lanes at or beyond visible[r] get weight 0. Running maximum m, sum l and accumulators acc [rows][head_pad]
      * are rescaled when the maximum grows. */
     void (*softmax_step)(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
                          float *acc);
