@@ -21,16 +21,25 @@ KV_INLINE vf bounded(vf x) { return vf_min(vf_set1(65504), vf_max(vf_set1(-65504
 
 static void find_extremes(block *b)
 {
-    for (int r = 0; r < b->rows; r++) {
-        const float *x = b->x + r * b->ld;
-        vf low = vf_load(x), high = low;
-        for (int p = 1; p < b->panels; p++) {
-            vf v = vf_load(x + p * LANES);
-            low = vf_min(v, low);
-            high = vf_max(v, high);
+    for (int r = 0; r < b->rows; r += 4) {
+        vf minus[4], high[4];
+        float top[4];
+        KV_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const float *x = b->x + (r + i) * b->ld;
+            vf low = vf_load(x);
+            high[i] = low;
+            for (int p = 1; p < b->panels; p++) {
+                vf v = vf_load(x + p * LANES);
+                low = vf_min(v, low);
+                high[i] = vf_max(v, high[i]);
+            }
+            minus[i] = vf_sub(vf_zero(), low);
         }
-        b->low[r] = vf_low(low);
-        b->high[r] = vf_top(high);
+        vf_top4(high, b->high + r);
+        vf_top4(minus, top);
+        for (int i = 0; i < 4; i++)
+            b->low[r + i] = 0 - top[i];
     }
 }
 
@@ -165,15 +174,16 @@ KV_INLINE void pack_block(const int bits, block *b, uint8_t *to, int64_t panel, 
             search_ranges(b, first, &scale, &minimum);
         store_ranges(b, first, scale, minimum, scales, minima);
     }
+    float tops[LANES];
+    vf_store(tops, vf_set1(most));
     for (int p = 0; p < b->panels; p++, to += panel) {
-        float top[LANES];
-        for (int i = 0; i < LANES; i++)
-            top[i] = p * LANES + i < b->n ? most : 0; /* padding has code 0 */
+        int n = b->n - p * LANES;
+        vf top = n < LANES ? vf_load_part(tops, n) : vf_set1(most); /* padding has code 0 */
         for (int l = 0; l < lines; l++) {
-            vw line = codes_of(b, b->x + p * LANES, 4 * l, vf_load(top));
+            vw line = codes_of(b, b->x + p * LANES, 4 * l, top);
             KV_UNROLL
             for (int f = 1; f < fields; f++)
-                line = vw_or(line, codes_of(b, b->x + p * LANES, 4 * (f * lines + l), vf_load(top)), f * bits);
+                line = vw_or(line, codes_of(b, b->x + p * LANES, 4 * (f * lines + l), top), f * bits);
             vw_store(to + 64 * l, line);
         }
     }

@@ -103,6 +103,40 @@ static void check_vectors(int64_t n)
     free(x), free(y), free(a), free(b), free(q), free(p);
 }
 
+static double squared_error(const float *x, const float *y, int64_t n)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+    return sum;
+}
+
+/* A tile is the same on every level; at 2 bits a range may differ where two are as good. */
+static void check_packing(int f, int64_t head_dim)
+{
+    const kv_format *one = &reference.format[f], *two = &checked.format[f];
+    int64_t pad = (head_dim + 15) / 16 * 16, nk = one->k_bytes(head_dim), nv = one->v_bytes(head_dim);
+    float *k = floats(head_dim * 64), *v = floats(64 * pad), *x = bytes(pad * 256), *y = bytes(pad * 256);
+    uint8_t *a = bytes(nk + nv), *b = bytes(nk + nv);
+    for (int64_t i = 0; i < 64 * pad; i++)
+        v[i] = i % pad < head_dim ? v[i] : 0;
+    one->pack_k(k, head_dim, a), one->pack_v(v, head_dim, a + nk);
+    two->pack_k(k, head_dim, b), two->pack_v(v, head_dim, b + nk);
+    if (f != KV_FORMAT_Q2 && memcmp(a, b, (size_t)(nk + nv)))
+        failures++, printf("format %d (%lld): another tile\n", f, (long long)head_dim);
+    for (int part = 0; part < 2; part++) {
+        int64_t n = part ? 64 * pad : 64 * head_dim;
+        if (part)
+            one->unpack_v(a + nk, head_dim, x), one->unpack_v(b + nk, head_dim, y);
+        else
+            one->unpack_k(a, head_dim, x), one->unpack_k(b, head_dim, y);
+        double expected = squared_error(part ? v : k, x, n), error = squared_error(part ? v : k, y, n);
+        if (!(fabs(error - expected) <= 1e-3 * expected))
+            failures++, printf("format %d (%lld): squared error %g, not %g\n", f, (long long)head_dim, error, expected);
+    }
+    free(k), free(v), free(x), free(y), free(a), free(b);
+}
+
 static void check_tile(int f, int64_t head_dim, int64_t rows)
 {
     int64_t pad = (head_dim + 15) / 16 * 16;
@@ -154,9 +188,11 @@ int main(int argc, char **argv)
     for (int i = 0; i < 7; i++)
         check_vectors(lengths[i]);
     for (int f = 0; f < KV_FORMATS; f++)
-        for (int i = 0; i < 7; i++)
+        for (int i = 0; i < 7; i++) {
+            check_packing(f, dims[i]);
             for (int rows = 1; rows <= 9; rows++)
                 check_tile(f, dims[i], rows);
+        }
     printf("%s: %d differences from scalar\n", checked.name, failures);
     return failures != 0;
 }
