@@ -199,6 +199,44 @@ def test_quantised_tile(format, bits, head_dim, level, rng):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("draw", ["standard_normal", "laplace", "uniform"])
+@pytest.mark.parametrize("n", [64, 16])
+def test_two_bits_find_nearly_the_best_range(n, draw, level, rng):
+    """The squared error of q2 against that of the best of all ranges on a fine grid."""
+    v = getattr(rng, draw)(size=(64, n)) + rng.uniform(-3, 3, (64, 1))
+    low, high = v.min(1)[:, None, None], v.max(1)[:, None, None]
+    first, last = (x.reshape(-1, 1) for x in np.meshgrid(np.linspace(0, 0.55, 50), np.linspace(0.45, 1, 50)))
+    origin, step = low + first * (high - low), (last - first).clip(1e-9) / 3 * (high - low)    # [64, grid, 1]
+    codes = ((v[:, None] - origin) / step).round().clip(0, 3)
+    best = ((v[:, None] - origin - codes * step) ** 2).sum(2).min(1)
+    got = probe.Tile("q2", np.zeros((n, 64)), v, level).unpack()[1]
+    assert ((got - v) ** 2).sum() <= 1.03 * best.sum()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("format", ["q8", "q4", "q2"])
+def test_tile_of_unpacked_numbers_is_the_same(format, level, rng):
+    """Taking back tokens unpacks a tile into the float16 window; packing it again must not round anything anew."""
+    tile = probe.Tile(format, rng.standard_normal((80, 64)), rng.laplace(size=(64, 80)), level)
+    once = [x.astype(np.float16) for x in tile.unpack()]
+    for got, expected in zip(probe.Tile(format, *once, level).unpack(), once):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("format", ["q8", "q4", "q2"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_levels_pack_the_same(head_dim, format, rng):
+    k, v = rng.standard_normal((head_dim, 64)), rng.standard_normal((64, head_dim))
+    expected = probe.Tile(format, k, v, "scalar").unpack()
+    for level in LEVELS:
+        for got, want, exact in zip(probe.Tile(format, k, v, level).unpack(), expected, (k, v)):
+            if format == "q2":  # ranges may differ where two are as good
+                assert abs(((got - exact) ** 2).sum() / ((want - exact) ** 2).sum() - 1) < 1e-3
+            else:
+                close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("format", ["q8", "q4", "q2"])
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e5, np.nan, np.inf])
 def test_quantised_tile_of_one_value(format, value, level):
