@@ -27,7 +27,7 @@ typedef struct {
 void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
 
 /* Scales folded in: w[r][ld] = x[r] * scale, zero from the n inputs to the end of the last block; and the constants, the
- * sums of x[r] * minimum, with the offset that dot_codes leaves out of 8-bit codes. */
+ * sums of x[r] * (minimum + offset * scale), for an offset that the codes are counted from. */
 KV_INLINE void scaled(const int rows, const float offset, const float *x, int64_t ld_x, int64_t n, int64_t depth,
                       const uint16_t *scale, const uint16_t *minimum, float *w, int64_t ld, float *constant)
 {
@@ -64,8 +64,9 @@ KV_INLINE vf largest(const float *w, const int n)
     return top;
 }
 
-/* `blocks` blocks of `block` numbers as int8, scale = max|w| / 127; there is room for whole fours of blocks. */
-KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *q, float *scale)
+/* `blocks` blocks of `block` numbers as int8, scale = max|w| / 127; total is what each adds up to once rounded. There is
+ * room for whole fours of blocks. */
+KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *q, float *scale, float *total)
 {
     for (int64_t b = 0; b < blocks; b += 4, w += 4 * block, q += 4 * block) {
         vf top[4];
@@ -83,36 +84,51 @@ KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *
             vf by = vf_set1(inverse[i / block]);
             vf_store_codes(q + i, vf_mul(vf_load(w + i), by), vf_mul(vf_load(w + i + 16), by));
         }
+        i8_sum4(q, block, total + b);
+        for (int i = 0; i < 4; i++)
+            total[b + i] *= scale[b + i];
     }
 }
+
+/* Row r of w [ld], in 16 bits; KV_OFFSET_8 is what dot products of such codes leave out of them. */
+#ifdef KV_WIDE
+#define KV_OFFSET_8 0
+KV_INLINE void fold_8(const float *w, int64_t ld, int64_t r, folded *f)
+{
+    for (int64_t i = 0; i < ld; i += WIDE_BLOCK)
+        f->scale[r * wide_blocks(ld) + i / WIDE_BLOCK] =
+            d16_round(w + i, ld - i < WIDE_BLOCK ? ld - i : WIDE_BLOCK, f->in.wide + r * ld + i);
+}
+#else
+#define KV_OFFSET_8 128
+KV_INLINE void fold_8(const float *w, int64_t ld, int64_t r, folded *f)
+{
+    const int64_t blocks = ld / KV_BLOCK;
+    KV_NAME(kv_quantize_input)(w, ld, PLANES_8, f->in.q + r * PLANES_8 * ld, f->scale + r * PLANES_8 * blocks,
+                               f->sum + r * PLANES_8 * blocks);
+}
+#endif
 
 /* Folds and rounds `rows` rows of x [ld_x]: n inputs, of `depth` that a panel has. */
 KV_INLINE void fold(const int bits, const int rows, const float *x, int64_t ld_x, int64_t n, int64_t depth,
                     const uint16_t *scale, const uint16_t *minimum, folded *f)
 {
-    float w[KV_ROWS * MAX_DEPTH + 8 * KV_BLOCK];
+    float w[KV_ROWS * MAX_DEPTH + 8 * KV_BLOCK], total[KV_ROWS * MAX_DEPTH / KV_BLOCK + 4];
     const int64_t blocks = (depth + KV_SCALED(bits) - 1) / KV_SCALED(bits), ld = blocks * KV_SCALED(bits);
-#ifdef KV_WIDE
-    scaled(rows, 0, x, ld_x, n, depth, scale, minimum, w, ld, f->constant);
+    const float middle = 0.5f * (float)((1 << bits) - 1);
+    scaled(rows, bits < 8 ? middle : KV_OFFSET_8, x, ld_x, n, depth, scale, minimum, w, ld, f->constant);
     if (bits == 8) {
         for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < ld; i += WIDE_BLOCK)
-                f->scale[r * wide_blocks(ld) + i / WIDE_BLOCK] =
-                    d16_round(w + r * ld + i, ld - i < WIDE_BLOCK ? ld - i : WIDE_BLOCK, f->in.wide + r * ld + i);
+            fold_8(w + r * ld, ld, r, f);
         return;
     }
-#else
-    scaled(rows, bits == 8 ? 128 : 0, x, ld_x, n, depth, scale, minimum, w, ld, f->constant);
-    if (bits == 8) {
-        for (int r = 0; r < rows; r++)
-            KV_NAME(kv_quantize_input)(w + r * ld, ld, PLANES_8, f->in.q + r * PLANES_8 * ld,
-                                       f->scale + r * PLANES_8 * blocks, f->sum + r * PLANES_8 * blocks);
-        return;
-    }
-#endif
     for (int64_t i = rows * ld; i % (4 * KV_SCALED(bits)); i += 16)
         vf_store(w + i, vf_zero());
-    rounded(KV_SCALED(bits), rows * blocks, w, f->in.q, f->scale);
+    rounded(KV_SCALED(bits), rows * blocks, w, f->in.q, f->scale, total);
+    /* What rounding took away or added counts as if it met a code of the middle: no bias, and half the error. */
+    for (int r = 0; r < rows; r++)
+        for (int64_t b = 0; b < blocks; b++)
+            f->constant[r] -= middle * total[r * blocks + b];
 }
 
 /* dot[r] of `n` inputs, less than share a scale, at the end of a panel. Not in line: GCC would share loads with the whole

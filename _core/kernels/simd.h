@@ -5,6 +5,7 @@
  *                                    smallest lane) vf_round vf_pick(a,b,x,y) = a > b ? x : y
  *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
  *                                    vf_top4 vf_sum4 (of four at once), vf_store_codes (32 codes, of two)
+ *                                    i8_sum4 (sums of four times n codes, n a multiple of 32)
  *                                    vf_load_f16 vf_store_f16, vf_bf16_even/odd (channels of a bf16 line)
  *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_field (bits `mask` after a shift)
  *                                                    vw_code (those of one of the 4 channels, as vf)
@@ -55,6 +56,20 @@ KV_INLINE void kv_ahead(const void *p) { __builtin_prefetch((const char *)p + KV
 #include "simd_neon.h"
 #else
 #include "simd_scalar.h"
+#endif
+
+#ifndef KV_HAS_FOURS
+KV_INLINE void vf_top4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_top(x[i]); }
+KV_INLINE void vf_sum4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_sum(x[i]); }
+KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
+{
+    for (int j = 0; j < 4; j++, q += n) {
+        int32_t sum = 0;
+        for (int i = 0; i < n; i++)
+            sum += q[i];
+        out[j] = (float)sum;
+    }
+}
 #endif
 
 /* e^x: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor to the seventh power; relative error below 2e-7.

@@ -50,6 +50,7 @@ KV_INLINE float vf_top(vf x)
     return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
 
+#define KV_HAS_FOURS 1
 /* The largest lanes, and the sums, of four at once. */
 #define KV_FOUR(NAME, OP)                                                                                              \
     KV_INLINE void NAME(const vf x[4], float *out)                                                                     \
@@ -103,6 +104,21 @@ KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
     __m256i j = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
     __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packing works on halves of registers */
     _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(i, j), order));
+}
+
+KV_INLINE __m256i kv_sum_codes(const int8_t *q, const int n)
+{
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 32)
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i *)(q + i))));
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
+{
+    __m256i ab = _mm256_hadd_epi32(kv_sum_codes(q, n), kv_sum_codes(q + n, n));
+    __m256i cd = _mm256_hadd_epi32(kv_sum_codes(q + 2 * n, n), kv_sum_codes(q + 3 * n, n));
+    ab = _mm256_hadd_epi32(ab, cd);
+    _mm_storeu_ps(out, _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(ab), _mm256_extracti128_si256(ab, 1))));
 }
 
 /* Tiles */

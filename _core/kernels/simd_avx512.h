@@ -47,8 +47,6 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return _mm512_reduce_add_epi32(i);
 }
 
-KV_INLINE void vf_top4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_top(x[i]); }
-KV_INLINE void vf_sum4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_sum(x[i]); }
 KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
 {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));

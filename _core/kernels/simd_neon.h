@@ -70,6 +70,7 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return vaddvq_s32(vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d)));
 }
 
+#define KV_HAS_FOURS 1
 KV_INLINE float32x4_t kv_top(vf x) { return vmaxq_f32(vmaxq_f32(x.val[0], x.val[1]), vmaxq_f32(x.val[2], x.val[3])); }
 KV_INLINE float32x4_t kv_sum(vf x) { return vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3])); }
 KV_INLINE void vf_top4(const vf x[4], float *out)
@@ -90,6 +91,16 @@ KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
 {
     vst1q_s8(p, kv_codes(x));
     vst1q_s8(p + 16, kv_codes(y));
+}
+
+KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
+{
+    for (int j = 0; j < 4; j++, q += n) {
+        int32x4_t sum = vdupq_n_s32(0);
+        for (int i = 0; i < n; i += 16)
+            sum = vdotq_s32(sum, vld1q_s8(q + i), vdupq_n_s8(1));
+        out[j] = (float)vaddvq_s32(sum);
+    }
 }
 
 /* Tiles */

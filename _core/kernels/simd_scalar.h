@@ -47,8 +47,6 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
     return sum;
 }
 
-KV_INLINE void vf_top4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_top(x[i]); }
-KV_INLINE void vf_sum4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_sum(x[i]); }
 KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
 {
     for (int i = 0; i < 16; i++) {
