@@ -17,19 +17,20 @@ cdef extern from "team.h":
 ctypedef struct QueryBlock:
     int64_t start, end, packed
 
-# What the attention of one chunk needs, the same for every layer.
+# What the attention of one chunk needs, for every layer.
 ctypedef struct Plan:
     int64_t n, first, last_tile                  # new tokens, position of the first, tile of the last one
     int64_t packed_before, packed_after          # tiles packed when the chunk starts and when it is in
     int64_t evicted_before, n_shifts             # sinks are rotated for n_shifts numbers of evicted tiles
-    int64_t n_blocks, block_tokens, n_spans      # query blocks; spans of tiles that work is split into
+    int64_t n_blocks, block_tokens               # query blocks
+    int64_t n_spans                              # most spans of tiles that a layer's work is split into
     int64_t n_heads, group                       # group: query heads of a KV head
     float scale                                  # of queries, times log2(e): the softmax is to the base 2
     bint exact                                   # many queries multiply as one does, with rounded inputs
     QueryBlock* blocks
     float* cos                                   # [n][head_dim/2] of the new tokens
     float* sin
-    float* sink_cos                              # [n_shifts][n_sinks][head_dim/2]
+    float* sink_cos                              # [n_shifts + 1][n_sinks][head_dim/2], the last: where they were
     float* sink_sin
     float* sinks                                 # [n_kv_heads][n_shifts] rotated keys [head_dim][sink_lanes]
     uint8_t* staged_windows                      # [n_kv_heads] window tiles beyond the window, max_tiles each

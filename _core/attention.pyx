@@ -9,7 +9,7 @@ from libc.math cimport INFINITY, M_LOG2E, cos, sin
 from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format
-from .kv cimport ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
+from .kv cimport first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
 
 cdef extern from "<math.h>" nogil:
     float exp2f(float)
@@ -34,25 +34,29 @@ cdef inline int64_t _tile_floats(const Cache* c) noexcept nogil:
     return KV_TILE * (c.head_dim + c.head_pad)
 
 
-cdef int64_t _spans(const Cache* c, const Plan* plan) noexcept nogil:
+cdef inline int64_t _spans(const Cache* c, const Plan* plan, int64_t layer) noexcept nogil:
+    """Spans of tiles in a layer: as many as its queries see, not as the cache has."""
     if plan.n > SPLIT_TOKENS:
         return 1
-    return (plan.last_tile - tiles_evicted(c, tiles_packed(c, plan.first + 1))) // SPAN_TILES + 1
+    return (plan.last_tile - first_tile(c, layer, plan.first, tiles_packed(c, plan.first + 1))) // SPAN_TILES + 1
 
 
 cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale, bint exact,
                      int64_t threads) noexcept nogil:
     """Counts what a chunk of n tokens from position `first` on needs; no pointer is set."""
+    cdef int64_t layer
     p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
     p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
-    p.evicted_before = tiles_evicted(c, tiles_packed(c, first + 1))
-    p.n_shifts = tiles_evicted(c, p.packed_after) - p.evicted_before + 1
+    p.evicted_before = tiles_evicted(c, c.n_slots, tiles_packed(c, first + 1))
+    p.n_shifts = tiles_evicted(c, c.n_slots, p.packed_after) - p.evicted_before + 1
     p.n_heads, p.group, p.scale, p.exact = n_heads, n_heads // c.n_kv_heads, <float>(scale * M_LOG2E), exact
     p.block_tokens = _queries_per_block(p.group)
-    p.n_spans = _spans(c, p)
+    p.n_spans = 1
+    for layer in range(c.n_layers):
+        p.n_spans = max(p.n_spans, _spans(c, p, layer))
     p.max_tiles = p.last_tile - p.packed_before + 1
-    # of a thread: a tile while it is packed or unpacked; rotated queries, scores, visible counts
-    p.scratch_floats = (_tile_floats(c) + _rows(p.group) * (c.head_dim + KV_TILE + 1) + 15) // 16 * 16
+    # of a thread: a tile while it is packed or unpacked; rotated queries, scores, two counts
+    p.scratch_floats = (_tile_floats(c) + _rows(p.group) * (c.head_dim + KV_TILE + 2) + 15) // 16 * 16
     p.threads = threads
 
 
@@ -69,8 +73,8 @@ cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogi
     p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
     p.cos = <float*>_take(block, &used, 4 * p.n * half)
     p.sin = <float*>_take(block, &used, 4 * p.n * half)
-    p.sink_cos = <float*>_take(block, &used, 4 * p.n_shifts * c.n_sinks * half)
-    p.sink_sin = <float*>_take(block, &used, 4 * p.n_shifts * c.n_sinks * half)
+    p.sink_cos = <float*>_take(block, &used, 4 * (p.n_shifts + 1) * c.n_sinks * half)
+    p.sink_sin = <float*>_take(block, &used, 4 * (p.n_shifts + 1) * c.n_sinks * half)
     p.sinks = <float*>_take(block, &used, 4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
     p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.window_k_bytes + c.window_v_bytes))
     p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.k_bytes + c.v_bytes))
@@ -83,7 +87,7 @@ cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogi
 
 cdef void plan_queries(Plan* p, const Cache* c, const double* inv_freq) noexcept nogil:
     """Query blocks, and the angles of the new tokens and of the sinks, in float64. inv_freq: [head_dim/2]."""
-    cdef int64_t t = 0, s, j, packed, half = c.head_dim // 2
+    cdef int64_t t = 0, s, j, packed, shift, half = c.head_dim // 2
     cdef QueryBlock* block
     p.n_blocks = 0
     while t < p.n:
@@ -97,10 +101,11 @@ cdef void plan_queries(Plan* p, const Cache* c, const double* inv_freq) noexcept
         p.n_blocks += 1
     for t in range(p.n):
         _angles(p.first + t, inv_freq, half, p.cos + t * half, p.sin + t * half)
-    for s in range(p.n_shifts):
+    for s in range(p.n_shifts + (c.n_sliding > 0)):
+        shift = KV_TILE * (p.evicted_before + s) if s < p.n_shifts else 0
         for j in range(c.n_sinks):
             t = (s * c.n_sinks + j) * half
-            _angles(j + KV_TILE * (p.evicted_before + s), inv_freq, half, p.sink_cos + t, p.sink_sin + t)
+            _angles(j + shift, inv_freq, half, p.sink_cos + t, p.sink_sin + t)
 
 
 cdef void _angles(int64_t position, const double* inv_freq, int64_t half, float* cosines, float* sines) noexcept nogil:
@@ -136,27 +141,34 @@ cdef inline uint8_t* _packed(const Cache* c, const Plan* plan, int64_t layer, in
 
 cdef void _append_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head,
                         const float* k, const float* v, int64_t ld) noexcept nogil:
-    """Keeps the chunk's share of the first tokens, and rotates all sinks for every place they are seen at."""
-    cdef int64_t t, i, s, j, half = c.head_dim // 2, lanes = c.sink_lanes
+    """Keeps the chunk's share of the first tokens, and rotates all sinks for every place they are seen at: with a
+    sliding window where they were."""
+    cdef int64_t t, i, s, lanes = c.sink_lanes, sight = c.layers[layer].sight, set = c.head_dim * c.sink_lanes
     cdef float* keys = sink_keys(c, layer, head)
     cdef float* values = sink_values(c, layer, head)
-    cdef float* out
-    cdef float a, b, cosine, sine
+    cdef float* out = plan.sinks + head * plan.n_shifts * set
     for t in range(max(<int64_t>0, min(plan.n, c.n_sinks - plan.first))):
         for i in range(c.head_dim):
             keys[i * lanes + plan.first + t] = k[t * ld + head * c.head_dim + i]
         memcpy(values + (plan.first + t) * c.head_pad, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
         if c.v.hadamard:
             kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
-    for s in range(plan.n_shifts):
-        out = plan.sinks + (head * plan.n_shifts + s) * c.head_dim * lanes
-        for i in range(half):
-            for j in range(min(c.n_sinks, plan.first + plan.n)):
-                cosine = plan.sink_cos[(s * c.n_sinks + j) * half + i]
-                sine = plan.sink_sin[(s * c.n_sinks + j) * half + i]
-                a, b = keys[i * lanes + j], keys[(i + half) * lanes + j]
-                out[i * lanes + j] = a * cosine - b * sine
-                out[(i + half) * lanes + j] = b * cosine + a * sine
+    if not sight:
+        for s in range(plan.n_shifts):
+            _rotate_sinks(c, plan, s, keys, out + s * set)
+    elif plan.first - sight + 1 < c.n_sinks:
+        _rotate_sinks(c, plan, plan.n_shifts, keys, out)
+
+
+cdef void _rotate_sinks(const Cache* c, const Plan* plan, int64_t place, const float* keys, float* out) noexcept nogil:
+    cdef int64_t i, j, at, half = c.head_dim // 2, lanes = c.sink_lanes
+    cdef float a, b
+    for i in range(half):
+        for j in range(min(c.n_sinks, plan.first + plan.n)):
+            at = (place * c.n_sinks + j) * half + i
+            a, b = keys[i * lanes + j], keys[(i + half) * lanes + j]
+            out[i * lanes + j] = a * plan.sink_cos[at] - b * plan.sink_sin[at]
+            out[(i + half) * lanes + j] = b * plan.sink_cos[at] + a * plan.sink_sin[at]
 
 
 cdef void _append_tile(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head,
@@ -173,7 +185,7 @@ cdef void _append_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
         if c.v.hadamard:
             kern.hadamard(scratch, c.head_dim)
         c.wv.put_v(window + c.window_k_bytes, c.head_dim, position - start, scratch)
-    if tile < plan.packed_after:
+    if tile < plan.packed_after and c.layers[layer].n_slots:
         packed = _packed(c, plan, layer, head, tile)
         c.wk.unpack_k(window, c.head_dim, scratch)
         c.k.pack_k(scratch, c.head_dim, packed)
@@ -206,13 +218,13 @@ cdef bint commit_needed(const Cache* c, const Plan* plan) noexcept nogil:
 
 cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
     """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
-    cdef int64_t tile, head = 0, end = 0, bytes = c.k_bytes + c.v_bytes
+    cdef int64_t tile, head = 0, end = 0, bytes = c.k_bytes + c.v_bytes, n_slots = c.layers[layer].n_slots
     cdef int64_t window_bytes = c.window_k_bytes + c.window_v_bytes
     while True:
         head = kv_team_take(team, c.n_kv_heads, 1, &end)
         if head < 0:
             break
-        for tile in range(max(plan.packed_before, plan.packed_after - c.n_slots), plan.packed_after):
+        for tile in range(max(plan.packed_before, plan.packed_after - n_slots), plan.packed_after):
             memcpy(ring_tile(c, layer, head, tile), _packed(c, plan, layer, head, tile), bytes)
         for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
             memcpy(window_tile(c, layer, head, tile), _unpacked(c, plan, layer, head, tile), window_bytes)
@@ -222,38 +234,63 @@ cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* 
 
 # One work item: the rows (queries of a block times heads of a group) of one KV head, over one span of tiles.
 ctypedef struct Rows:
-    int64_t n, layer, head
+    int64_t n, layer, head, sight
     const QueryBlock* block
     float* tile                # room for an unpacked one: keys, then values
     float* q                   # [n][head_dim], rotated and scaled
     float* scores              # [n][64]
-    int32_t* visible           # [n] tokens of the tile at hand that each row sees
+    int32_t* visible           # [n] of the tile at hand, each row sees tokens [hidden, visible), none if visible <= 0
+    int32_t* hidden            # [n] set with a sliding window only
     float* top
     float* total
     float* acc                 # [n][head_pad]
 
 
-cdef inline void _see(const Cache* c, const Plan* plan, Rows* rows, int64_t start) noexcept nogil:
-    """Counts, for every row, the tokens of the tile starting at position `start` that are not in its future."""
-    cdef int64_t r, seen
+cdef inline int64_t _see(const Cache* c, const Plan* plan, Rows* rows, int64_t start, int64_t tokens) noexcept nogil:
+    """Counts, for every row, what it sees of the tokens from position `start` on: those that are not in its future, nor
+    before its sliding window. Returns how far the row that sees the most of them does."""
+    cdef int64_t r, seen, hidden, most = 0
     for r in range(rows.n):
         seen = plan.first + rows.block.start + r // plan.group + 1 - start
-        rows.visible[r] = <int32_t>min(seen, <int64_t>KV_TILE)
+        if rows.sight:
+            hidden = max(seen - rows.sight, <int64_t>0)
+            seen = min(seen, tokens) if hidden < tokens else 0
+            rows.hidden[r] = <int32_t>min(hidden, tokens)
+        rows.visible[r] = <int32_t>min(seen, tokens)
+        most = max(most, <int64_t>rows.visible[r])
+    return most
+
+
+cdef inline void _fill_hidden(Rows* rows, float value) noexcept nogil:
+    cdef int64_t r, i
+    for r in range(rows.n):
+        for i in range(rows.hidden[r]):
+            rows.scores[r * KV_TILE + i] = value
+
+
+cdef inline void _weigh(const kv_kernels* kern, const Cache* c, Rows* rows) noexcept nogil:
+    """From scores to softmax weights: none for what a row does not see."""
+    if rows.sight:
+        _fill_hidden(rows, -INFINITY)
+    kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
+    if rows.sight:
+        _fill_hidden(rows, 0)  # their exponentials, 1e-38, have not changed the sum, which is at least 1
 
 
 cdef void _attend_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows) noexcept nogil:
-    cdef int64_t shift = tiles_evicted(c, rows.block.packed) - plan.evicted_before, start = 0, r, lanes
-    cdef const float* keys = plan.sinks + (rows.head * plan.n_shifts + shift) * c.head_dim * c.sink_lanes
+    cdef const kv_format* f32 = &kern.format[KV_FORMAT_F32]
+    cdef int64_t place = 0, start = 0, lanes, tokens
+    cdef const float* keys
     cdef const float* values = sink_values(c, rows.layer, rows.head)
+    if not rows.sight:
+        place = tiles_evicted(c, c.n_slots, rows.block.packed) - plan.evicted_before
+    keys = plan.sinks + (rows.head * plan.n_shifts + place) * c.head_dim * c.sink_lanes
     while start < c.n_sinks:
-        lanes = min(c.sink_lanes - start, <int64_t>KV_TILE)
-        _see(c, plan, rows, start)
-        for r in range(rows.n):
-            rows.visible[r] = <int32_t>min(<int64_t>rows.visible[r], c.n_sinks - start)
-        kern.format[KV_FORMAT_F32].k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
-        kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
-        kern.format[KV_FORMAT_F32].v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n,
-                                    min(c.n_sinks - start, <int64_t>KV_TILE), rows.acc)
+        lanes, tokens = min(c.sink_lanes - start, <int64_t>KV_TILE), min(c.n_sinks - start, <int64_t>KV_TILE)
+        if _see(c, plan, rows, start, tokens) > 0:
+            f32.k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
+            _weigh(kern, c, rows)
+            f32.v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
         start += KV_TILE
 
 
@@ -268,8 +305,7 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
         data = _packed(c, plan, rows.layer, rows.head, tile)
     else:
         data = _unpacked(c, plan, rows.layer, rows.head, tile)
-    _see(c, plan, rows, start)
-    tokens = rows.visible[rows.n - 1]  # the last query sees most
+    tokens = _see(c, plan, rows, start, KV_TILE)
     cdef const void* keys = data
     cdef const void* values = data + k_bytes
     if not plan.exact:
@@ -282,7 +318,7 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
             values = rows.tile + KV_TILE * c.head_dim
             v = &kern.format[KV_FORMAT_F32]
     k.k_dot(keys, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
-    kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
+    _weigh(kern, c, rows)
     v.v_accumulate(values, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
 
 
@@ -304,19 +340,20 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
                   int64_t span, const float* q, int64_t ld, float* scratch) noexcept nogil:
     cdef Rows rows
     cdef int64_t at, tile, first, last
-    rows.layer, rows.head, rows.block = layer, head, &plan.blocks[block]
+    rows.layer, rows.head, rows.block, rows.sight = layer, head, &plan.blocks[block], c.layers[layer].sight
     rows.n = (rows.block.end - rows.block.start) * plan.group
     rows.tile = scratch
     rows.q = scratch + _tile_floats(c)
     rows.scores = rows.q + _rows(plan.group) * c.head_dim
     rows.visible = <int32_t*>(rows.scores + _rows(plan.group) * KV_TILE)
+    rows.hidden = rows.visible + _rows(plan.group)
     at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
     rows.top, rows.total, rows.acc = plan.top + at, plan.total + at, plan.acc + at * c.head_pad
     _prepare_rows(kern, c, plan, &rows, q, ld)
 
-    first = tiles_evicted(c, rows.block.packed)
+    first = first_tile(c, layer, plan.first + rows.block.start, rows.block.packed)
     last = tile_of(c, plan.first + rows.block.end - 1)
-    if plan.n_spans > 1:
+    if plan.n <= SPLIT_TOKENS:
         first += span * SPAN_TILES
         last = min(last, first + SPAN_TILES - 1)
     if span == 0 and c.n_sinks:
@@ -328,21 +365,21 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
 cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
                       int64_t ld, kv_team* team, int thread) noexcept nogil:
     """Work items: each KV head, query block and span of tiles. q: [n][n_heads * head_dim], before RoPE."""
-    cdef int64_t items = c.n_kv_heads * plan.n_blocks * plan.n_spans, i = 0, end = 0
+    cdef int64_t spans = _spans(c, plan, layer), items = c.n_kv_heads * plan.n_blocks * spans, i = 0, end = 0
     cdef float* scratch = plan.scratch + thread * plan.scratch_floats
     while True:
         i = kv_team_take(team, items, 1, &end)
         if i < 0:
             break
         i = items - 1 - i  # the last blocks see most: first
-        _attend(kern, c, plan, layer, i % c.n_kv_heads, i // c.n_kv_heads // plan.n_spans,
-                i // c.n_kv_heads % plan.n_spans, q, ld, scratch)
+        _attend(kern, c, plan, layer, i % c.n_kv_heads, i // c.n_kv_heads // spans,
+                i // c.n_kv_heads % spans, q, ld, scratch)
 
 
 cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t token,
                   float* out) noexcept nogil:
     """Attention output of one token in a layer from its spans' partial softmax: out [n_heads * head_dim]."""
-    cdef int64_t h, span, at, i
+    cdef int64_t h, span, at, i, spans = _spans(c, plan, layer)
     cdef float top, total, weight
     cdef float* to
     for h in range(plan.n_heads):
@@ -350,10 +387,10 @@ cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
         top, total = -INFINITY, 0
         for i in range(c.head_dim):
             to[i] = 0
-        for span in range(plan.n_spans):
+        for span in range(spans):
             at = ((span * c.n_kv_heads + h // plan.group) * plan.n + token) * plan.group + h % plan.group
             top = max(top, plan.top[at])
-        for span in range(plan.n_spans):
+        for span in range(spans):
             at = ((span * c.n_kv_heads + h // plan.group) * plan.n + token) * plan.group + h % plan.group
             if plan.total[at] == 0:
                 continue

@@ -16,7 +16,8 @@ from .attention cimport (Plan, attend_step, combine, kv_team, kv_team_barrier, k
                          plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport KV_TILE, kernels, kv_format, kv_kernels
 from .kernels import require_level
-from .kv cimport (Cache, KVCache, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
+from .kv import sliding_windows
+from .kv cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
                   window_tile)
 
 cdef extern from "stream.h":
@@ -92,15 +93,19 @@ def bytes_read(KVCache kv not None, n_tokens=None):
     default: those that are): visible tiles, the tokens of the window, and the sinks."""
     cdef const Cache* c = &kv.c
     cdef int64_t n = kv.c.n_tokens if n_tokens is None else n_tokens, packed, tiles, window, sinks
+    cdef int64_t layer, first, sight, total = 0
     if n < 0:
         raise ValueError(f"n_tokens cannot be negative: {n}")
     packed = tiles_packed(c, n)
-    tiles = packed - tiles_evicted(c, packed)
-    window = max(<int64_t>0, n - c.n_sinks - KV_TILE * packed)
-    sinks = min(n, c.n_sinks)
-    return int(c.n_layers * c.n_kv_heads * (tiles * (c.k_bytes + c.v_bytes)
-               + window * (c.window_k_bytes + c.window_v_bytes) // KV_TILE
-               + 4 * sinks * (c.head_dim + c.head_pad)))
+    for layer in range(c.n_layers):
+        first, sight = first_tile(c, layer, n - 1, packed), c.layers[layer].sight
+        tiles = max(packed - first, <int64_t>0)
+        window = max(<int64_t>0, n - c.n_sinks - KV_TILE * max(packed, first))
+        sinks = 0 if sight and n - sight >= c.n_sinks else min(n, c.n_sinks)
+        total += c.n_kv_heads * (tiles * (c.k_bytes + c.v_bytes)
+                                 + window * (c.window_k_bytes + c.window_v_bytes) // KV_TILE
+                                 + 4 * sinks * (c.head_dim + c.head_pad))
+    return int(total)
 
 
 cdef _tiles(const Cache* c, const kv_format* k, const kv_format* v, rng):
@@ -133,21 +138,21 @@ def fill(KVCache kv not None, n_tokens, seed=0):
     if not kv.lock.acquire(blocking=False):
         raise RuntimeError("this cache is in use by another thread")
     try:
+        kv.c.n_tokens, kv.c.packed_ever = n_tokens, 0
         _copy(&kv.c, ring, window, sinks, n_tokens)
-        kv.c.n_tokens = n_tokens
     finally:
         kv.lock.release()
 
 
 cdef _copy(const Cache* c, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] window, const float[::1] sinks,
            int64_t n_tokens):
-    """Every visible tile, in every layer and head, from the variants in turn."""
+    """Every tile that is left, in every layer and head, from the variants in turn."""
     cdef int64_t layer, head, tile, i, j, packed = tiles_packed(c, n_tokens)
-    cdef int64_t first = tiles_evicted(c, packed), last = tile_of(c, n_tokens - 1)
+    cdef int64_t last = tile_of(c, n_tokens - 1)
     with nogil:
         for layer in range(c.n_layers):
             for head in range(c.n_kv_heads):
-                for tile in range(first, packed):
+                for tile in range(tiles_evicted(c, c.layers[layer].n_slots, packed), packed):
                     i = (tile + head) % VARIANTS
                     memcpy(ring_tile(c, layer, head, tile), &ring[i, 0], ring.shape[1])
                 for tile in range(packed, last + 1):
@@ -191,7 +196,8 @@ def attention(engine, KVCache kv not None, repeat=1, seed=0):
     d = engine.description
     if repeat < 1 or kv.c.n_tokens < 1:
         raise ValueError("there must be a token in the cache, and a step to run")
-    if (d.n_layers, d.n_kv_heads, d.head_dim) != (kv.c.n_layers, kv.c.n_kv_heads, kv.c.head_dim):
+    if (d.n_layers, d.n_kv_heads, d.head_dim) != (kv.c.n_layers, kv.c.n_kv_heads, kv.c.head_dim) or (
+            sliding_windows(d) != kv.sliding_windows):
         raise ValueError("this cache was made for another model")
     require_level()
     if not kv.lock.acquire(blocking=False):

@@ -16,6 +16,7 @@ from .attention cimport (append_step, attend_step, combine, commit_needed, commi
 from .kernels cimport KV_BLOCK, KV_PANEL, KV_Q8_0, kernels, kv_packed_bytes, kv_unpack_row
 from .kv cimport KVCache
 from .kernels import require_level
+from .kv import sliding_windows
 from .weights import packed_size, type_id
 
 MAX_CHUNK = 512
@@ -231,7 +232,8 @@ cdef class Engine:
     """A model's weights, ready to run; read-only, so any number of threads and caches may use it at once.
 
     description: an object with the sizes of the model (n_layers, hidden_size, intermediate_size, n_heads, n_kv_heads,
-    head_dim, vocab_size, norm_eps, attention_scale, tie_embeddings, attention_bias, mlp_bias).
+    head_dim, vocab_size, norm_eps, attention_scale, tie_embeddings, attention_bias, mlp_bias), and sliding_windows if
+    some layers have one: for each layer the tokens that a query sees, itself included, or None for all.
     weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
     inv_freq: float64 [head_dim / 2], inverse frequencies of RoPE. threads: at least 1. precise: block-quantised
     weights take activations of 16 bits in chunks too, not in decode alone; about half as fast there.
@@ -243,6 +245,7 @@ cdef class Engine:
     cdef const float* norm
     cdef list kept
     cdef readonly object description
+    cdef readonly tuple sliding_windows
     cdef readonly int threads
     cdef readonly bint precise
     cdef double[::1] inv_freq
@@ -262,6 +265,7 @@ cdef class Engine:
         if self.inv_freq.shape[0] != d.head_dim // 2:
             raise ValueError(f"inv_freq has {self.inv_freq.shape[0]} values for a head_dim of {d.head_dim}")
         self.precise = precise
+        self.sliding_windows = sliding_windows(d)
         self._sizes()
         self.layers = <Layer*>calloc(d.n_layers, sizeof(Layer))
         if self.layers == NULL:
@@ -343,7 +347,8 @@ cdef class Engine:
         cdef int64_t n = ids.shape[0], i
         if not 1 <= n <= MAX_CHUNK:
             raise ValueError(f"a chunk has 1 to {MAX_CHUNK} tokens, not {n}")
-        if kv.c.n_layers != self.c.n_layers or kv.c.n_kv_heads != self.c.n_kv_heads or kv.c.head_dim != self.c.head_dim:
+        if (kv.c.n_layers != self.c.n_layers or kv.c.n_kv_heads != self.c.n_kv_heads or kv.c.head_dim != self.c.head_dim
+                or kv.sliding_windows != self.sliding_windows):
             raise ValueError("this cache was made for another model")
         for i in range(n):
             if not 0 <= ids[i] < self.c.vocab_size:

@@ -2,19 +2,29 @@ from libc.stdint cimport int64_t, uint8_t
 
 from .kernels cimport KV_TILE, kv_format
 
+# A layer of a cache. One with a sliding window has only the ring that its queries can see, which is exact at any
+# length: a query at position p sees the tokens after p - sight, the first ones like any other.
+ctypedef struct CacheLayer:
+    int64_t sight               # newest tokens that a query sees, itself included; 0: all that the cache has left
+    int64_t n_slots
+    int64_t start, head_bytes   # offset of its first head, and the size of each
+
+
 # Geometry and memory of one cache. For each layer and KV head, one after the other:
 #   sink keys, before RoPE  float32 [head_dim][sink_lanes]
 #   sink values             float32 [n_sinks][head_pad]
 #   window                  n_window_tiles tiles of the window's format; tile i is in slot i mod n_window_tiles
-#   ring                    n_slots tiles of the chosen formats; tile i is in slot i mod n_slots
+#   ring                    n_slots tiles of the chosen formats; tile i is in slot i mod n_slots (the layer's n_slots)
 # Tile i holds tokens n_sinks + 64 i to n_sinks + 64 i + 63. Everything starts on a 64-byte boundary.
 ctypedef struct Cache:
     int64_t n_layers, n_kv_heads, head_dim, head_pad
-    int64_t n_sinks, sink_lanes, window, n_window_tiles, n_slots
-    int64_t sink_v, windows, ring, head_bytes               # offsets of the parts of a head, and its size
+    int64_t n_sinks, sink_lanes, window, n_window_tiles
+    int64_t n_slots, min_slots, n_sliding                   # ring of a layer without sight; smallest ring; layers with
+    int64_t sink_v, windows, ring                           # offsets of the parts of a head
     int64_t k_bytes, v_bytes, window_k_bytes, window_v_bytes
     int64_t n_tokens
-    int64_t lost                                            # tiles below it are gone, whatever room the ring has
+    int64_t packed_ever                                     # tiles packed before a truncation, 0 if no ring lost any
+    CacheLayer* layers
     const kv_format* k
     const kv_format* v
     const kv_format* wk                                      # formats of the window
@@ -23,7 +33,7 @@ ctypedef struct Cache:
 
 
 cdef inline uint8_t* head_at(const Cache* c, int64_t layer, int64_t head) noexcept nogil:
-    return c.base + (layer * c.n_kv_heads + head) * c.head_bytes
+    return c.base + c.layers[layer].start + head * c.layers[layer].head_bytes
 
 
 cdef inline float* sink_keys(const Cache* c, int64_t layer, int64_t head) noexcept nogil:
@@ -40,8 +50,8 @@ cdef inline uint8_t* window_tile(const Cache* c, int64_t layer, int64_t head, in
 
 
 cdef inline uint8_t* ring_tile(const Cache* c, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
-    """Keys of a ring tile; its values follow k_bytes later."""
-    return head_at(c, layer, head) + c.ring + tile % c.n_slots * (c.k_bytes + c.v_bytes)
+    """Keys of a ring tile; its values follow k_bytes later. Never called for a ring without slots."""
+    return head_at(c, layer, head) + c.ring + tile % c.layers[layer].n_slots * (c.k_bytes + c.v_bytes)
 
 
 cdef inline int64_t tile_of(const Cache* c, int64_t position) noexcept nogil:
@@ -55,9 +65,16 @@ cdef inline int64_t tiles_packed(const Cache* c, int64_t n_tokens) noexcept nogi
     return gathered // KV_TILE if gathered >= KV_TILE else 0
 
 
-cdef inline int64_t tiles_evicted(const Cache* c, int64_t n_packed) noexcept nogil:
-    """Tiles that can no longer be seen. More than n_packed when what truncation left is all in the window."""
-    return max(n_packed - c.n_slots, c.lost)
+cdef inline int64_t tiles_evicted(const Cache* c, int64_t n_slots, int64_t n_packed) noexcept nogil:
+    """Tiles that a ring of n_slots no longer has. More than n_packed when what truncation left is all in the window."""
+    return max(max(n_packed, c.packed_ever) - n_slots, <int64_t>0)
+
+
+cdef inline int64_t first_tile(const Cache* c, int64_t layer, int64_t position, int64_t n_packed) noexcept nogil:
+    """The oldest tile that a query at this position sees."""
+    if c.layers[layer].sight:
+        return max(tile_of(c, position + 1 - c.layers[layer].sight), <int64_t>0)
+    return tiles_evicted(c, c.n_slots, n_packed)
 
 
 cdef class KVCache:
@@ -65,7 +82,9 @@ cdef class KVCache:
     cdef void* memory
     cdef readonly int64_t ctx, nbytes
     cdef readonly str k, v
+    cdef readonly tuple sliding_windows
     cdef readonly object description
     cdef object lock, buffers      # buffers: the engine's, for its calls with this cache
+    cdef int _lay_out_layers(self) except -1
     cdef int _truncate(self, int64_t n) except -1
     cdef int _clear_unused(self) except -1

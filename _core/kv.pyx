@@ -1,10 +1,11 @@
 """The key/value cache: sinks, ring of tiles, window. ``kv.pxd`` has the layout and the addresses.
 
-What a cache holds follows from three numbers, ``n_tokens``, ``lost`` and the geometry, so truncating, copying, saving
-and loading move whole tiles and keep no records.
+What a cache holds follows from two numbers, the tokens and the tiles that were ever packed, and the geometry, so
+truncating, copying, saving and loading move whole tiles and keep no records.
 """
 
 import threading
+from collections import Counter
 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -25,8 +26,21 @@ cdef const kv_format* _format(name) except NULL:
     return &kernels().format[list(KV_FORMATS).index(name)]
 
 
+def sliding_windows(description):
+    """Tokens that a query of each layer sees, itself included, 0 for all: a tuple of n_layers numbers.
+
+    description: one without ``sliding_windows`` has no such layers. Raises ValueError for impossible ones.
+    """
+    windows = tuple(w or 0 for w in getattr(description, "sliding_windows", None) or (0,) * description.n_layers)
+    if len(windows) != description.n_layers:
+        raise ValueError(f"there are {len(windows)} sliding windows for {description.n_layers} layers")
+    if windows and min(windows) < 0:
+        raise ValueError(f"a sliding window cannot be negative: {min(windows)}")
+    return windows
+
+
 cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:
-    """Fills the geometry; the one place that says how much memory a cache takes."""
+    """Fills the geometry but for the layers."""
     if sinks < 0 or window < 0:
         raise ValueError(f"sinks and window cannot be negative: {sinks}, {window}")
     if ctx < sinks + window + KV_TILE:
@@ -50,18 +64,32 @@ cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:
     c.sink_v = 4 * c.head_dim * c.sink_lanes
     c.windows = c.sink_v + 4 * c.n_sinks * c.head_pad
     c.ring = c.windows + c.n_window_tiles * (c.window_k_bytes + c.window_v_bytes)
-    c.head_bytes = c.ring + c.n_slots * (c.k_bytes + c.v_bytes)
     return 0
+
+
+cdef CacheLayer _lay_out_layer(const Cache* c, int64_t sight) noexcept:
+    """A layer at offset 0. A sliding window that no token can reach beyond is none."""
+    cdef CacheLayer layer
+    cdef int64_t most = c.n_sinks + KV_TILE * c.n_slots + c.window + KV_TILE - 1   # tokens that such a layer shows
+    layer.start = 0
+    layer.sight = sight if sight < most else 0
+    layer.n_slots = c.n_slots
+    if layer.sight:    # the oldest in sight are in the ring unless the window, which is no longer than this, has them
+        layer.n_slots = (sight - c.window + KV_TILE - 1) // KV_TILE if sight > c.window else 0
+    layer.head_bytes = c.ring + layer.n_slots * (c.k_bytes + c.v_bytes)
+    return layer
 
 
 def kv_bytes(description, k="f16", v="f16", ctx=2048, sinks=4, window=64):
     """Bytes that ``KVCache`` allocates for a model with these options, exactly.
 
-    description: anything with n_layers, n_kv_heads and head_dim. Raises ValueError as KVCache does.
+    description: anything with n_layers, n_kv_heads, head_dim and, if it has any, sliding_windows. Raises ValueError
+    as KVCache does.
     """
     cdef Cache c
     _lay_out(&c, description, k, v, ctx, sinks, window)
-    return int(c.head_bytes) * int(c.n_layers) * int(c.n_kv_heads)
+    counts = Counter(min(w, MAX_TOKENS) for w in sliding_windows(description))
+    return sum(n * int(c.n_kv_heads) * int(_lay_out_layer(&c, w).head_bytes) for w, n in counts.items())
 
 
 # Parts in use -------------------------------------------------------------------------------------------------------
@@ -79,19 +107,41 @@ ctypedef struct Tiles:
     int64_t first, packed, end
 
 
-cdef Tiles _tiles(const Cache* c) noexcept nogil:
+cdef Tiles _tiles(const Cache* c, int64_t layer) noexcept nogil:
     cdef Tiles t
     cdef int64_t packed = tiles_packed(c, c.n_tokens)
-    t.first = tiles_evicted(c, packed)
+    t.first = tiles_evicted(c, c.layers[layer].n_slots, packed)
     t.packed = max(packed, t.first)
     t.end = tile_of(c, c.n_tokens - 1) + 1
     return t
 
 
 cdef int64_t _state_bytes(const Cache* c) noexcept nogil:
-    cdef Tiles t = _tiles(c)
-    return c.n_layers * c.n_kv_heads * (c.windows + (t.packed - t.first) * (c.k_bytes + c.v_bytes)
-                                        + (t.end - t.packed) * (c.window_k_bytes + c.window_v_bytes))
+    cdef Tiles t
+    cdef int64_t layer, bytes = 0
+    for layer in range(c.n_layers):
+        t = _tiles(c, layer)
+        bytes += (c.windows + (t.packed - t.first) * (c.k_bytes + c.v_bytes)
+                  + (t.end - t.packed) * (c.window_k_bytes + c.window_v_bytes))
+    return bytes * c.n_kv_heads
+
+
+cdef bint _can_keep(const Cache* c, int64_t layer, int64_t n, int64_t evicted) noexcept nogil:
+    """Whether a layer whose ring has lost so many tiles can go on after n tokens: one without a sliding window if any
+    but the first are left, one with it if the next token will see all that it should, and the last one is there."""
+    cdef int64_t left = c.n_sinks + KV_TILE * evicted, sight = c.layers[layer].sight
+    if n <= c.n_sinks or not evicted:
+        return True
+    return max(min(n + 1 - sight, n - 1), c.n_sinks) >= left if sight else n > left
+
+
+cdef bint _has_all(const Cache* c) noexcept nogil:
+    """Whether every layer can go on from what it has."""
+    cdef int64_t layer
+    for layer in range(c.n_layers):
+        if not _can_keep(c, layer, c.n_tokens, _tiles(c, layer).first):
+            return False
+    return True
 
 
 cdef inline uint8_t* _move(const Cache* c, uint8_t* part, int64_t bytes, uint8_t* other,
@@ -110,8 +160,9 @@ cdef inline uint8_t* _move(const Cache* c, uint8_t* part, int64_t bytes, uint8_t
 cdef void _move_parts(const Cache* c, uint8_t* other, Direction direction) noexcept nogil:
     """Moves what is in use: for each layer and head its sinks, ring tiles and window tiles, oldest first."""
     cdef int64_t layer, head, tile
-    cdef Tiles t = _tiles(c)
+    cdef Tiles t
     for layer in range(c.n_layers):
+        t = _tiles(c, layer)
         for head in range(c.n_kv_heads):
             other = _move(c, head_at(c, layer, head), c.windows, other, direction)
             for tile in range(t.first, t.packed):
@@ -126,7 +177,7 @@ cdef void _clear_gap(const Cache* c) noexcept nogil:
     cdef int64_t layer, head, tile
     for layer in range(c.n_layers):
         for head in range(c.n_kv_heads):
-            for tile in range(tiles_packed(c, c.n_tokens), c.lost):
+            for tile in range(tiles_packed(c, c.n_tokens), _tiles(c, layer).first):
                 memset(window_tile(c, layer, head, tile), 0, c.window_k_bytes + c.window_v_bytes)
 
 
@@ -145,17 +196,20 @@ cdef class KVCache:
 
     engine: anything with a ``description``. k, v: formats of the ring's keys and values (``KV_FORMATS``).
     ctx: tokens that stay visible at least (the newest ctx - sinks, and the first `sinks`). window: newest tokens
-    kept unquantised, at least. Raises ValueError for options that make no cache, MemoryError when it does not fit.
+    kept unquantised, at least. A layer with a sliding window that ends before those has a ring for this window only.
+    Raises ValueError for options that make no cache, MemoryError when it does not fit.
     """
 
     def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64):
         _lay_out(&self.c, engine.description, k, v, ctx, sinks, window)
         self.k, self.v, self.ctx = k, v, ctx
         self.description = engine.description
+        self.sliding_windows = sliding_windows(engine.description)
         size = kv_bytes(engine.description, k, v, ctx, sinks, window)
         if size >= 1 << 62:
             raise MemoryError(f"no memory for a KV cache of {size} bytes")
         self.nbytes = size
+        self._lay_out_layers()
         self.lock = threading.Lock()
         self.memory = calloc(self.nbytes + 64, 1)  # untouched pages cost nothing until tokens reach them
         if self.memory == NULL:
@@ -164,6 +218,23 @@ cdef class KVCache:
 
     def __dealloc__(self):
         free(self.memory)
+        free(self.c.layers)
+
+    cdef int _lay_out_layers(self) except -1:
+        cdef Cache* c = &self.c
+        cdef CacheLayer layer
+        cdef int64_t i, at = 0
+        c.layers = <CacheLayer*>calloc(max(c.n_layers, <int64_t>1), sizeof(CacheLayer))
+        if c.layers == NULL:
+            raise MemoryError
+        c.min_slots = MAX_TOKENS
+        for i in range(c.n_layers):
+            layer = _lay_out_layer(c, min(self.sliding_windows[i], MAX_TOKENS))
+            layer.start = at
+            at += c.n_kv_heads * layer.head_bytes
+            c.layers[i], c.min_slots = layer, min(c.min_slots, layer.n_slots)
+            c.n_sliding += layer.sight > 0
+        return 0
 
     @property
     def n_tokens(self):
@@ -180,21 +251,27 @@ cdef class KVCache:
 
     @property
     def lost(self):
-        """Tiles of 64 tokens after the sinks that can no longer be seen; 0 while every token can."""
-        return tiles_evicted(&self.c, tiles_packed(&self.c, self.c.n_tokens))
+        """Tiles of 64 tokens after the sinks that the smallest ring no longer has; 0 while every layer has all."""
+        return tiles_evicted(&self.c, self.c.min_slots, tiles_packed(&self.c, self.c.n_tokens))
+
+    @property
+    def outgrown(self):
+        """True once there were more tokens than ctx has room for, so that a layer without a sliding window has lost
+        some that it would show. What leaves a sliding window would not be seen any more in any case."""
+        return tiles_evicted(&self.c, self.c.n_slots, tiles_packed(&self.c, self.c.n_tokens)) > 0
 
     def reset(self):
         """Forgets every token."""
         with self.lock:
-            self.c.n_tokens = self.c.lost = 0
+            self.c.n_tokens = self.c.packed_ever = 0
 
     def truncate(self, n):
         """Keeps the first n tokens, 0 <= n <= n_tokens.
 
         Tiles that the window reaches back to are unpacked into it; what a format has rounded stays rounded, and
         rounds to the same again. Tokens that were evicted do not come back: the next ones see the sinks and what is
-        left of the tiles since. Raises ValueError, with nothing changed, when nothing would be left of them, or n is
-        out of range.
+        left of the tiles since. Raises ValueError, with nothing changed, when nothing would be left of them, when a
+        layer with a sliding window no longer has all that the next token would see there, or n is out of range.
         """
         with self.lock:
             if not 0 <= n <= self.c.n_tokens:
@@ -204,18 +281,23 @@ cdef class KVCache:
 
     cdef int _truncate(self, int64_t n) except -1:
         cdef Cache* c = &self.c
-        cdef int64_t layer, head, tile, packed = tiles_packed(c, c.n_tokens), lost = tiles_evicted(c, packed)
+        cdef int64_t layer, head, tile, evicted, packed = tiles_packed(c, c.n_tokens)
         cdef float[::1] scratch
-        if n > c.n_sinks and lost and n - c.n_sinks <= KV_TILE * lost:
-            raise ValueError(f"cannot keep {n} tokens: {KV_TILE * lost} tokens after the first {c.n_sinks} have left "
-                             f"the cache")
+        for layer in range(c.n_layers):
+            evicted = tiles_evicted(c, c.layers[layer].n_slots, packed)
+            if not _can_keep(c, layer, n, evicted):
+                sight = f", and a sliding window of {c.layers[layer].sight} needs some" if c.layers[layer].sight else ""
+                raise ValueError(f"cannot keep {n} tokens: {KV_TILE * evicted} tokens after the first {c.n_sinks} have "
+                                 f"left the cache{sight}")
         scratch = np.empty(KV_TILE * c.head_pad, np.float32)
         with nogil:
             for layer in range(c.n_layers):
+                evicted = tiles_evicted(c, c.layers[layer].n_slots, packed)
                 for head in range(c.n_kv_heads):
-                    for tile in range(max(tiles_packed(c, n), lost), min(packed, tile_of(c, n - 1) + 1)):
+                    for tile in range(max(tiles_packed(c, n), evicted), min(packed, tile_of(c, n - 1) + 1)):
                         _back_to_window(c, layer, head, tile, &scratch[0])
-        c.n_tokens, c.lost = n, lost if n > c.n_sinks else 0
+        packed = max(packed, c.packed_ever)
+        c.n_tokens, c.packed_ever = n, packed if n > c.n_sinks and packed > c.min_slots else 0
         _clear_gap(c)
         return 0
 
@@ -224,7 +306,7 @@ cdef class KVCache:
         cdef KVCache other
         with self.lock:
             other = KVCache(self, self.k, self.v, self.ctx, self.c.n_sinks, self.c.window)
-            other.c.n_tokens, other.c.lost = self.c.n_tokens, self.c.lost
+            other.c.n_tokens, other.c.packed_ever = self.c.n_tokens, self.c.packed_ever
             with nogil:
                 _move_parts(&self.c, other.c.base, COPY)
         return other
@@ -251,14 +333,14 @@ cdef class KVCache:
         cdef Cache c = self.c
         if not 0 <= n_tokens <= MAX_TOKENS:
             raise ValueError(f"a cache cannot have {n_tokens} tokens")
-        if lost < 0 or lost and n_tokens - c.n_sinks <= KV_TILE * lost:
+        c.n_tokens, c.packed_ever = n_tokens, c.min_slots + lost if 0 < lost <= n_tokens // KV_TILE else 0
+        if not 0 <= lost <= n_tokens // KV_TILE or not _has_all(&c):
             raise ValueError(f"of {n_tokens} tokens a cache cannot have lost {lost} tiles of {KV_TILE}")
-        c.n_tokens, c.lost = n_tokens, lost
         if data.shape[0] != _state_bytes(&c):
             raise ValueError(f"the state has {data.shape[0]} bytes; that of {n_tokens} tokens in this cache has "
                              f"{_state_bytes(&c)}")
         with self.lock:
-            self.c.n_tokens, self.c.lost = n_tokens, lost
+            self.c.n_tokens, self.c.packed_ever = c.n_tokens, c.packed_ever
             if data.shape[0]:
                 with nogil:
                     _move_parts(&self.c, <uint8_t*>&data[0], LOAD)
@@ -267,12 +349,13 @@ cdef class KVCache:
     cdef int _clear_unused(self) except -1:
         """Zeros in lanes that no token has reached: what an earlier text left there is nobody's business."""
         cdef Cache* c = &self.c
-        cdef Tiles t = _tiles(c)
-        cdef int64_t layer, head, lane, i, tile = t.end - 1, used = min(c.n_tokens, c.n_sinks)
-        cdef int64_t filled = c.n_tokens - c.n_sinks - tile * KV_TILE if t.end > t.packed else KV_TILE
+        cdef int64_t layer, head, lane, i, tile = tile_of(c, c.n_tokens - 1), used = min(c.n_tokens, c.n_sinks)
+        cdef int64_t filled = KV_TILE
         cdef float* keys
         cdef uint8_t* window
         cdef const float[::1] zeros = np.zeros(c.head_dim, np.float32)
+        if tile >= tiles_packed(c, c.n_tokens):
+            filled = c.n_tokens - c.n_sinks - tile * KV_TILE
         for layer in range(c.n_layers):
             for head in range(c.n_kv_heads):
                 keys = sink_keys(c, layer, head)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -62,6 +63,9 @@ class ModelDescription:
     ``{"type": "linear", "factor"}``,
     ``{"type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"}``,
     ``{"type": "factors", "factors": [head_dim / 2 numbers]}`` (divisors of the inverse frequencies).
+
+    ``sliding_windows``: for each layer the number of tokens that a query sees, itself included, or None for all
+    before it; None when no layer has such a window.
     """
 
     architecture: str
@@ -82,6 +86,7 @@ class ModelDescription:
     tie_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    sliding_windows: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -103,6 +108,8 @@ class ModelDescription:
             object.__setattr__(self, name, float(value))
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", _checked_scaling(self.rope_scaling, self.head_dim))
+        if self.sliding_windows is not None:
+            object.__setattr__(self, "sliding_windows", _checked_windows(self.sliding_windows, self.n_layers))
 
     def to_json(self) -> str:
         """The description as one line of JSON, fields in the order of the class."""
@@ -194,6 +201,7 @@ def _check_type(name: str, annotation: str, value: Any) -> None:
         "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
         "float": _is_number,
         "dict[str, Any] | None": lambda v: v is None or isinstance(v, dict),
+        "tuple[int | None, ...] | None": lambda v: v is None or isinstance(v, (tuple, list)),
     }
     if not checks[annotation](value):
         _bad(name, f"{_shortened(value)} is not of type {annotation.replace('[str, Any]', '')}")
@@ -205,6 +213,16 @@ def _shortened(value: Any) -> str:
     except RecursionError:
         text = "a deeply nested value"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None, ...] | None:
+    """The windows as a tuple, None if all of them are."""
+    if len(windows) != n_layers:
+        _bad("sliding_windows", f"{len(windows)} entries for {n_layers} layers")
+    for window in windows:
+        if window is not None and (type(window) is not int or not 1 <= window <= _LIMITS["context_length"]):
+            _bad("sliding_windows", f"{_shortened(window)} is not between 1 and {_LIMITS['context_length']}")
+    return tuple(windows) if any(windows) else None
 
 
 def _checked_scaling(scaling: dict[str, Any], head_dim: int) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def kv_memory(model: ModelFile) -> dict[str, dict[str, int]]:
     """{format: {context length: bytes}}, with the default sinks and window."""
     return {
         name: {
-            str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, default_window(name, name)) for ctx in CONTEXTS
+            str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, default_window(name, name))
+            for ctx in CONTEXTS
         }
         for name in _core.KV_FORMATS
     }
@@ -128,7 +129,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"{model['n_layers']}, hidden size {model['hidden_size']}, "
             f"feed-forward {model['intermediate_size']}, {model['activation']}",
         ),
-        ("attention", heads + (", biases" if model["attention_bias"] else "")),
+        ("attention", heads + (", biases" if model["attention_bias"] else "") + _sliding(model)),
         ("rope", rope),
         (
             "vocabulary",
@@ -160,6 +161,14 @@ def _kv_lines(memory: dict[str, dict[str, int]]) -> list[str]:
     for name, sizes in memory.items():
         lines.append(f"{name:<8}" + "".join(f"{_size(size):>12}" for size in sizes.values()))
     return lines
+
+
+def _sliding(model: dict[str, Any]) -> str:
+    windows = [window for window in model["sliding_windows"] or () if window]
+    if not windows:
+        return ""
+    sizes = ", ".join(map(str, sorted(set(windows))))
+    return f", sliding window of {sizes} tokens in {len(windows)} of {model['n_layers']} layers"
 
 
 def _scaling(scaling: dict[str, Any] | None) -> str:

@@ -92,7 +92,7 @@ class Session:
         self._recent: deque[int] = deque(maxlen=REPEAT_LAST_N)
         self._logits: np.ndarray | None = None
         self._logits_at = 0
-        # The tokens of the text, and perhaps more after them; None once some have left the cache, so that an
+        # The tokens of the text, and perhaps more after them; None once they have outgrown the cache, so that an
         # endless text does not fill the memory.
         self._ids: array[int] | None = array("i")
         self._text: str | None = ""  # escaped; None when it is not known as the text of a conversation
@@ -107,8 +107,9 @@ class Session:
         """Keep the first `n` tokens of the text, and go on from there.
 
         `messages` are forgotten if anything is cut off: go on with `raw` text, token ids or messages of your
-        own. OptionError, with nothing changed, if the text is shorter or all after its beginning has left the
-        cache. An answer that is under way ends first, as with `fork` and `save`.
+        own. OptionError, with nothing changed, if the text is shorter, or if all after its beginning has left the
+        cache, or what a sliding window of the model would show then. An answer that is under way ends first, as
+        with `fork` and `save`.
         """
         n = integer("n", n, low=0)
         self._end_running()
@@ -119,7 +120,13 @@ class Session:
         ids = self._known_ids()
         # The last token is fed again when the logits after it are wanted.
         again = [ids[n - 1]] if ids and 0 < n <= self._kv.n_tokens else []
-        self._cut(n - len(again))
+        try:
+            self._cut(n - len(again))
+        except OptionError:
+            if not again:
+                raise
+            again = []
+            self._cut(n)
         self._append(again)
         self.messages = []
         self._text = None if n else ""
@@ -387,21 +394,25 @@ class Session:
 
     def _known_ids(self) -> array[int] | None:
         """The tokens of the text, None if they are no longer known."""
-        if self._kv.lost:
+        if self._kv.outgrown:
             self._ids = None
         if self._ids is not None:
             del self._ids[self.n_tokens :]
         return self._ids
 
     def _rewind(self, ids: list[int]) -> int:
-        """Cut the text down to what `ids`, less its last, begins with too; the number of tokens left."""
+        """Cut the text down to what `ids`, less its last, begins with too; the number of tokens left: none if a
+        sliding window no longer has what it needs to go on from there."""
         known = self._known_ids() or ()
         n = next((n for n, (a, b) in enumerate(zip(known, ids[:-1], strict=False)) if a != b), None)
         if n is None:
             n = max(0, min(len(known), len(ids) - 1))
         if n:
-            self._cut(n)
-        else:
+            try:
+                self._cut(n)
+            except OptionError:
+                n = 0
+        if not n:
             self._clear()
         return n
 

@@ -90,8 +90,9 @@ def test_bytes_read_of_quantised_tiles(format):
     assert kv.nbytes == 3 * 2 * (10 * tile + 2 * 2 * TILE * 64 * 2)
 
 
-def expected_attention(engine, n, first, seed):
-    """Float64 attention of the newest token over what `fill` with seed 7 has put in; no sinks."""
+def expected_attention(engine, n, first, seed, width=None):
+    """Float64 attention of the newest token over what `fill` with seed 7 has put in, or the newest `width` of that; no
+    sinks."""
     d = engine.description
     rng = np.random.default_rng(7)
     tiles = [
@@ -117,6 +118,7 @@ def expected_attention(engine, n, first, seed):
             np.concatenate(parts)[: n - first * TILE].astype(np.float64)
             for parts in zip(*chosen, strict=True)
         )
+        k, v = (part[-width:] if width else part for part in (k, v))
         scores = k @ q[head] * d.attention_scale
         p = np.exp(scores - scores.max())
         out[head] = p @ v / p.sum()
@@ -143,6 +145,18 @@ def test_attention_is_that_of_the_whole_cache(n, evicted, shape):
     seconds, out = bench.attention(engine, kv, repeat=2, seed=3)
     expected = expected_attention(engine, n, evicted, 3)
     assert seconds > 0 and np.abs(out - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 100, 128, 1500])
+@pytest.mark.parametrize("n", [1, 64, 127, 129, 300, 5000])
+def test_attention_of_a_sliding_window(n, width):
+    engine = stand_in()
+    engine.description.sliding_windows = [None, 300, width]
+    kv = filled(engine, n, ctx=2048, sinks=0)
+    _, out = bench.attention(engine, kv, seed=3)
+    first = max(0, max(0, (n - 64) // TILE) - max(0, -(-(width - 64) // TILE)))
+    expected = expected_attention(engine, n, first, 3, width)
+    assert np.abs(out - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("format", _core.KV_FORMATS)

@@ -58,7 +58,7 @@ class FakeEngine:
 
 class FakeCache:
     def __init__(self, engine, **options):
-        self.engine, self.options, self.nbytes, self.n_tokens, self.lost = engine, options, 1000, 0, 0
+        self.engine, self.options, self.nbytes, self.n_tokens, self.outgrown = engine, options, 1000, 0, False
 
     def reset(self):
         self.truncate(0)

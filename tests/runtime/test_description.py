@@ -1,5 +1,6 @@
 """The model description: JSON and back, rotary frequencies, and the list of tensors."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -101,9 +102,34 @@ def test_tensors_in_file_order():
     ]
 
 
+@pytest.mark.parametrize("windows", [None, (5, None), [None, 1 << 30], [7, 7]])
+def test_sliding_windows(windows):
+    description = replace(BASE, sliding_windows=windows)
+    again = ModelDescription.from_json(description.to_json())
+    assert again == description and again.sliding_windows == (windows and tuple(windows))
+
+
+def test_no_sliding_windows():
+    """Two ways to say so, and files from before there were any."""
+    assert replace(BASE, sliding_windows=[None, None]) == BASE
+    values = json.loads(BASE.to_json())
+    assert values.pop("sliding_windows") is None
+    assert ModelDescription.from_json(json.dumps(values)) == BASE
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"sliding_windows": 3},
+        {"sliding_windows": []},
+        {"sliding_windows": [3]},
+        {"sliding_windows": [3, 0]},
+        {"sliding_windows": [-1, 3]},
+        {"sliding_windows": [True, None]},
+        {"sliding_windows": [3.0, None]},
+        {"sliding_windows": ["3", None]},
+        {"sliding_windows": [[3], None]},
+        {"sliding_windows": [1 << 31, None]},
         {"n_heads": 3},
         {"head_dim": 7},
         {"n_layers": 0},

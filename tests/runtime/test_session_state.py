@@ -453,7 +453,7 @@ def test_nothing_is_reused_once_tokens_were_lost(fake):
     fake.says("one", "two")
     session = fake.session()
     text(session.stream("a"))
-    session._kv.lost = 1
+    session._kv.outgrown = True
     session._kv.truncate = None
     told = [{"role": "user", "content": "ab"}]
     session._kv.reset = lambda: (setattr(session._kv, "n_tokens", 0), fake.engine.fed.clear())

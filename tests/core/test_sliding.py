@@ -1,0 +1,452 @@
+"""Layers with a sliding window: what their queries see, at any length, beside layers that see everything."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy_llama import NumpyLlama, rotate
+from test_kv_state import Pair, StateCache, StepLlama, go_on, restored
+from test_ring import FORMAT_ERROR, TILE, ListCache, every, ragged, rms, run
+
+from kvrun import _core
+from kvrun._core import bench
+from kvrun.modelfile import read_model_file
+
+OPTIONS = [dict(ctx=200, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1),
+           dict(ctx=300, sinks=1, window=129)]
+
+
+def most_visible(options):
+    """Most tokens that a layer without a sliding window shows, counted."""
+    return _most_visible(*options.values())
+
+
+@cache
+def _most_visible(ctx, sinks, window):
+    cache, most = ListCache(ctx, sinks, window), 0
+    for _ in range(3 * ctx):
+        cache.append()
+        most = max(most, len(cache.visible()))
+    return most
+
+
+def widths(options):
+    """Sliding windows around every boundary."""
+    ctx, window, most = options["ctx"], options["window"], most_visible(options)
+    found = {1, 2, 10, 63, 64, 65, 127, 128, 129, ctx - 1, ctx, ctx + 1, ctx + 63, ctx + 64, ctx + 65, most - 1, most}
+    found |= {window + extra for extra in (-1, 0, 1, 2, 63, 64, 65, 128)}
+    return sorted(w for w in found if w >= 1)
+
+
+def cases():
+    """(options, width): around every boundary of the first options, at some of the others."""
+    for i, options in enumerate(OPTIONS):
+        yield from ((options, width) for width in (widths(options) if i == 0 else widths(options)[i::3]))
+
+
+def slots(window, width):
+    """What the newest `width` tokens need of a ring behind a window that holds `window` at least."""
+    return max(0, -(-(width - window) // TILE))
+
+
+class SlidingCache(StateCache):
+    """The list model of a layer: shows the newest `width` tokens, and must have them."""
+
+    def __init__(self, width, ctx, sinks, window):
+        super().__init__(ctx, sinks, window)
+        self.width, self.n_slots = width, slots(window, width)
+
+    def kept(self):
+        return super().visible()
+
+    def visible(self):
+        seen = list(range(max(0, self.n - self.width), self.n))
+        assert set(seen) <= set(self.kept())
+        return seen
+
+    def truncate(self, n):
+        """Possible if what the next token sees is there, and the last one."""
+        needed = range(max(0, min(n - self.width + 1, n - 1)), n)
+        if not 0 <= n <= self.n or not set(needed) <= set(self.kept()):
+            raise ValueError
+        super().truncate(n)
+
+
+def layer_cache(width, options):
+    """A window that no token reaches beyond is none."""
+    return SlidingCache(width, **options) if width and width < most_visible(options) else StateCache(**options)
+
+
+class SlidingLlama(NumpyLlama):
+    """Attention by the model's rule, p - width < j <= p, in layers that have a width; by the list model in others,
+    where the first tokens move up to the oldest one that is left."""
+
+    def __init__(self, file, **options):
+        super().__init__(file)
+        self.options = options
+
+    def shown(self, n, width):
+        """(bool [n, n] of queries and tokens, int [n, sinks]: where each query sees the first tokens)"""
+        sinks, at = self.options["sinks"], np.arange(n)
+        if width and width < most_visible(self.options):
+            age = at[:, None] - at
+            return (age >= 0) & (age < width), np.tile(at[:sinks], (n, 1))
+        cache, seen = ListCache(**self.options), np.zeros((n, n), bool)
+        for t in at:
+            cache.append()
+            seen[t, cache.visible()] = True
+        oldest = np.where(seen[:, sinks:].any(1), sinks + seen[:, sinks:].argmax(1), sinks)
+        return seen, oldest[:, None] - sinks + at[:sinks]
+
+    def attention(self, x, layer):
+        d, n = self.d, len(x)
+        seen, places = self.shown(n, self.d.sliding_windows[int(layer.split(".")[1])])
+        q, k, v = (self.linear(x, f"{layer}.attn.{part}").reshape(n, -1, d.head_dim) for part in "qkv")
+        k, v = (np.repeat(part, d.n_heads // d.n_kv_heads, 1) for part in (k, v))
+        angles = np.arange(n)[:, None] * self.inv_freq
+        q = rotate(q, angles)
+        scores = q.transpose(1, 0, 2) @ rotate(k, angles).transpose(1, 2, 0)
+        for sink in range(min(n, places.shape[1])):
+            moved = rotate(np.tile(k[sink], (n, 1, 1)), places[:, sink, None] * self.inv_freq)
+            scores[:, :, sink] = (q * moved).sum(-1).T
+        scores = np.where(seen, scores * d.attention_scale, -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        out = (p / p.sum(-1, keepdims=True)) @ v.transpose(1, 0, 2)
+        return self.linear(out.transpose(1, 0, 2).reshape(n, -1), f"{layer}.attn.o")
+
+
+@pytest.fixture(scope="module")
+def build(converted):
+    """build(windows, precise, threads): a model file of two layers with these windows, and its engine."""
+
+    def make(windows, precise=False, threads=1):
+        file = read_model_file(converted("odd-sizes"))
+        d = file.description = replace(file.description, sliding_windows=windows)
+        return file, _core.Engine(d, file.weights, file.vectors, d.rope_inv_freq(), threads, precise)
+
+    return make
+
+
+def random_tokens(file, n, seed=5):
+    return np.random.default_rng(seed).integers(0, file.description.vocab_size, n).astype(np.int32)
+
+
+# --- what is seen ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, width", [(o, w) for o in OPTIONS for w in widths(o)], ids=str)
+def test_the_newest_are_always_there_and_no_more(options, width):
+    """The list model itself: its ring has what every query sees, and with a slot less it has not."""
+    cache, small = SlidingCache(width, **options), SlidingCache(width, **options)
+    small.n_slots -= 1
+    missed = 0
+    for _ in range(3 * max(width, 200)):
+        cache.append()
+        cache.visible()
+        small.append()
+        missed += small.n_slots >= 0 and not set(cache.visible()) <= set(small.kept())
+    assert missed > 0 or cache.n_slots == 0
+
+
+@pytest.mark.parametrize("options, width", list(cases()), ids=str)
+def test_a_layer_that_slides_beside_one_that_does_not(options, width, build):
+    """Logits equal the rule's past many turns, for every chunking; the other layer is as ever."""
+    windows = (width, None) if width % 2 else (None, width)
+    file, engine = build(windows)
+    tokens = random_tokens(file, options["ctx"] + 300)
+    expected = SlidingLlama(file, **options).logits(tokens)
+    for chunks in (every(512), every(1), ragged()):
+        logits = run(engine, tokens, chunks, **options)
+        error = np.abs(logits - expected).max(-1) / np.abs(expected).max()
+        assert error.max() <= 1e-4, f"first at token {np.argmax(error > 1e-4)}"
+
+
+@pytest.mark.parametrize("widths", [(32, 32), (100, 200), (1, 300), (64, 128)], ids=str)
+def test_a_model_in_which_all_layers_slide(widths, build):
+    """The same logits whatever room the cache has, at any length: nothing is lost that the model would see."""
+    file, engine = build(widths)
+    tokens = random_tokens(file, 1000)
+    exact = SlidingLlama(file, ctx=2000, sinks=0, window=64).logits(tokens)
+    for options in (dict(ctx=2000, sinks=4, window=64), dict(ctx=300, sinks=4, window=64),
+                    dict(ctx=310, sinks=40, window=10)):
+        error = np.abs(run(engine, tokens, ragged(), **options) - exact) / np.abs(exact).max()
+        assert error.max() <= 1e-4
+
+
+@pytest.mark.parametrize("widths", [(65, None), (None, 130), (20, 70)], ids=str)
+@pytest.mark.parametrize("k, v", [*FORMAT_ERROR, ("q2", "q2")], ids=str)
+def test_every_format_slides(k, v, widths, build):
+    """With the errors of its format and no more; the same to the bit however the tokens are fed."""
+    options = OPTIONS[0]
+    file, engine = build(widths, precise=True)
+    tokens = random_tokens(file, 600, seed=6)
+    expected = SlidingLlama(file, **options).logits(tokens)
+    one_by_one = run(engine, tokens, every(1), k, v, **options)
+    assert rms(one_by_one - expected) <= FORMAT_ERROR.get((k, v), 1.5) * rms(expected)
+    for chunks in (every(512), ragged()):
+        np.testing.assert_array_equal(run(engine, tokens, chunks, k, v, **options), one_by_one)
+    fast = run(build(widths)[1], tokens, every(200), k, v, **options)
+    assert rms(fast - expected) <= FORMAT_ERROR.get((k, v), 1.5) * rms(expected)
+
+
+def test_many_spans_of_tiles(build):
+    """A window of several spans beside a longer ring, token by token and in chunks that are split or not."""
+    file, engine = build((1100, None), threads=2)
+    options = dict(ctx=4096, sinks=4, window=64)
+    kv = _core.KVCache(engine, "f32", "f32", **options)
+    tokens = random_tokens(file, 1400)
+    logits = [engine.forward(tokens[at:at + 400], kv, "all") for at in range(0, 1200, 400)]
+    logits += [engine.forward(tokens[at:at + 16], kv, "all") for at in range(1200, 1360, 16)]
+    logits += [engine.forward(tokens[at:at + 1], kv, "all") for at in range(1360, 1400)]
+    expected = SlidingLlama(file, **options).logits(tokens)
+    assert np.abs(np.concatenate(logits) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+class Layers:
+    """List models of all layers; `layer` says whose turn it is."""
+
+    def __init__(self, windows, options):
+        self.caches, self.layer = [layer_cache(width, options) for width in windows], 0
+
+    @property
+    def n(self):
+        return self.caches[0].n
+
+    @property
+    def sinks(self):
+        """Those that move with the oldest token that is left: none if the layer slides."""
+        cache = self.caches[self.layer]
+        return [] if isinstance(cache, SlidingCache) else cache.sinks
+
+    def append(self):
+        for cache in self.caches:
+            cache.append()
+
+    def visible(self):
+        return self.caches[self.layer].visible()
+
+    def truncate(self, n):
+        tried = copy.deepcopy(self.caches)
+        for cache in tried:
+            cache.truncate(n)
+        self.caches = tried
+
+
+class SlidingSteps(StepLlama):
+    def __init__(self, file, options, windows):
+        super().__init__(file, options)
+        self.cache = Layers(windows, options)
+
+    def attention(self, x, layer):
+        self.cache.layer = int(layer.split(".")[1])
+        return super().attention(x, layer)
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["feed", "feed", "truncate", "cut a little", "fork", "restore"]),
+                           st.integers(0, 2), st.integers(0, 1000)), min_size=1, max_size=12)
+WIDTHS = st.one_of(st.none(), st.sampled_from([1, 2, 64, 65, 128, 200]), st.integers(1, 400))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(options=st.sampled_from(OPTIONS), windows=st.tuples(WIDTHS, WIDTHS), steps=STEPS, seed=st.integers(0, 99))
+def test_random_sequences(build, options, windows, steps, seed):
+    """Logits are those of the list models after any sequence of feeding, truncating, forking, saving and loading."""
+    file, engine = build(windows)
+    rng = np.random.default_rng(seed)
+    pairs = [Pair(_core.KVCache(engine, "f32", "f32", **options), SlidingSteps(file, options, windows))]
+    for kind, which, amount in steps:
+        pair = pairs[which % len(pairs)]
+        n = pair.kv.n_tokens
+        if kind == "feed":
+            pair.feed(engine, random_tokens(file, 1 + amount % 170, rng.integers(99)))
+        elif kind == "truncate":
+            pair.truncate(n * amount // 999)
+        elif kind == "cut a little":
+            pair.truncate(n - amount % 130)
+        elif kind == "fork":
+            pairs = [*pairs[-2:], Pair(pair.kv.copy(), pair.reference.fork())]
+        else:
+            pair.kv = restored(engine, pair.kv, options)
+    for pair in pairs:
+        pair.feed(engine, random_tokens(file, 3, rng.integers(99)))
+
+
+@pytest.mark.parametrize("windows", [(30, None), (64, 65), (190, 1)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_truncation_to_every_length(options, windows, build):
+    """What can be kept, and what the next tokens see then, around every boundary."""
+    file, engine = build(windows)
+    tokens = random_tokens(file, 2 * options["ctx"], seed=1)
+    kv, reference = _core.KVCache(engine, "f32", "f32", **options), SlidingSteps(file, options, windows)
+    whole, kept = Pair(kv, reference), 0
+    for start in range(0, len(tokens), 512):
+        whole.feed(engine, tokens[start:start + 512])
+    for n in range(len(tokens) + 1):
+        near_edge = any((n - edge) % TILE in (0, 1, 2, 62, 63) for edge in (options["sinks"], windows[0] or 0))
+        if n > len(tokens) - 70 or near_edge or n < 3 or n % 41 == 0:
+            cut = Pair(kv.copy(), reference.fork())
+            cut.truncate(n)
+            cut.feed(engine, tokens[:2])
+            kept += cut.kv.n_tokens == n + 2
+    assert kept > 2
+
+
+def test_what_a_truncation_needs(build):
+    options = dict(ctx=1000, sinks=4, window=64)
+    file, engine = build((128, None))
+    kv = filled(engine, "f16", "f16", 700, **options)
+    kv.truncate(kv.n_tokens - 1)
+    state = kv.state()
+    with pytest.raises(ValueError, match=r"cannot keep 600 tokens: 512 tokens after the first 4 have left the cache, "
+                                         r"and a sliding window of 128 needs some$"):
+        kv.truncate(600)
+    assert np.array_equal(kv.state(), state)
+    assert kv.lost == 8 and not kv.outgrown   # 9 tiles were packed, the smaller ring has a slot
+    kv.truncate(0)
+    assert kv.lost == 0
+
+
+def test_what_has_outgrown_a_cache(build):
+    """Only what layers that see everything have lost is gone for good; without any, more than ctx has room for."""
+    options = dict(ctx=200, sinks=4, window=64)   # room for 3 tiles in the ring
+    for windows in ((32, None), (32, 100), None, (260, 260)):
+        kv = filled(build(windows)[1], "f32", "f32", 4 + 64 + 4 * TILE - 1, **options)
+        assert not kv.outgrown
+        build(windows)[1].forward([1], kv)
+        assert kv.outgrown
+        kv.reset()
+        assert not kv.outgrown
+
+
+LENGTHS = [0, 1, 4, 5, 68, 131, 132, 133, 260, 700]
+
+
+def filled(engine, k, v, n, **options):
+    kv = _core.KVCache(engine, k, v, **options)
+    tokens = np.random.default_rng(n).integers(0, 60, n).astype(np.int32)
+    for start in range(0, n, 512):
+        engine.forward(tokens[start:start + 512], kv, "none")
+    return kv
+
+
+@pytest.mark.parametrize("windows", [(32, None), (65, 200)], ids=str)
+@pytest.mark.parametrize("k, v", [(name, name) for name in _core.KV_FORMATS] + [("q4", "q2")])
+def test_a_state_is_exact(k, v, windows, build):
+    """Saved, loaded and forked caches go on alike to the bit, also after a truncation, and share nothing."""
+    options = dict(ctx=260, sinks=4, window=64)
+    engine = build(windows)[1]
+    for n in LENGTHS:
+        kv = filled(engine, k, v, n, **options)
+        if n > 140:
+            kv.truncate(n - 3)
+        state, fork, used = kv.state(), kv.copy(), filled(engine, k, v, 511, **options)
+        used.load_state(kv.n_tokens, kv.lost, state)
+        caches = [fork, restored(engine, kv, options), used]
+        expected = go_on(engine, kv)
+        for other in caches:
+            assert (other.n_tokens, np.array_equal(other.state(), state)) == (max(n - 3, 0) if n > 140 else n, True)
+            assert np.array_equal(go_on(engine, other), expected)
+            assert np.array_equal(other.state(), kv.state()) and other.lost == kv.lost
+
+
+def test_states_that_cannot_be(build):
+    """A state in which a sliding window would miss something is refused, and the cache stays as it was."""
+    options = dict(ctx=400, sinks=4, window=64)
+    engine = build((100, None))[1]
+    kv, other = filled(engine, "f16", "f16", 700, **options), filled(engine, "f16", "f16", 150, **options)
+    state, before = kv.state(), other.state()
+    for lost in (kv.lost + 2, kv.lost + 3, 1 << 58, 1 << 80, -1):
+        with pytest.raises(ValueError, match=f"cannot have lost {lost}"):
+            other.load_state(700, lost, state)
+    for lost in (0, kv.lost - 1):
+        other.load_state(700, lost, state)   # less than what n_tokens says anyway
+        assert other.lost == kv.lost
+        other.load_state(150, 0, before)
+    with pytest.raises(ValueError, match="the state has"):
+        other.load_state(700, kv.lost, state[:-1])
+    assert other.n_tokens == 150 and np.array_equal(other.state(), before)
+
+
+def test_a_cache_of_another_model(build):
+    engine, other = build((100, None))[1], build((None, 100))[1]
+    with pytest.raises(ValueError, match="made for another model"):
+        engine.forward([1], _core.KVCache(other))
+    with pytest.raises(ValueError, match="made for another model"):
+        bench.attention(engine, filled(other, "f16", "f16", 3))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, width", [(o, w) for o in OPTIONS for w in widths(o)], ids=str)
+@pytest.mark.parametrize("k, v", [("f16", "f16"), ("f32", "f16")])
+def test_bytes_are_counted_exactly(options, width, k, v, build):
+    """A ring of just the size that the window needs."""
+    file, engine = build((width, None))
+    d, size = file.description, {"f16": 2, "f32": 4}
+    pad, lanes = -(-d.head_dim // 16) * 16, -(-options["sinks"] // 16) * 16
+    fixed = 4 * (d.head_dim * lanes + pad * options["sinks"])
+    tile = TILE * (d.head_dim * size[k] + pad * size[v])
+    tiles = 2 * -(-(options["window"] + 64) // 64) + sum(layer_cache(w, options).n_slots for w in (width, None))
+    assert _core.kv_bytes(d, k, v, **options) == d.n_kv_heads * (2 * fixed + tiles * tile)
+    assert _core.KVCache(engine, k, v, **options).nbytes == _core.kv_bytes(d, k, v, **options)
+
+
+def gemma_like(windows):
+    return SimpleNamespace(n_layers=len(windows), n_heads=8, n_kv_heads=2, head_dim=64, attention_scale=0.125,
+                           sliding_windows=windows)
+
+
+def test_a_long_context_costs_what_its_full_layers_do():
+    windows = [512 if i % 6 < 5 else None for i in range(18)]
+    sizes = {name: _core.kv_bytes(gemma_like(w), "q4", "q4", ctx=32768)
+             for name, w in (("some", windows), ("all", [None] * 18), ("three", [None] * 3))}
+    assert sizes["three"] < sizes["some"] < 0.2 * sizes["all"]
+    assert _core.kv_bytes(gemma_like([0] * 18), "q4", "q4", ctx=32768) == sizes["all"]
+
+
+@pytest.mark.parametrize("windows, message", [([1], "1 sliding windows for 2 layers"),
+                                              ([3, -1], "cannot be negative: -1")])
+def test_impossible_windows(windows, message):
+    description = SimpleNamespace(n_layers=2, n_kv_heads=1, head_dim=8, sliding_windows=windows)
+    for make in (_core.kv_bytes, lambda d: _core.KVCache(SimpleNamespace(description=d))):
+        with pytest.raises(ValueError, match=message):
+            make(description)
+
+
+def test_a_window_beyond_any_number():
+    d = gemma_like([1 << 100, None])
+    assert _core.kv_bytes(d) == _core.kv_bytes(gemma_like([None, None]))
+    assert _core.KVCache(SimpleNamespace(description=d)).nbytes == _core.kv_bytes(d)
+
+
+@pytest.mark.parametrize("width", [1, 40, 64, 200, 300, 1000])
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 68, 132, 300, 301, 5000])
+def test_bytes_read(n, width):
+    """Tiles that the window reaches into, whole; of the newest, those that there are; sinks in sight."""
+    options = dict(ctx=10_000, sinks=4, window=64)
+    engine = SimpleNamespace(description=gemma_like([width] * 2), threads=1)
+    token = 64 * 2 * 2
+    first = max(0, (n - width - 4) // TILE)
+    seen = max(0, n - 4 - TILE * first)
+    sinks = min(n, 4) if n - width < 4 else 0
+    kv = _core.KVCache(engine, **options)
+    assert bench.bytes_read(kv, n) == 2 * 2 * (seen * token + sinks * 4 * 2 * 64) <= kv.nbytes
+    bench.fill(kv, n)
+    assert bench.bytes_read(kv) == bench.bytes_read(kv, n)
+
+
+def test_what_a_step_reads_does_not_grow_with_the_context():
+    read = []
+    for n, ctx in ((2000, 2048), (20_000, 32_768), (100_000, 131_072)):
+        engine = SimpleNamespace(description=gemma_like([512] * 2), threads=1)
+        read.append(bench.bytes_read(_core.KVCache(engine, "q4", "q4", ctx=ctx), n))
+    assert max(read) - min(read) <= 2 * 2 * 2 * 64 * 64 * 2

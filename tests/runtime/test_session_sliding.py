@@ -1,0 +1,107 @@
+"""Sessions of a model some layers of which have a sliding window: saved, forked, cut, and begun anew."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_session_state import GO_ON, talked, text
+
+from kvrun.errors import KvrunError, OptionError
+from kvrun.inspect import inspect
+from kvrun.model import Model
+from kvrun.modelfile import read_model_file
+
+ONE = "Once upon a time there was a cat who lived in a hat, and that was all there is to say."
+
+
+@pytest.fixture(scope="module", params=[(30, None), (30, 100)], ids=str)
+def model(converted, request):
+    """Tiny, with a chat template, and two layers with these windows."""
+    file = read_model_file(converted("grouped-tied"))
+    file.description = replace(file.description, sliding_windows=request.param)
+    return Model(file, 1)
+
+
+@pytest.mark.parametrize("ctx", [200, 2048])
+def test_saved_and_forked_sessions_go_on_alike(model, ctx, tmp_path):
+    session = talked(model, kv="q4", ctx=ctx)
+    for _ in range(3):
+        session.save(tmp_path / "s.kv")
+        restored, fork = model.restore(tmp_path / "s.kv"), session.fork()
+        expected = text(session.stream("More", **GO_ON))
+        for other in (restored, fork):
+            assert text(other.stream("More", **GO_ON)) == expected
+            assert np.array_equal(other.logits, session.logits) and other.n_tokens == session.n_tokens
+    assert session.n_tokens > 200
+
+
+def test_tokens_are_known_while_a_cache_has_room_for_them(model, tmp_path):
+    """What has left a window does not matter: only the room does."""
+    session = model.session(ctx=400)
+    text(session.stream("a", max_tokens=350, seed=1, ignore_eos=True))
+    session.save(tmp_path / "s.kv")
+    assert session._kv.lost and model.restore(tmp_path / "s.kv")._ids == session._ids != None  # noqa: E711
+    text(session.stream("b", max_tokens=200, seed=1, ignore_eos=True))
+    assert session._known_ids() is None
+
+
+def test_an_edited_conversation_is_begun_anew(model):
+    """The part that two prompts share is fed again if a window no longer shows what came before it."""
+    session = model.session(kv="f32")
+    text(session.stream(ONE, max_tokens=200, seed=3, ignore_eos=True))
+    told = [{"role": "user", "content": ONE + " Or is it?"}]
+    again = text(session.stream(told, temperature=0, max_tokens=12, ignore_eos=True))
+    assert session.stats.prompt_tokens == session.n_tokens - 12
+    assert again == model.generate(told, kv="f32", temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def test_a_short_way_back_is_taken(model):
+    session = model.session(kv="f32")
+    text(session.stream(ONE, max_tokens=20, seed=3, ignore_eos=True))
+    told = [{"role": "user", "content": ONE}]
+    again = text(session.stream(told, temperature=0, max_tokens=12, ignore_eos=True))
+    assert session.stats.prompt_tokens == 1
+    assert again == model.generate(told, kv="f32", temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def test_truncate(model):
+    """Possible as far as what the next token sees is there; else nothing changes."""
+    session = model.session(kv="f32", ctx=1000)
+    text(session.stream([5] * 3, max_tokens=400, seed=1, ignore_eos=True))
+    n, ids = session.n_tokens, list(session._ids)
+    for gone in (n - 250, 10):
+        with pytest.raises(OptionError, match=f"n: cannot keep {gone} tokens: .* a sliding window of 30 needs some"):
+            session.truncate(gone)
+    assert session.n_tokens == n and list(session._ids) == ids and len(session.logits)
+    least, logits = n, 0
+    while True:
+        cut = session.fork()
+        try:
+            cut.truncate(least - 1)
+        except OptionError:
+            break
+        least -= 1
+        short = model.session(kv="f32", ctx=1000)
+        text(short.stream(ids[:least], max_tokens=0))
+        try:
+            assert np.allclose(cut.logits, short.logits, rtol=1e-4, atol=1e-4)
+            logits += 1
+        except KvrunError:  # the last token sees more than is left, the next one does not
+            pass
+        text(cut.stream([7], max_tokens=0))
+        text(short.stream([7], max_tokens=0))
+        assert np.allclose(cut.logits, short.logits, rtol=1e-4, atol=1e-4)
+    assert n - least - 1 <= logits <= n - least and n - least > 10
+
+
+def test_inspect(model):
+    """Less memory than without windows, and a word about them."""
+    from kvrun.inspect import _lines
+
+    report = inspect(model.file)
+    plain = read_model_file(model.file.path)
+    assert report["kv_memory"]["q4"]["131072"] < 0.6 * inspect(plain)["kv_memory"]["q4"]["131072"]
+    windows = model.description.sliding_windows
+    expected = "30 tokens in 1 of 2 layers" if windows == (30, None) else "30, 100 tokens in 2 of 2 layers"
+    assert f"sliding window of {expected}" in "\n".join(_lines(report))
+    assert "sliding" not in "\n".join(_lines(inspect(plain)))
