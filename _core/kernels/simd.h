@@ -1,8 +1,8 @@
 /* Vectors of 16 lanes, the width of a weight panel, under one set of names for every instruction-set level.
  *
  *   vf   16 floats                   vf_load vf_store vf_set1 vf_zero vf_add vf_sub vf_mul vf_fma(a,b,c)=a*b+c
- *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top vf_low (largest and
- *                                    smallest lane) vf_round vf_pick(a,b,x,y) = a > b ? x : y
+ *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top (largest lane)
+ *                                    vf_round vf_pick(a,b,x,y) = a > b ? x : y
  *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
  *                                    vf_top4 vf_sum4 (of four at once), vf_store_codes (32 codes, of two)
  *                                    i8_sum4 (sums of four times n codes, n a multiple of 32)

@@ -122,13 +122,6 @@ KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
 }
 
 /* Tiles */
-KV_INLINE float vf_low(vf x)
-{
-    __m256 s = _mm256_min_ps(x.a, x.b);
-    __m128 t = _mm_min_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_min_ps(t, _mm_movehl_ps(t, t));
-    return _mm_cvtss_f32(_mm_min_ss(t, _mm_movehdup_ps(t)));
-}
 KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y)
 {
     return (vf){_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),

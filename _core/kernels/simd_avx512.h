@@ -54,7 +54,6 @@ KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
 }
 
 /* Tiles */
-KV_INLINE float vf_low(vf x) { return _mm512_reduce_min_ps(x); }
 KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x); }
 KV_INLINE vw vw_or(vw x, vw y, const int shift) { return _mm512_or_si512(x, _mm512_slli_epi32(y, shift)); }
 KV_INLINE vw vw_pack(vf a, vf b, vf c, vf d)

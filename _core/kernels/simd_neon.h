@@ -104,10 +104,6 @@ KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
 }
 
 /* Tiles */
-KV_INLINE float vf_low(vf x)
-{
-    return vminvq_f32(vminq_f32(vminq_f32(x.val[0], x.val[1]), vminq_f32(x.val[2], x.val[3])));
-}
 KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y)
 {
     KV_EACH(vf, vbslq_f32(vcgtq_f32(a.val[i], b.val[i]), x.val[i], y.val[i]));

@@ -56,7 +56,6 @@ KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
 }
 
 /* Tiles */
-KV_INLINE float vf_low(vf a) { float m = a.v[0]; for (int i = 1; i < 16; i++) if (a.v[i] < m) m = a.v[i]; return m; }
 KV_INLINE vf vf_pick(vf a, vf b, vf x, vf y) { KV_EACH(vf, a.v[i] > b.v[i] ? x.v[i] : y.v[i]); }
 KV_INLINE vw vw_pack(vf a, vf b, vf c, vf d)
 {

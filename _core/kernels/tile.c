@@ -56,8 +56,8 @@ static void store_ranges(block *b, int first, vf scale, vf minimum, uint16_t *sc
 
 /* At 2 bits the extremes waste codes on outliers: the range of least squared error is searched, for 16 rows at once.
  * Each row is rounded to int8 between its extremes, which is precise enough to choose among four codes. Clipped ranges
- * are tried; for the codes that each gives, regression finds the range that fits best; and the best of these is improved
- * by doing so again. */
+ * are tried; for the codes that each gives, regression finds the range that fits best; and the best of these is
+ * improved by doing so again. */
 typedef struct {
     uint8_t y[KV_TILE * LANES];     /* lines of int8 [16 rows][4]; padding is -128, above no threshold */
     vf n, sum;                      /* numbers of a row, and their sum */

@@ -32,7 +32,6 @@ FN v16i in_c_cvtps_epi32(v16f a) { LANES(v16i, (int32_t)rintf(a[i])); }
 FN v16f in_c_cvtepi32_ps(v16i a) { LANES(v16f, (float)a[i]); }
 FN float in_c_reduce_add_ps(v16f a) { float s = 0; for (int i = 0; i < 16; i++) s += a[i]; return s; }
 FN float in_c_reduce_max_ps(v16f a) { float m = a[0]; for (int i = 1; i < 16; i++) m = a[i] > m ? a[i] : m; return m; }
-FN float in_c_reduce_min_ps(v16f a) { float m = a[0]; for (int i = 1; i < 16; i++) m = a[i] < m ? a[i] : m; return m; }
 FN uint16_t in_c_above_ps(v16f a, v16f b) { unsigned m = 0; for (int i = 0; i < 16; i++) m |= (unsigned)(a[i] > b[i]) << i; return (uint16_t)m; }
 FN v16f in_c_mask_blend_ps(uint16_t m, v16f a, v16f b) { LANES(v16f, m >> i & 1 ? b[i] : a[i]); }
 FN int32_t in_c_reduce_add_epi32(v16i a) { int32_t s = 0; for (int i = 0; i < 16; i++) s += a[i]; return s; }
@@ -117,7 +116,6 @@ FN v16i in_c_mask_add_epi8(v16i src, uint64_t m, v16i a, v16i b)
 #define _mm512_cvtps_ph in_c_cvtps_ph
 #define _mm256_loadu_si256 in_c_load_halves
 #define _mm256_storeu_si256 in_c_store_halves
-#define _mm512_reduce_min_ps in_c_reduce_min_ps
 #define _mm512_cmp_ps_mask(a, b, greater) in_c_above_ps(a, b)
 #define _mm512_mask_blend_ps in_c_mask_blend_ps
 #define _mm512_or_si512(a, b) ((a) | (b))
