@@ -26,7 +26,6 @@ ctypedef struct Plan:
     int64_t n_spans                              # most spans of tiles that a layer's work is split into
     int64_t n_heads, group                       # group: query heads of a KV head
     float scale                                  # of queries, times log2(e): the softmax is to the base 2
-    bint exact                                   # many queries multiply as one does, with rounded inputs
     QueryBlock* blocks
     float* cos                                   # [n][head_dim/2] of the new tokens
     float* sin
@@ -44,7 +43,7 @@ ctypedef struct Plan:
 
 # A chunk is planned by these three, in this order; then for each layer come append_step, attend_step, commit_step if
 # commit_needed (all threads of a team, a barrier after each), and combine.
-cdef void plan_chunk(Plan* plan, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale, bint exact,
+cdef void plan_chunk(Plan* plan, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale,
                      int64_t threads) noexcept nogil
 cdef int64_t plan_buffers(Plan* plan, const Cache* c, uint8_t* block) noexcept nogil
 cdef void plan_queries(Plan* plan, const Cache* c, const double* inv_freq) noexcept nogil

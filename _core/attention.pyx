@@ -16,8 +16,10 @@ cdef extern from "<math.h>" nogil:
 
 cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
-    SPAN_TILES = 16       # tiles of one work item in decode; fixed, so that results do not depend on the threads
-    SPLIT_TOKENS = 16     # longer chunks have enough queries to split
+    SPLIT_TOKENS = 16     # longer chunks have enough queries to split; in shorter ones tiles are split into spans:
+    SPAN_LEAST = 4        # of at least so many tiles, that a few of a short text keep every thread busy,
+    SPAN_MOST = 16        # and at most so many, once there are
+    SPANS = 8             # so many spans; whatever the number of threads, which is not to change results
 
 
 # Plan ---------------------------------------------------------------------------------------------------------------
@@ -30,18 +32,20 @@ cdef inline int64_t _rows(int64_t group) noexcept nogil:
     return _queries_per_block(group) * group
 
 
-cdef inline int64_t _tile_floats(const Cache* c) noexcept nogil:
-    return KV_TILE * (c.head_dim + c.head_pad)
+cdef inline int64_t _first(const Cache* c, const Plan* plan, int64_t layer) noexcept nogil:
+    """The oldest tile that the chunk sees in a layer."""
+    return first_tile(c, layer, plan.first, tiles_packed(c, plan.first + 1))
 
 
 cdef inline int64_t _spans(const Cache* c, const Plan* plan, int64_t layer) noexcept nogil:
-    """Spans of tiles in a layer: as many as its queries see, not as the cache has."""
+    """Spans that the tiles of a layer are split into: as its queries see, not as the cache has."""
+    cdef int64_t tiles = plan.last_tile - _first(c, plan, layer) + 1
     if plan.n > SPLIT_TOKENS:
         return 1
-    return (plan.last_tile - first_tile(c, layer, plan.first, tiles_packed(c, plan.first + 1))) // SPAN_TILES + 1
+    return max(max((tiles + SPAN_MOST - 1) // SPAN_MOST, <int64_t>1), min(tiles // SPAN_LEAST, <int64_t>SPANS))
 
 
-cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale, bint exact,
+cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale,
                      int64_t threads) noexcept nogil:
     """Counts what a chunk of n tokens from position `first` on needs; no pointer is set."""
     cdef int64_t layer
@@ -49,14 +53,15 @@ cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t 
     p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
     p.evicted_before = tiles_evicted(c, c.n_slots, tiles_packed(c, first + 1))
     p.n_shifts = tiles_evicted(c, c.n_slots, p.packed_after) - p.evicted_before + 1
-    p.n_heads, p.group, p.scale, p.exact = n_heads, n_heads // c.n_kv_heads, <float>(scale * M_LOG2E), exact
+    p.n_heads, p.group, p.scale = n_heads, n_heads // c.n_kv_heads, <float>(scale * M_LOG2E)
     p.block_tokens = _queries_per_block(p.group)
     p.n_spans = 1
     for layer in range(c.n_layers):
         p.n_spans = max(p.n_spans, _spans(c, p, layer))
     p.max_tiles = p.last_tile - p.packed_before + 1
-    # of a thread: a tile while it is packed or unpacked; rotated queries, scores, two counts
-    p.scratch_floats = (_tile_floats(c) + _rows(p.group) * (c.head_dim + KV_TILE + 2) + 15) // 16 * 16
+    # of a thread: a tile while it is packed; or rotated queries, scores, two counts
+    p.scratch_floats = max(KV_TILE * c.head_pad, _rows(p.group) * (c.head_dim + KV_TILE + 2))
+    p.scratch_floats = (p.scratch_floats + 15) // 16 * 16
     p.threads = threads
 
 
@@ -236,7 +241,6 @@ cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* 
 ctypedef struct Rows:
     int64_t n, layer, head, sight
     const QueryBlock* block
-    float* tile                # room for an unpacked one: keys, then values
     float* q                   # [n][head_dim], rotated and scaled
     float* scores              # [n][64]
     int32_t* visible           # [n] of the tile at hand, each row sees tokens [hidden, visible), none if visible <= 0
@@ -306,20 +310,9 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
     else:
         data = _unpacked(c, plan, rows.layer, rows.head, tile)
     tokens = _see(c, plan, rows, start, KV_TILE)
-    cdef const void* keys = data
-    cdef const void* values = data + k_bytes
-    if not plan.exact:
-        if k.unpack_rows and rows.n >= k.unpack_rows:
-            k.unpack_k(keys, c.head_dim, rows.tile)
-            keys = rows.tile
-            k = &kern.format[KV_FORMAT_F32]
-        if v.unpack_rows and rows.n >= v.unpack_rows:
-            v.unpack_v(values, c.head_dim, rows.tile + KV_TILE * c.head_dim)
-            values = rows.tile + KV_TILE * c.head_dim
-            v = &kern.format[KV_FORMAT_F32]
-    k.k_dot(keys, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
+    k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
     _weigh(kern, c, rows)
-    v.v_accumulate(values, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
+    v.v_accumulate(data + k_bytes, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
 
 
 cdef void _prepare_rows(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows, const float* q,
@@ -339,11 +332,10 @@ cdef void _prepare_rows(const kv_kernels* kern, const Cache* c, const Plan* plan
 cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head, int64_t block,
                   int64_t span, const float* q, int64_t ld, float* scratch) noexcept nogil:
     cdef Rows rows
-    cdef int64_t at, tile, first, last
+    cdef int64_t at, tile, first, last, tiles, start = _first(c, plan, layer), spans = _spans(c, plan, layer)
     rows.layer, rows.head, rows.block, rows.sight = layer, head, &plan.blocks[block], c.layers[layer].sight
     rows.n = (rows.block.end - rows.block.start) * plan.group
-    rows.tile = scratch
-    rows.q = scratch + _tile_floats(c)
+    rows.q = scratch
     rows.scores = rows.q + _rows(plan.group) * c.head_dim
     rows.visible = <int32_t*>(rows.scores + _rows(plan.group) * KV_TILE)
     rows.hidden = rows.visible + _rows(plan.group)
@@ -353,9 +345,9 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
 
     first = first_tile(c, layer, plan.first + rows.block.start, rows.block.packed)
     last = tile_of(c, plan.first + rows.block.end - 1)
-    if plan.n <= SPLIT_TOKENS:
-        first += span * SPAN_TILES
-        last = min(last, first + SPAN_TILES - 1)
+    tiles = plan.last_tile - start + 1
+    first = max(first, start + span * tiles // spans)
+    last = min(last, start + (span + 1) * tiles // spans - 1)
     if span == 0 and c.n_sinks:
         _attend_sinks(kern, c, plan, &rows)
     for tile in range(first, last + 1):

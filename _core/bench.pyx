@@ -218,7 +218,7 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef uint8_t[::1] block
     memset(&step, 0, sizeof(Step))
     step.kern, step.cache, step.q, step.out = kernels(), c, &q[0], &out[0]
-    plan_chunk(p, c, c.n_tokens - 1, 1, d.n_heads, d.attention_scale, False, threads)
+    plan_chunk(p, c, c.n_tokens - 1, 1, d.n_heads, d.attention_scale, threads)
     p.packed_before = p.packed_after   # the token is in already
     block = _aligned(plan_buffers(p, c, NULL))
     plan_buffers(p, c, &block[0])

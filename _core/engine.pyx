@@ -376,7 +376,7 @@ cdef class Engine:
         call.kern, call.config, call.layers, call.cache = kernels(), &self.c, self.layers, &kv.c
         call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, self.norm, &ids[0]
         call.first_logit = first_logit
-        plan_chunk(&call.plan, &kv.c, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale, self.precise, threads)
+        plan_chunk(&call.plan, &kv.c, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale, threads)
         arena.count()
         self._buffers(arena, &call)
         arena.allocate()

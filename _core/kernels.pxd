@@ -27,7 +27,6 @@ cdef extern from "kernels.h":
         const char* name
         double bits
         int hadamard
-        int unpack_rows
         int64_t (*k_bytes)(int64_t) noexcept nogil
         int64_t (*v_bytes)(int64_t) noexcept nogil
         void (*pack_k)(const float*, int64_t, void*) noexcept nogil

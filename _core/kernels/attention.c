@@ -153,11 +153,11 @@ void KV_NAME(kv_fill_attention)(kv_kernels *table);
 void KV_NAME(kv_fill_attention)(kv_kernels *table)
 {
     table->format[KV_FORMAT_F32] = (kv_format){
-        "f32", 32, 0, 0, f32_k_bytes, f32_v_bytes, f32_pack_k, f32_pack_v, f32_unpack_k, f32_unpack_v, f32_put_k,
+        "f32", 32, 0, f32_k_bytes, f32_v_bytes, f32_pack_k, f32_pack_v, f32_unpack_k, f32_unpack_v, f32_put_k,
         f32_put_v, f32_k_dot, f32_v_accumulate,
     };
     table->format[KV_FORMAT_F16] = (kv_format){
-        "f16", 16, 0, 0, f16_k_bytes, f16_v_bytes, f16_pack_k, f16_pack_v, f16_unpack_k, f16_unpack_v, f16_put_k,
+        "f16", 16, 0, f16_k_bytes, f16_v_bytes, f16_pack_k, f16_pack_v, f16_unpack_k, f16_unpack_v, f16_put_k,
         f16_put_v, f16_k_dot, f16_v_accumulate,
     };
     table->softmax_step = softmax_step;

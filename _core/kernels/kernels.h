@@ -15,7 +15,7 @@
  *
  * Cached keys and values come in tiles of KV_TILE = 64 tokens of one KV head; `head_pad` is head_dim rounded up
  * to 16. In f32 and f16 K is channel-major [head_dim][64], V is token-major [64][head_pad]; the quantised formats are
- * described in quantized.c.
+ * described in tile.h.
  */
 #ifndef KVRUN_KERNELS_H
 #define KVRUN_KERNELS_H
@@ -61,7 +61,6 @@ typedef struct {
     const char *name;
     double bits;
     int hadamard;           /* V is kept transformed, which spreads outliers over the head's channels */
-    int unpack_rows;        /* for so many rows it is faster to unpack a tile and multiply floats; 0: never */
     int64_t (*k_bytes)(int64_t head_dim);
     int64_t (*v_bytes)(int64_t head_dim);
     void (*pack_k)(const float *k, int64_t head_dim, void *tile);

@@ -342,7 +342,7 @@ static void v_accumulate(const products *by, const uint8_t *tile, int64_t head_d
 }
 
 /* One row of the table of formats, all its functions for `BITS`. */
-#define KV_QUANTIZED(NAME, BITS, UNPACK)                                                                               \
+#define KV_QUANTIZED(NAME, BITS)                                                                                       \
     static int64_t NAME##_k_bytes(int64_t head_dim) { return k_bytes(BITS, head_dim); }                                \
     static int64_t NAME##_v_bytes(int64_t head_dim) { return v_bytes(BITS, head_dim); }                                \
     static void NAME##_pack_k(const float *k, int64_t head_dim, void *tile)                                            \
@@ -374,17 +374,13 @@ static void v_accumulate(const products *by, const uint8_t *tile, int64_t head_d
         v_accumulate(&products_##BITS, tile, head_dim, p, rows, acc);                                                  \
     }                                                                                                                  \
     static const kv_format NAME = {                                                                                    \
-        #NAME, BITS + 0.5, 1, UNPACK, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,   \
+        #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,   \
         NAME##_unpack_v, NULL, NULL, NAME##_k_dot, NAME##_v_accumulate,                                                \
     };
 
-#ifdef KV_WIDE
-KV_QUANTIZED(q8, 8, 12)
-#else
-KV_QUANTIZED(q8, 8, 0)
-#endif
-KV_QUANTIZED(q4, 4, 0)
-KV_QUANTIZED(q2, 2, 0)
+KV_QUANTIZED(q8, 8)
+KV_QUANTIZED(q4, 4)
+KV_QUANTIZED(q2, 2)
 
 void KV_NAME(kv_fill_quantized)(kv_kernels *table);
 void KV_NAME(kv_fill_quantized)(kv_kernels *table)
