@@ -1,15 +1,19 @@
-"""Single kernels, called from Python at a chosen level: for tests and micro-benchmarks.
+"""Single kernels, and attention without a model, called from Python at a chosen level: for tests and
+micro-benchmarks.
 
 Every function takes ``level``, a name from ``isa_available()``, or None for the level in use.
 """
 
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+from libc.string cimport memset
 
 import numpy as np
 
+from .attention cimport (Plan, append_step, attend_step, combine, commit_needed, commit_step, kv_team, kv_team_barrier,
+                         kv_team_run, kv_team_take, plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kernels_of, kv_format, kv_input,
                        kv_head_pad, kv_kernels)
-
+from .kv cimport Cache, KVCache
 from .weights import packed_size, type_id
 
 
@@ -170,3 +174,100 @@ cdef class Tile:
         cdef float[:, ::1] to = padded
         self.format.v_accumulate(&self.v[0], self.head_dim, &weights[0, 0], len(p), KV_TILE, &to[0, 0])
         return padded[:, :self.head_dim]
+
+
+# Attention ----------------------------------------------------------------------------------------------------------
+
+ctypedef struct Chunk:
+    const kv_kernels* kern
+    const Cache* cache
+    Plan plan
+    const float* q          # [n][n_heads * head_dim], or NULL: only to be appended
+    const float* k          # [n][n_kv_heads * head_dim]
+    const float* v
+    float* out              # [n][n_heads * head_dim]
+
+
+cdef void _chunk(void* arg, kv_team* team, int thread) noexcept nogil:
+    """One thread's part of a layer's attention, with the steps and barriers of the engine."""
+    cdef const Chunk* s = <const Chunk*>arg
+    cdef const Plan* p = &s.plan
+    cdef int64_t width = p.n_heads * s.cache.head_dim, kv_width = s.cache.n_kv_heads * s.cache.head_dim, t, end = 0
+    append_step(s.kern, s.cache, p, 0, s.k, s.v, kv_width, team, thread)
+    kv_team_barrier(team)
+    if s.q != NULL:
+        attend_step(s.kern, s.cache, p, 0, s.q, width, team, thread)
+        kv_team_barrier(team)
+    if commit_needed(s.cache, p):
+        commit_step(s.cache, p, 0, team)
+        kv_team_barrier(team)
+    while s.q != NULL:
+        t = kv_team_take(team, p.n, 1, &end)
+        if t < 0:
+            break
+        combine(s.kern, s.cache, p, 0, t, s.out + t * width)
+
+
+cdef Cache _at_level(const Cache* c, const kv_kernels* kern) noexcept nogil:
+    """The same cache, its formats those of another level: the bytes of a tile are the same at each."""
+    cdef Cache other = c[0]
+    cdef const kv_format* used = &kernels().format[0]
+    other.k = &kern.format[c.k - used]
+    other.v = &kern.format[c.v - used]
+    other.wk = &kern.format[c.wk - used]
+    other.wv = &kern.format[c.wv - used]
+    return other
+
+
+def attention(KVCache kv not None, q, k, v, inv_freq, threads=1, level=None):
+    """Appends a chunk to a cache of one layer and attends to it, as the engine does between its matrices.
+
+    q: float32 [n, n_heads * head_dim], or None to append only; n_heads is any multiple of n_kv_heads. k, v: [n,
+    n_kv_heads * head_dim]. All before RoPE; inv_freq: float64 [head_dim / 2]. Returns float32 [n, n_heads * head_dim],
+    or None without queries. Raises ValueError for arrays of another shape or a cache of several layers, RuntimeError
+    when another thread is using the cache.
+    """
+    d = kv.description
+    if d.n_layers != 1 or len(k) < 1 or threads < 1:
+        raise ValueError("the cache must have one layer, the chunk a token, and the team a thread")
+    width = d.n_kv_heads * d.head_dim
+    k, v = _floats(k, len(k), width), _floats(v, len(k), width)
+    if q is not None:
+        q = _floats(q)
+        if q.ndim != 2 or len(q) != len(k) or not q.shape[1] or q.shape[1] % width:
+            raise ValueError("q must have a row for each token, with as many queries for each KV head")
+    angles = np.array(inv_freq, np.float64)
+    if angles.shape != (d.head_dim // 2,):
+        raise ValueError(f"expected {d.head_dim // 2} inverse frequencies")
+    if not kv.lock.acquire(blocking=False):
+        raise RuntimeError("this cache is in use by another thread")
+    try:
+        return _attention(kv, q, k, v, angles, threads, _level(level))
+    finally:
+        kv.lock.release()
+
+
+cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, const double[::1] inv_freq, int threads,
+                const kv_kernels* kern):
+    cdef Chunk chunk
+    cdef Cache cache = _at_level(&kv.c, kern)
+    cdef int64_t n = k.shape[0], n_heads = (k if q is None else q).shape[1] // cache.head_dim
+    cdef uint8_t[::1] block
+    cdef const float[:, ::1] queries
+    cdef float[:, ::1] out
+    memset(&chunk, 0, sizeof(Chunk))
+    chunk.kern, chunk.cache, chunk.k, chunk.v = kern, &cache, &k[0, 0], &v[0, 0]
+    plan_chunk(&chunk.plan, &cache, cache.n_tokens, n, n_heads, kv.description.attention_scale, threads)
+    raw = np.empty(plan_buffers(&chunk.plan, &cache, NULL) + 64, np.uint8)
+    block = raw[-raw.ctypes.data % 64:]
+    plan_buffers(&chunk.plan, &cache, &block[0])
+    plan_queries(&chunk.plan, &cache, &inv_freq[0])
+    result = None
+    if q is not None:
+        queries, result = q, np.empty_like(q)
+        out = result
+        chunk.q, chunk.out = &queries[0, 0], &out[0, 0]
+    with nogil:
+        kv_team_run(threads, _chunk, &chunk)
+    kv.c.n_tokens += n
+    return result
