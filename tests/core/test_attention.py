@@ -79,9 +79,10 @@ def ordinary(head_dim, n, n_kv_heads=1):
 
 @lru_cache(maxsize=4)
 def exact(head_dim, n, transformed, n_kv_heads=1):
-    """A text that nothing has to round. Keys, and values after the transform that some formats keep them in, are on four
-    levels that every format has codes for. Nothing turns. Queries are whole numbers, the largest of every block 127.
-    For query head h a token has the weight 1 or none: its channels cancel out in pairs, but pair h, which decides.
+    """A text that nothing has to round. Keys, and values after the transform that some formats keep them in, are on
+    four levels that every format has codes for. Nothing turns. Queries, times the scales of K, are whole numbers, the
+    largest of every block 127. For query head h a token has the weight 1 or none: its channels cancel out in pairs, but
+    pair h, which decides.
     """
     rng, pairs = np.random.default_rng(head_dim), head_dim // 2
     levels = 85 * np.arange(4) - 127.5  # 255 = 3 x 85 = 15 x 17
@@ -101,6 +102,11 @@ def exact(head_dim, n, transformed, n_kv_heads=1):
         q[..., head, head, :] = 127, -127
     v = rng.choice(levels, (n, n_kv_heads, head_dim))
     v[..., ::16], v[..., 1::16], v[..., 2::16] = levels[0], levels[1], levels[3]
+    # Scales of their own: for channels of K, for groups of channels of V, and for tiles.
+    half = rng.choice([0.5, 1], (pairs, 1))
+    k, q = k * half, q / half
+    v *= 0.5 ** (np.arange(head_dim) // 64 % 2)
+    v *= 0.5 ** ((np.arange(n) - SINKS) // TILE % 2)[:, None, None]
     if transformed:
         v = v @ hadamard(head_dim)
     step = 20 / (2 * 2 * 127 * 85 * SCALE)  # two levels less are e^-20 in weight: none at all
