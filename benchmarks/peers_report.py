@@ -1,0 +1,244 @@
+"""What `peers.py` makes of its measurements: medians, ratios, tables and plots."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS = "kvrun"
+PLOTS = {
+    "peers-decode.png": ("tokens_per_second", "tokens a second", 1.0, max),
+    "peers-memory.png": ("kv_bytes", "cache, MB", 1e-6, min),
+}
+TITLES = {"f16": "16 bits (f16)", "q8": "8 bits", "q4": "4 bits", "q2": "2 bits"}
+COLOURS = {
+    "kvrun": "#d1495b",
+    "ik_llama.cpp": "#00798c",
+    "llama.cpp": "#edae49",
+    "transformers": "#66717e",
+}
+
+
+def summarize(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same with a median, a best and a share of the memory bandwidth in every row, and with ratios."""
+    bandwidth = raw["memory_bandwidth_gb_s"]
+    rows = []
+    for row in raw["results"]:
+        speeds = [run["tokens"] / run["seconds"] for run in row["runs"]]
+        row = {**row, "tokens_per_second": statistics.median(speeds), "best": max(speeds)}
+        if row.get("bytes_per_token") and bandwidth:
+            row["bandwidth_fraction"] = row["bytes_per_token"] * row["tokens_per_second"] / (1e9 * bandwidth)
+        rows.append(row)
+    return {**raw, "results": rows, "ratios": ratios(rows, raw["runtimes"])}
+
+
+def ratios(rows: list[dict[str, Any]], runtimes: dict[str, Any]) -> list[dict[str, Any]]:
+    """kvrun's speed with each of its caches over each family's, with its fastest variant and cache.
+
+    "ratio" is that of the medians, "ratio_of_best" that of the best runs.
+    """
+    found = []
+    for ours in (row for row in rows if row["runtime"] == OURS):
+        fastest: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            family = runtimes[row["runtime"]]["family"]
+            if family != OURS and _test(row) == _test(ours):
+                best = fastest.setdefault(family, row)
+                fastest[family] = max(best, row, key=lambda row: row["tokens_per_second"])
+        for family, row in fastest.items():
+            found.append(
+                {
+                    "test": ours["test"],
+                    "depth": ours["depth"],
+                    "tokens": ours["tokens"],
+                    "cache": ours["cache"],
+                    "peer": family,
+                    "peer_runtime": row["runtime"],
+                    "peer_cache": row["cache"],
+                    "ratio": ours["tokens_per_second"] / row["tokens_per_second"],
+                    "ratio_of_best": ours["best"] / row["best"],
+                }
+            )
+    return found
+
+
+def _test(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What has to be equal for two rows to be comparable; also their order in tables."""
+    return row["test"] != "prefill", row["tokens"] or 0, row["depth"]
+
+
+def _heading(row: dict[str, Any]) -> str:
+    return f"prompt {row['tokens']:,}" if row["test"] == "prefill" else f"depth {row['depth']:,}"
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+def show(report: dict[str, Any], console: Any = None) -> None:
+    """For people: what ran where, speeds, kvrun's ratios to the peers, memory, and what was left out."""
+    from rich.console import Console
+
+    console = console or Console(
+        highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140
+    )
+    machine, rows = report["machine"], report["results"]
+    bandwidth = report["memory_bandwidth_gb_s"]
+    read = f"memory read at {bandwidth:.1f} GB/s" if bandwidth else "memory bandwidth not measured"
+    load = machine.get("load_average")
+    console.print(
+        f"{report['model']} ({report['weights']}), {report['threads']} thread(s), {report['date']}\n"
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {read}"
+        + (f", load average {load[0]:.1f} at the start" if load else "")
+    )
+    for name, info in report["runtimes"].items():
+        details = [f"{info['package']} {info['version']}", info.get("with"), info.get("built")]
+        console.print(f"  {name}: {', '.join(filter(None, details))}")
+    for title, test in (("prefill, tokens a second", "prefill"), ("decode, tokens a second", "decode")):
+        own = [row for row in rows if row["test"] == test]
+        if own:
+            runs = max(len(row["runs"]) for row in own)
+            console.print(_speeds(own, f"{title}: median (best) of up to {runs}"))
+    if report["ratios"]:
+        console.print(_ratios(report["ratios"]))
+    if any("kv_bytes" in row for row in rows):
+        console.print(_memory([row for row in rows if "kv_bytes" in row]))
+    for line in report["left_out"]:
+        console.print(f"left out: {line}" if not line.endswith("left out") else line)
+
+
+def _table(title: str, headings: Iterable[str], left: int) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=f"\n{title}", title_justify="left", title_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < left else "right", no_wrap=True)
+    return table
+
+
+def _grid(
+    rows: list[dict[str, Any]], lead: tuple[str, ...]
+) -> tuple[list[str], list[tuple[list[str], list[dict[str, Any] | None]]]]:
+    """Headings of the tests, and a line for each combination of the leading columns: its row in each test."""
+    tests = {_test(row): _heading(row) for row in sorted(rows, key=_test)}
+    lines: dict[tuple[str, ...], dict[Any, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in lead), {})[_test(row)] = row
+    return list(tests.values()), [
+        (list(names), [found.get(test) for test in tests]) for names, found in lines.items()
+    ]
+
+
+def _speeds(rows: list[dict[str, Any]], title: str) -> Any:
+    headings, lines = _grid(rows, ("runtime", "cache"))
+    shares = any(row.get("bandwidth_fraction") for row in rows)
+    table = _table(title, ["runtime", "cache", *headings, *(["of bandwidth"] if shares else [])], 2)
+    for names, found in lines:
+        cells = [f"{row['tokens_per_second']:.1f} ({row['best']:.1f})" if row else "" for row in found]
+        parts = [
+            f"{100 * row['bandwidth_fraction']:.0f}" for row in found if row and "bandwidth_fraction" in row
+        ]
+        table.add_row(*names, *cells, *([" / ".join(parts) + " %" if parts else ""] if shares else []))
+    return table
+
+
+def _ratios(found: list[dict[str, Any]]) -> Any:
+    headings, lines = _grid(found, ("cache", "peer"))
+    table = _table("kvrun over each peer's fastest cache: ratio of medians (of best runs)",
+                   ["kvrun", "peer", *headings], 2)  # fmt: skip
+    for names, entries in lines:
+        table.add_row(*names, *(f"{e['ratio']:.2f} ({e['ratio_of_best']:.2f})" if e else "" for e in entries))
+    return table
+
+
+def _memory(rows: list[dict[str, Any]]) -> Any:
+    headings, lines = _grid(rows, ("runtime", "cache"))
+    table = _table(
+        "cache, MB (growth of resident memory, buffers included)", ["runtime", "cache", *headings], 2
+    )
+    for names, found in lines:
+        table.add_row(*names, *(_megabytes(row) if row else "" for row in found))
+    return table
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    growth = row.get("resident_growth")
+    return f"{row['kv_bytes'] / 1e6:.1f}" + (f" ({growth / 1e6:.0f})" if growth is not None else "")
+
+
+# --- plots -----------------------------------------------------------------------------------------
+
+
+def series(report: dict[str, Any], value: str, best: Any) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{kind of cache: {family: [(depth, value)]}}, of its variants and caches of that kind the `best`."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in report["results"]:
+        if row["test"] == "decode" and row.get(value):
+            family = report["runtimes"][row["runtime"]]["family"]
+            points = found.setdefault(row["kind"], {}).setdefault(family, {})
+            points[row["depth"]] = best(row[value], points.get(row["depth"], row[value]))
+    return {
+        kind: {family: sorted(points.items()) for family, points in lines.items()}
+        for kind, lines in found.items()
+    }
+
+
+def plot(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes decode speed by depth and memory by depth, a panel for each kind of cache. The paths written."""
+    written = []
+    for name, (value, label, scale, best) in PLOTS.items():
+        lines = series(report, value, best)
+        if lines:
+            _draw(report, lines, label, scale).savefig(folder / name, dpi=160)
+            written.append(folder / name)
+    return written
+
+
+def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: float) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    families = [f for f in COLOURS if any(f in lines for lines in panels.values())]
+    depths = sorted({depth for lines in panels.values() for points in lines.values() for depth, _ in points})
+    handles = {}
+    for axes, (kind, lines) in zip(all_axes, panels.items()):
+        for family in reversed(families):  # ours on top
+            if family in lines:
+                x, y = zip(*lines[family])
+                handles[family] = axes.plot(
+                    x, [v * scale for v in y], marker="o", markersize=4, linewidth=2, color=COLOURS[family]
+                )[0]
+        axes.set_title(f"cache of {TITLES.get(kind, kind)}", fontsize=10)
+        axes.set_xlabel("depth, tokens", fontsize=9)
+        axes.set_xticks(_apart(depths), [f"{depth:,}" for depth in _apart(depths)])
+        axes.tick_params(labelsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set_ylabel(label, fontsize=9)
+    all_axes[0].set_ylim(
+        0, 1.05 * scale * max(v for ls in panels.values() for p in ls.values() for _, v in p)
+    )
+    figure.legend(
+        [handles[f] for f in families],
+        families,
+        loc="outside lower center",
+        ncols=len(families),
+        frameon=False,
+    )
+    figure.suptitle(
+        f"{Path(report['model']).stem}, {report['machine']['cpu']}, {report['threads']} threads, {report['date']}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _apart(depths: list[int]) -> list[int]:
+    """Those whose labels do not touch."""
+    chosen: list[int] = []
+    for depth in reversed(depths):
+        if not chosen or chosen[-1] - depth >= depths[-1] / 5:
+            chosen.append(depth)
+    return chosen[::-1]
