@@ -8,7 +8,7 @@ copy of them, or the ring tile they will replace.
 from libc.math cimport INFINITY, M_LOG2E, cos, sin
 from libc.string cimport memcpy
 
-from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format
+from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
 from .kv cimport first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
 
 cdef extern from "<math.h>" nogil:
@@ -291,11 +291,18 @@ cdef void _attend_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan
     keys = plan.sinks + (rows.head * plan.n_shifts + place) * c.head_dim * c.sink_lanes
     while start < c.n_sinks:
         lanes, tokens = min(c.sink_lanes - start, <int64_t>KV_TILE), min(c.n_sinks - start, <int64_t>KV_TILE)
-        if _see(c, plan, rows, start, tokens) > 0:
+        tokens = _see(c, plan, rows, start, tokens)  # beyond them lies what an earlier text left
+        if tokens > 0:
             f32.k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
             _weigh(kern, c, rows)
             f32.v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
         start += KV_TILE
+
+
+cdef inline const uint8_t* _tile_at(const Cache* c, const Plan* plan, const Rows* rows, int64_t tile) noexcept nogil:
+    if tile < rows.block.packed:
+        return _packed(c, plan, rows.layer, rows.head, tile)
+    return _unpacked(c, plan, rows.layer, rows.head, tile)
 
 
 cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows,
@@ -304,11 +311,7 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
     cdef const kv_format* k = c.k if packed else c.wk
     cdef const kv_format* v = c.v if packed else c.wv
     cdef int64_t start = c.n_sinks + tile * KV_TILE, k_bytes = c.k_bytes if packed else c.window_k_bytes, tokens
-    cdef uint8_t* data
-    if packed:
-        data = _packed(c, plan, rows.layer, rows.head, tile)
-    else:
-        data = _unpacked(c, plan, rows.layer, rows.head, tile)
+    cdef const uint8_t* data = _tile_at(c, plan, rows, tile)
     tokens = _see(c, plan, rows, start, KV_TILE)
     k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
     _weigh(kern, c, rows)
@@ -341,13 +344,14 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
     rows.hidden = rows.visible + _rows(plan.group)
     at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
     rows.top, rows.total, rows.acc = plan.top + at, plan.total + at, plan.acc + at * c.head_pad
-    _prepare_rows(kern, c, plan, &rows, q, ld)
-
     first = first_tile(c, layer, plan.first + rows.block.start, rows.block.packed)
     last = tile_of(c, plan.first + rows.block.end - 1)
     tiles = plan.last_tile - start + 1
     first = max(first, start + span * tiles // spans)
     last = min(last, start + (span + 1) * tiles // spans - 1)
+    if first <= last:
+        kv_prefetch(_tile_at(c, plan, &rows, first), c.k_bytes + c.v_bytes)
+    _prepare_rows(kern, c, plan, &rows, q, ld)
     if span == 0 and c.n_sinks:
         _attend_sinks(kern, c, plan, &rows)
     for tile in range(first, last + 1):

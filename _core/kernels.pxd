@@ -11,6 +11,8 @@ cdef extern from "kernels.h":
         KV_FORMAT_F32
         KV_FORMAT_F16
 
+    void kv_prefetch(const void* data, int64_t bytes) noexcept nogil
+
     ctypedef struct kv_input:
         const float* f
         const int8_t* q

@@ -112,14 +112,14 @@ KV_INLINE void softmax_rows(float *scores, const int32_t *visible, int64_t rows,
                             float *acc)
 {
     vf four[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
-    float found[4];
+    f4 found;
     for (int64_t r = 0; r < rows; r++) {
         float *s = scores + r * KV_TILE;
         if (visible[r] < KV_TILE)
             hide(s, visible[r] > 0 ? visible[r] : 0, -INFINITY);
         four[r] = vf_max(vf_max(vf_load(s), vf_load(s + 16)), vf_max(vf_load(s + 32), vf_load(s + 48)));
     }
-    vf_top4(four, found);
+    found = vf_top4(four);
     for (int64_t r = 0; r < rows; r++) {
         float *s = scores + r * KV_TILE;
         if (found[r] > m[r]) {
@@ -136,7 +136,7 @@ KV_INLINE void softmax_rows(float *scores, const int32_t *visible, int64_t rows,
         if (visible[r] < KV_TILE)
             hide(s, visible[r] > 0 ? visible[r] : 0, 0);
     }
-    vf_sum4(four, found);
+    found = vf_sum4(four);
     for (int64_t r = 0; r < rows; r++)
         l[r] += found[r];
 }

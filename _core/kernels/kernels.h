@@ -31,6 +31,13 @@
 /* Channels of a head with the padding of its rows. */
 static inline int64_t kv_head_pad(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
+/* Asks for data that will be read soon, where nothing that was read before it has led hardware to do so. */
+static inline void kv_prefetch(const void *data, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)data + i);
+}
+
 enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
 enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };
 

@@ -51,7 +51,7 @@ KV_INLINE void scaled(const int rows, const float offset, const float *x, int64_
             vf_store(w + r * ld + i, vf_zero());
     KV_UNROLL
     for (int r = 0; r < rows; r += 4)
-        vf_sum4(sum + r, constant + r);
+        f4_store(constant + r, vf_sum4(sum + r));
 }
 
 /* The largest |w| of n, a multiple of 32, lane by lane. */
@@ -70,23 +70,18 @@ KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *
 {
     for (int64_t b = 0; b < blocks; b += 4, w += 4 * block, q += 4 * block) {
         vf top[4];
-        float most[4], inverse[4];
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             top[i] = largest(w + i * block, block);
-        vf_top4(top, most);
-        for (int i = 0; i < 4; i++) {
-            scale[b + i] = most[i] * (1.0f / 127);
-            inverse[i] = 127 / (most[i] + 1e-30f); /* finite for a block of zeros */
-        }
+        f4 most = vf_top4(top), inverse = 127 / (most + 1e-30f); /* finite for a block of zeros */
         KV_UNROLL
         for (int i = 0; i < 4 * block; i += 32) {
             vf by = vf_set1(inverse[i / block]);
             vf_store_codes(q + i, vf_mul(vf_load(w + i), by), vf_mul(vf_load(w + i + 16), by));
         }
-        i8_sum4(q, block, total + b);
-        for (int i = 0; i < 4; i++)
-            total[b + i] *= scale[b + i];
+        most *= 1.0f / 127;
+        f4_store(scale + b, most);
+        f4_store(total + b, most * i8_sum4(q, block));
     }
 }
 

@@ -33,6 +33,9 @@
 #define KV_STRING_(a) #a
 #define KV_STRING(a) KV_STRING_(a)
 
+typedef float f4 __attribute__((vector_size(16))); /* one number for each of four rows or blocks */
+KV_INLINE void f4_store(float *p, f4 x) { memcpy(p, &x, sizeof x); }
+
 /* Loops over the rows kept in registers are unrolled; loops over lines are not, or GCC hoists every product of a block
  * to its top and spills them. */
 #if defined(__clang__)
@@ -59,16 +62,15 @@ KV_INLINE void kv_ahead(const void *p) { __builtin_prefetch((const char *)p + KV
 #endif
 
 #ifndef KV_HAS_FOURS
-KV_INLINE void vf_top4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_top(x[i]); }
-KV_INLINE void vf_sum4(const vf x[4], float *out) { for (int i = 0; i < 4; i++) out[i] = vf_sum(x[i]); }
-KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
+KV_INLINE f4 vf_top4(const vf x[4]) { return (f4){vf_top(x[0]), vf_top(x[1]), vf_top(x[2]), vf_top(x[3])}; }
+KV_INLINE f4 vf_sum4(const vf x[4]) { return (f4){vf_sum(x[0]), vf_sum(x[1]), vf_sum(x[2]), vf_sum(x[3])}; }
+KV_INLINE f4 i8_sum4(const int8_t *q, const int n)
 {
-    for (int j = 0; j < 4; j++, q += n) {
-        int32_t sum = 0;
-        for (int i = 0; i < n; i++)
-            sum += q[i];
-        out[j] = (float)sum;
-    }
+    int32_t sum[4] = {0};
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 4; j++)
+            sum[j] += q[j * n + i];
+    return (f4){(float)sum[0], (float)sum[1], (float)sum[2], (float)sum[3]};
 }
 #endif
 

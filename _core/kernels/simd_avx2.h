@@ -53,13 +53,13 @@ KV_INLINE float vf_top(vf x)
 #define KV_HAS_FOURS 1
 /* The largest lanes, and the sums, of four at once. */
 #define KV_FOUR(NAME, OP)                                                                                              \
-    KV_INLINE void NAME(const vf x[4], float *out)                                                                     \
+    KV_INLINE f4 NAME(const vf x[4])                                                                                   \
     {                                                                                                                  \
         __m256 a = OP(x[0].a, x[0].b), b = OP(x[1].a, x[1].b), c = OP(x[2].a, x[2].b), d = OP(x[3].a, x[3].b);         \
         __m256 ab = OP(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));                                            \
         __m256 cd = OP(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));                                            \
         __m256 all = OP(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));                             \
-        _mm_storeu_ps(out, KV_FOUR_##NAME(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));                \
+        return KV_FOUR_##NAME(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));                             \
     }
 #define KV_FOUR_vf_top4 _mm_max_ps
 #define KV_FOUR_vf_sum4 _mm_add_ps
@@ -113,12 +113,12 @@ KV_INLINE __m256i kv_sum_codes(const int8_t *q, const int n)
         sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i *)(q + i))));
     return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
-KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
+KV_INLINE f4 i8_sum4(const int8_t *q, const int n)
 {
     __m256i ab = _mm256_hadd_epi32(kv_sum_codes(q, n), kv_sum_codes(q + n, n));
     __m256i cd = _mm256_hadd_epi32(kv_sum_codes(q + 2 * n, n), kv_sum_codes(q + 3 * n, n));
     ab = _mm256_hadd_epi32(ab, cd);
-    _mm_storeu_ps(out, _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(ab), _mm256_extracti128_si256(ab, 1))));
+    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(ab), _mm256_extracti128_si256(ab, 1)));
 }
 
 /* Tiles */

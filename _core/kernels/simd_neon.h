@@ -73,13 +73,13 @@ KV_INLINE int32_t vf_store_i8(int8_t *p, vf x)
 #define KV_HAS_FOURS 1
 KV_INLINE float32x4_t kv_top(vf x) { return vmaxq_f32(vmaxq_f32(x.val[0], x.val[1]), vmaxq_f32(x.val[2], x.val[3])); }
 KV_INLINE float32x4_t kv_sum(vf x) { return vaddq_f32(vaddq_f32(x.val[0], x.val[1]), vaddq_f32(x.val[2], x.val[3])); }
-KV_INLINE void vf_top4(const vf x[4], float *out)
+KV_INLINE f4 vf_top4(const vf x[4])
 {
-    vst1q_f32(out, vpmaxq_f32(vpmaxq_f32(kv_top(x[0]), kv_top(x[1])), vpmaxq_f32(kv_top(x[2]), kv_top(x[3]))));
+    return (f4)vpmaxq_f32(vpmaxq_f32(kv_top(x[0]), kv_top(x[1])), vpmaxq_f32(kv_top(x[2]), kv_top(x[3])));
 }
-KV_INLINE void vf_sum4(const vf x[4], float *out)
+KV_INLINE f4 vf_sum4(const vf x[4])
 {
-    vst1q_f32(out, vpaddq_f32(vpaddq_f32(kv_sum(x[0]), kv_sum(x[1])), vpaddq_f32(kv_sum(x[2]), kv_sum(x[3]))));
+    return (f4)vpaddq_f32(vpaddq_f32(kv_sum(x[0]), kv_sum(x[1])), vpaddq_f32(kv_sum(x[2]), kv_sum(x[3])));
 }
 KV_INLINE int8x16_t kv_codes(vf x)
 {
@@ -93,14 +93,15 @@ KV_INLINE void vf_store_codes(int8_t *p, vf x, vf y)
     vst1q_s8(p + 16, kv_codes(y));
 }
 
-KV_INLINE void i8_sum4(const int8_t *q, const int n, float *out)
+KV_INLINE f4 i8_sum4(const int8_t *q, const int n)
 {
+    int32x4_t sum[4];
     for (int j = 0; j < 4; j++, q += n) {
-        int32x4_t sum = vdupq_n_s32(0);
+        sum[j] = vdupq_n_s32(0);
         for (int i = 0; i < n; i += 16)
-            sum = vdotq_s32(sum, vld1q_s8(q + i), vdupq_n_s8(1));
-        out[j] = (float)vaddvq_s32(sum);
+            sum[j] = vdotq_s32(sum[j], vld1q_s8(q + i), vdupq_n_s8(1));
     }
+    return (f4)vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(sum[0], sum[1]), vpaddq_s32(sum[2], sum[3])));
 }
 
 /* Tiles */

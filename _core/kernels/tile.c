@@ -23,7 +23,6 @@ static void find_extremes(block *b)
 {
     for (int r = 0; r < b->rows; r += 4) {
         vf minus[4], high[4];
-        float top[4];
         KV_UNROLL
         for (int i = 0; i < 4; i++) {
             const float *x = b->x + (r + i) * b->ld;
@@ -36,10 +35,8 @@ static void find_extremes(block *b)
             }
             minus[i] = vf_sub(vf_zero(), low);
         }
-        vf_top4(high, b->high + r);
-        vf_top4(minus, top);
-        for (int i = 0; i < 4; i++)
-            b->low[r + i] = 0 - top[i];
+        f4_store(b->high + r, vf_top4(high));
+        f4_store(b->low + r, 0 - vf_top4(minus));
     }
 }
 
