@@ -5,7 +5,9 @@
 Every runtime works in a process of its own (`peers_worker.py`), started by whichever of the interpreters given has
 it: packages that cannot share an environment still take part. A runtime that is missing, cannot load the model or
 crashes is named in one line and left out. All read one GGUF file: kvrun converts it without changing a value,
-transformers dequantises it. They take turns run by run, none computes while another is measured, and sampling is part of nobody's time.
+transformers dequantises it. That they compute the same model is checked: the KL divergence of their predictions
+after one prompt from kvrun's is shown. They take turns run by run, none computes while another is measured, and
+sampling is part of nobody's time.
 
     prefill   a prompt into an empty cache
     decode    single tokens behind a real prompt of `depth` tokens, which are then taken back
@@ -19,7 +21,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,11 +32,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peers_report
 from peers_gguf import BenchmarkError, gguf_facts, requantize
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 REST = 0.2  # seconds between two runs, in which threads that wait actively for more go to sleep
+PROMPT, DISAGREEMENT = 64, 0.2  # tokens of the check, and the KL divergence that rounding does not explain
 RUN_SECONDS = 1.0  # after which a decode run is long enough
 
 
@@ -209,6 +212,26 @@ class Comparison:
             else:
                 worker.caches = answer.pop("caches")
                 worker.info.update(answer)
+
+    def agree(self, folder: Path) -> None:
+        """Puts "kl", of its predictions after a prompt from kvrun's, in the info of every other runtime."""
+        from kvrun.perplexity import log_softmax
+
+        ours = None
+        for worker in list(self.workers):
+            path = folder / "logits.npy"
+            cache = next(iter(worker.caches))
+            if self._ask(worker, "logits", cache, n=PROMPT, path=str(path)) is None:
+                continue
+            p = log_softmax(np.load(path).astype(np.float64))
+            ours = p if worker.name == "kvrun" else ours
+            if ours is None or len(p) != len(ours):
+                continue
+            worker.info["kl"] = float((np.exp(ours) * (ours - p)).sum())
+            if worker.info["kl"] > DISAGREEMENT:
+                self._note(
+                    f"{worker.name}: does not compute the same: KL {worker.info['kl']:.2g} from kvrun's predictions"
+                )
 
     def run(self) -> None:
         for n in self.plan.prefills:
@@ -404,19 +427,6 @@ def check(args: argparse.Namespace) -> None:
         raise BenchmarkError("matplotlib is missing; --plots needs kvrun[plot]")
 
 
-def machine() -> dict[str, Any]:
-    from kvrun.speed import cpu_name, physical_memory
-
-    memory = physical_memory()
-    return {
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(memory / 1e9, 1) if memory else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-    }
-
-
 def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The report, as JSON has it. BenchmarkError if kvrun itself cannot be measured."""
     check(args)
@@ -435,7 +445,7 @@ def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None])
         raise BenchmarkError(f"{longest} tokens are more than the model's context of {facts['context']}")
     plan = Plan(args.kv, sorted(set(args.depths)), sorted({n for n in args.prefill if n}), args.runs,
                 args.tokens, args.patience, args.limit)  # fmt: skip
-    before = machine()
+    before = peers_report.machine()
     workers = []
     for i, (package, python, version) in enumerate(found):
         worker = Worker(package.runtime, [python, str(WORKER)], scratch / f"{i}.log", args.timeout)
@@ -446,6 +456,7 @@ def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None])
     try:
         wanted = {key: facts[key] for key in ("vocab", "layers", "kv_heads", "head_dim")}
         comparison.load(gguf=path, scratch=str(scratch), threads=args.threads, **wanted)
+        comparison.agree(scratch)
         comparison.run()
     finally:
         for worker in list(comparison.workers):

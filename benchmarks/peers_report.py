@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import sys
 from collections.abc import Iterable
@@ -20,6 +22,20 @@ COLOURS = {
     "llama.cpp": "#edae49",
     "transformers": "#66717e",
 }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, CPUs this process may use, memory, and how busy it is now."""
+    from kvrun.speed import cpu_name, physical_memory
+
+    memory = physical_memory()
+    return {
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(memory / 1e9, 1) if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
 
 
 def summarize(raw: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +110,8 @@ def show(report: dict[str, Any], console: Any = None) -> None:
         + (f", load average {load[0]:.1f} at the start" if load else "")
     )
     for name, info in report["runtimes"].items():
-        details = [f"{info['package']} {info['version']}", info.get("with"), info.get("built")]
+        kl = f"KL {info['kl']:.2g} from kvrun" if info.get("kl") else None
+        details = [f"{info['package']} {info['version']}", info.get("with"), info.get("built"), kl]
         console.print(f"  {name}: {', '.join(filter(None, details))}")
     for title, test in (("prefill, tokens a second", "prefill"), ("decode, tokens a second", "decode")):
         own = [row for row in rows if row["test"] == test]
@@ -106,7 +123,7 @@ def show(report: dict[str, Any], console: Any = None) -> None:
     if any("kv_bytes" in row for row in rows):
         console.print(_memory([row for row in rows if "kv_bytes" in row]))
     for line in report["left_out"]:
-        console.print(f"left out: {line}" if not line.endswith("left out") else line)
+        console.print(line)
 
 
 def _table(title: str, headings: Iterable[str], left: int) -> Any:

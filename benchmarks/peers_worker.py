@@ -3,12 +3,13 @@
 Run by whichever Python has the runtime, so that only NumPy and the standard library may be imported at the top. Every
 line read is a JSON object with "op" and its arguments, every line written {"ok": {..}} or {"error": ".."}:
 
-    load     runtime, caches, gguf, scratch, threads, vocab, layers, kv_heads, head_dim   opens the model
-    prepare  cache, depth, room                                         a cache with `depth` tokens in it
-    decode   cache, depth, n, seconds                                   times up to n single tokens, then takes them back
-    prefill  cache, n                                                   times a prompt of n tokens into an empty cache
-    release                                                             frees all caches
-    bandwidth                                                           memory read bandwidth (kvrun only)
+    load     runtime, caches, gguf, scratch, threads, vocab, layers, kv_heads, head_dim  opens the model
+    logits   cache, n, path                               saves those after a prompt of n tokens
+    prepare  cache, depth, room                           a cache with `depth` tokens in it
+    decode   cache, depth, n, seconds                     times up to n single tokens, then takes them back
+    prefill  cache, n                                     times a prompt of n tokens into an empty cache
+    release                                               frees all caches
+    bandwidth                                             memory read bandwidth (kvrun only)
 
 While it waits it is blocked in a read; nothing computes but what was asked for.
 """
@@ -64,7 +65,10 @@ class Kvrun:
         last = (len(tokens) - 1) // CHUNK * CHUNK
         for start in range(0, last, CHUNK):
             self.engine.forward(tokens[start : start + CHUNK], kv, "none")
-        self.engine.forward(tokens[last:], kv)
+        self.logits = self.engine.forward(tokens[last:], kv)
+
+    def last_logits(self, kv: Any) -> np.ndarray:
+        return np.asarray(self.logits)
 
     def rewind(self, kv: Any, depth: int) -> None:
         kv.truncate(depth)
@@ -141,6 +145,7 @@ class Llama:
     def __init__(self, load: dict[str, Any]) -> None:
         self.lib, self.threads = self.library(), load["threads"]
         self._declare()
+        self.vocab = load["vocab"]
         self.heads, self.head_dim = load["layers"] * load["kv_heads"], load["head_dim"]
         self.lib.llama_backend_init()
         self.model = self.lib.llama_model_load_from_file(load["gguf"].encode(), self.model_params())
@@ -176,6 +181,7 @@ class Llama:
             ("llama_decode", ctypes.c_int32, [pointer, Batch]),
             ("llama_synchronize", None, [pointer]),
             ("llama_print_system_info", ctypes.c_char_p, []),
+            ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), [pointer, ctypes.c_int32]),
             ("ggml_row_size", ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
         ):
             function = getattr(lib, name)
@@ -220,6 +226,9 @@ class Llama:
                 raise RuntimeError(f"llama_decode failed with {status}")
             context.n_past += n
         self.lib.llama_synchronize(context.handle)
+
+    def last_logits(self, context: LlamaContext) -> np.ndarray:
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(context.handle, -1), (self.vocab,))
 
     def rewind(self, context: LlamaContext, depth: int) -> None:
         memory = self.lib.llama_get_memory
@@ -324,7 +333,11 @@ class Transformers:
     def feed(self, state: dict[str, Any], tokens: np.ndarray) -> None:
         with self.torch.inference_mode():
             ids = self.torch.from_numpy(tokens.astype(np.int64))[None]
-            self.model(ids, past_key_values=state["cache"], use_cache=True, logits_to_keep=1)
+            out = self.model(ids, past_key_values=state["cache"], use_cache=True, logits_to_keep=1)
+        self.logits = out.logits[0, -1]
+
+    def last_logits(self, state: dict[str, Any]) -> np.ndarray:
+        return self.logits.float().numpy()
 
     def rewind(self, state: dict[str, Any], depth: int) -> None:
         """A quantised cache cannot be cropped: the one that was filled is kept. Its tensors are never written, but
@@ -383,6 +396,13 @@ class Worker:
         if not caches:
             raise RuntimeError("it has none of the caches asked for")
         return {**self.runtime.info, "caches": caches, "resident": resident(), "resident_before": before}
+
+    def logits(self, cache: str, n: int, path: str) -> dict[str, Any]:
+        state = self.runtime.new(cache, n)
+        self.runtime.feed(state, self.tokens[:n])
+        np.save(path, self.runtime.last_logits(state).astype(np.float32).reshape(-1))
+        self.runtime.free(state)
+        return {}
 
     def prepare(self, cache: str, depth: int, room: int) -> dict[str, Any]:
         before = self._settled()

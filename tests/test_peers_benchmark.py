@@ -19,6 +19,7 @@ import peers_worker
 
 FAKE = """
 import json, os, sys
+import numpy as np
 caches, speed, bad, crash_at = json.loads(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4]
 for line in sys.stdin:
     request = json.loads(line)
@@ -33,6 +34,10 @@ for line in sys.stdin:
     elif op == "prepare":
         size = 1000 * (request["depth"] + 1)
         answer = {"ok": {"kv_bytes": size, "seconds": 0.01, "resident": 9, "resident_growth": size}}
+    elif op == "logits":
+        logits = [0.0] * 9 + [float(speed < 50) * 20]
+        np.save(request["path"], np.array(logits, np.float32))
+        answer = {"ok": {}}
     elif op in ("decode", "prefill"):
         answer = {"ok": {"tokens": request["n"], "seconds": request["n"] / speed}}
     elif op == "bandwidth":
@@ -61,6 +66,7 @@ def compare(tmp_path):
         said = []
         comparison = peers.Comparison(workers, peers.Plan(**{**options, **changes}), said.append)
         comparison.load(gguf="x")
+        comparison.agree(tmp_path)
         comparison.run()
         for worker in comparison.workers:
             worker.close()
@@ -122,7 +128,7 @@ def test_a_cache_that_fails_is_named_and_left_out(compare):
     assert [row for row in found["results"] if row["runtime"] == PEER[0] and row["cache"] == "f16"]
 
 
-@pytest.mark.parametrize("op", ["load", "prefill", "prepare", "decode", "release"])
+@pytest.mark.parametrize("op", ["load", "logits", "prefill", "prepare", "decode", "release"])
 def test_a_runtime_that_crashes_does_not_stop_the_others(compare, op):
     found, _ = compare(OURS, (*PEER[:5], op))
     (line,) = found["left_out"]
@@ -137,7 +143,15 @@ def test_long_runs_are_not_repeated_and_longer_ones_left_out(compare):
     prompts = [row for row in found["results"] if row["test"] == "prefill" and row["runtime"] == PEER[0]]
     assert [len(row["runs"]) for row in prompts] == [1, 1]
     assert {row["tokens"] for row in prompts} == {512}
-    assert "4096 tokens would take 2048 s or more" in found["left_out"][0]
+    assert "4096 tokens would take 2048 s or more" in found["left_out"][1]
+
+
+def test_a_runtime_that_computes_something_else_is_named(compare):
+    found, _ = compare(OURS, PEER, (PEER[0] + " 2", *PEER[1:3], 40, "", ""))
+    assert found["runtimes"][PEER[0]]["kl"] == 0
+    (line,) = found["left_out"]
+    assert line.startswith(f"{PEER[0]} 2: does not compute the same: KL ")
+    assert "from kvrun" in shown(found)
 
 
 def test_ratios_take_the_fastest_cache_of_a_family():
