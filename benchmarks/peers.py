@@ -223,7 +223,7 @@ class Comparison:
             cache = next(iter(worker.caches))
             if self._ask(worker, "logits", cache, n=PROMPT, path=str(path)) is None:
                 continue
-            p = log_softmax(np.load(path).astype(np.float64))
+            p = log_softmax(np.load(path).astype(np.float64)[None])[0]
             ours = p if worker.name == "kvrun" else ours
             if ours is None or len(p) != len(ours):
                 continue
