@@ -12,7 +12,8 @@ sampling is part of nobody's time.
     prefill   a prompt into an empty cache
     decode    single tokens behind a real prompt of `depth` tokens, which are then taken back
 
-Needs kvrun, with its `plot` extra for --plots.
+Let nothing else run meanwhile: threads of the peers wait for one another actively, and on busy CPUs some take seconds
+for a token. Needs kvrun, with its `plot` extra for --plots.
 """
 
 from __future__ import annotations
@@ -465,7 +466,7 @@ def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None])
     return peers_report.summarize(
         {
             "date": time.strftime("%Y-%m-%d"),
-            "model": Path(args.model).name,
+            "model": Path(args.model).name + (f" as {args.requantize}" if args.requantize else ""),
             "weights": facts["weights"],
             "threads": args.threads,
             "machine": before,

@@ -22,6 +22,8 @@ COLOURS = {
     "llama.cpp": "#edae49",
     "transformers": "#66717e",
 }
+DRAWN = ("transformers", "ik_llama.cpp", "llama.cpp", "kvrun")  # the last on top
+DASHED = ("llama.cpp",)  # so that a line below shows
 
 
 def machine() -> dict[str, Any]:
@@ -105,7 +107,7 @@ def show(report: dict[str, Any], console: Any = None) -> None:
     read = f"memory read at {bandwidth:.1f} GB/s" if bandwidth else "memory bandwidth not measured"
     load = machine.get("load_average")
     console.print(
-        f"{report['model']} ({report['weights']}), {report['threads']} thread(s), {report['date']}\n"
+        f"{report['model']} ({report['weights']}), {_threads(report)}, {report['date']}\n"
         f"{machine['cpu']}, {machine['cpus']} CPUs, {read}"
         + (f", load average {load[0]:.1f} at the start" if load else "")
     )
@@ -124,6 +126,10 @@ def show(report: dict[str, Any], console: Any = None) -> None:
         console.print(_memory([row for row in rows if "kv_bytes" in row]))
     for line in report["left_out"]:
         console.print(line)
+
+
+def _threads(report: dict[str, Any]) -> str:
+    return f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
 
 
 def _table(title: str, headings: Iterable[str], left: int) -> Any:
@@ -222,11 +228,17 @@ def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: flo
     depths = sorted({depth for lines in panels.values() for points in lines.values() for depth, _ in points})
     handles = {}
     for axes, (kind, lines) in zip(all_axes, panels.items()):
-        for family in reversed(families):  # ours on top
+        for family in DRAWN:
             if family in lines:
                 x, y = zip(*lines[family])
                 handles[family] = axes.plot(
-                    x, [v * scale for v in y], marker="o", markersize=4, linewidth=2, color=COLOURS[family]
+                    x,
+                    [v * scale for v in y],
+                    marker="o",
+                    markersize=4,
+                    linewidth=2,
+                    linestyle="--" if family in DASHED else "-",
+                    color=COLOURS[family],
                 )[0]
         axes.set_title(f"cache of {TITLES.get(kind, kind)}", fontsize=10)
         axes.set_xlabel("depth, tokens", fontsize=9)
@@ -246,7 +258,7 @@ def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: flo
         frameon=False,
     )
     figure.suptitle(
-        f"{Path(report['model']).stem}, {report['machine']['cpu']}, {report['threads']} threads, {report['date']}",
+        f"{report['model'].replace('.gguf', '')}, {report['machine']['cpu']}, {_threads(report)}, {report['date']}",
         fontsize=10,
     )
     return figure
