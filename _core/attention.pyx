@@ -244,7 +244,7 @@ ctypedef struct Rows:
     float* q                   # [n][head_dim], rotated and scaled
     float* scores              # [n][64]
     int32_t* visible           # [n] of the tile at hand, each row sees tokens [hidden, visible), none if visible <= 0
-    int32_t* hidden            # [n] set with a sliding window only
+    int32_t* hidden            # [n] 0 without a sliding window
     float* top
     float* total
     float* acc                 # [n][head_pad]
@@ -253,15 +253,16 @@ ctypedef struct Rows:
 cdef inline int64_t _see(const Cache* c, const Plan* plan, Rows* rows, int64_t start, int64_t tokens) noexcept nogil:
     """Counts, for every row, what it sees of the tokens from position `start` on: those that are not in its future, nor
     before its sliding window. Returns how far the row that sees the most of them does."""
-    cdef int64_t r, seen, hidden, most = 0
-    for r in range(rows.n):
-        seen = plan.first + rows.block.start + r // plan.group + 1 - start
-        if rows.sight:
-            hidden = max(seen - rows.sight, <int64_t>0)
-            seen = min(seen, tokens) if hidden < tokens else 0
+    cdef int64_t t, h, r = 0, seen, hidden, most = 0
+    for t in range(rows.block.start, rows.block.end):
+        seen = plan.first + t + 1 - start
+        hidden = max(seen - rows.sight, <int64_t>0) if rows.sight else 0
+        seen = min(seen, tokens) if hidden < tokens else 0
+        most = max(most, seen)
+        for h in range(plan.group):
+            rows.visible[r] = <int32_t>seen
             rows.hidden[r] = <int32_t>min(hidden, tokens)
-        rows.visible[r] = <int32_t>min(seen, tokens)
-        most = max(most, <int64_t>rows.visible[r])
+            r += 1
     return most
 
 
