@@ -18,7 +18,7 @@ cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
     SPLIT_TOKENS = 16     # longer chunks have enough queries to split; in shorter ones tiles are split into spans:
     SPAN_LEAST = 4        # of at least so many tiles, that a few of a short text keep every thread busy,
-    SPAN_MOST = 16        # and at most so many, once there are
+    SPAN_MOST = 64        # and at most so many, once there are
     SPANS = 8             # so many spans; whatever the number of threads, which is not to change results
 
 
@@ -362,15 +362,22 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
 cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
                       int64_t ld, kv_team* team, int thread) noexcept nogil:
     """Work items: each KV head, query block and span of tiles. q: [n][n_heads * head_dim], before RoPE."""
-    cdef int64_t spans = _spans(c, plan, layer), items = c.n_kv_heads * plan.n_blocks * spans, i = 0, end = 0
+    cdef int64_t spans = _spans(c, plan, layer), items = c.n_kv_heads * plan.n_blocks * spans, i = 0, end = 0, rest
+    cdef int64_t grab = 1
     cdef float* scratch = plan.scratch + thread * plan.scratch_floats
+    if plan.n <= SPLIT_TOKENS:  # neighbouring spans to one thread, as long as they last: memory is read in one go
+        grab = max(items // (2 * kv_team_size(team)), <int64_t>1)
     while True:
-        i = kv_team_take(team, items, 1, &end)
+        i = kv_team_take(team, items, grab, &end)
         if i < 0:
             break
-        i = items - 1 - i  # the last blocks see most: first
-        _attend(kern, c, plan, layer, i % c.n_kv_heads, i // c.n_kv_heads // spans,
-                i // c.n_kv_heads % spans, q, ld, scratch)
+        for i in range(i, end):
+            if plan.n <= SPLIT_TOKENS:
+                rest = i % (plan.n_blocks * spans)
+                _attend(kern, c, plan, layer, i // (plan.n_blocks * spans), rest // spans, rest % spans, q, ld, scratch)
+            else:
+                rest = items - 1 - i  # the last blocks see most: first
+                _attend(kern, c, plan, layer, rest % c.n_kv_heads, rest // c.n_kv_heads, 0, q, ld, scratch)
 
 
 cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t token,
