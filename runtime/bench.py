@@ -1,17 +1,16 @@
-"""`kvrun bench`: the command, its table and its plot; `kvrun.speed` measures."""
+"""`kvrun bench`: the command, and its table; `kvrun.speed` measures, `kvrun.plots` draws."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from kvrun import plots
 from kvrun.cli import _default_model, _Parser, _whole
 from kvrun.errors import OptionError
 from kvrun.options import MAX_CTX, integer
@@ -22,7 +21,6 @@ DEFAULT_TESTS = ("prefill", "decode")
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
 RUNS, PATIENCE = 3, 8.0  # the latter in seconds
 MAX_TOKENS = 256  # of the cache test
-PLOT_TYPES = (".png", ".svg", ".pdf")
 
 _DESCRIPTION = """\
 Measure speed by format of the key/value cache.
@@ -96,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(report)
     if args.plot is not None:
-        plot(report, args.plot)
+        plots.speed(report, args.plot)
     return 0
 
 
@@ -106,7 +104,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     tests = _tests(args)
     if args.plot is not None:
-        _check_plot(args.plot, tests)
+        if "decode" not in tests:
+            raise OptionError("plot: it shows decode speed by depth; add --test decode")
+        plots.check(args.plot)
     model = load(args.model or _default_model(), threads=args.threads)
     plan = _plan(args, tests, model.description.context_length)
     with _progress(plan.steps) as progress:
@@ -277,55 +277,3 @@ def _cache_line(row: dict[str, Any]) -> list[str]:
         f"{row['ratio']:.1f}",
         f"{row['same_tokens']} of {n}",
     ]
-
-
-# --- plot -----------------------------------------------------------------------------------------
-
-
-def _check_plot(path: str, tests: Sequence[str]) -> None:
-    """OptionError, before anything is measured, for what would fail in the end."""
-    if "decode" not in tests:
-        raise OptionError("plot: it shows decode speed by depth; add --test decode")
-    if Path(path).suffix.lower() not in PLOT_TYPES:
-        raise OptionError(f"plot: {path!r} must end in {', '.join(PLOT_TYPES)}")
-    if not Path(path).parent.is_dir():
-        raise OptionError(f"plot: there is no folder {str(Path(path).parent)!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("plot: matplotlib is missing; pip install matplotlib, or kvrun[plot]")
-
-
-def plot(report: dict[str, Any], path: str) -> None:
-    """Draws decode speed and memory by depth, a line for each format. OSError if it cannot be written."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in report["results"] if row["test"] == "decode"]
-    depths = sorted({row["depth"] for row in rows})
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    speed, memory = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["kv"] for row in rows):
-        own = sorted((row for row in rows if row["kv"] == name), key=lambda row: row["depth"])
-        x = [row["depth"] for row in own]
-        speed.plot(x, [row["tokens_per_second"] for row in own], marker="o", markersize=4, label=name)
-        memory.plot(x, [row["kv_bytes"] / 1e6 for row in own], marker="o", markersize=4, label=name)
-    speed.set_ylabel("tokens a second")
-    speed.set_title("decode speed")
-    memory.set_ylabel("MB")
-    memory.set_title("memory of the cache")
-    for axes in (speed, memory):
-        axes.set_xlabel("depth: tokens in the cache")
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(depths if len(depths) < 3 else _spread(depths))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    memory.legend(title="cache", frameon=False)
-    figure.suptitle(f"{report['model']}, {report['cpu']}, {report['isa']}, {report['threads']} threads")
-    figure.savefig(path, dpi=150)
-
-
-def _spread(depths: Sequence[int]) -> list[int]:
-    """Those far enough apart for their labels not to touch."""
-    chosen: list[int] = []
-    for depth in reversed(depths):
-        if not chosen or chosen[-1] - depth >= depths[-1] / 10:
-            chosen.append(depth)
-    return chosen[::-1]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvrun import _core
+from kvrun import _core, plots
 from kvrun.cli import _Parser, _whole, utf8
 from kvrun.errors import KvrunError, OptionError
 from kvrun.options import CacheOptions, integer
@@ -235,13 +235,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
     add("--fast", action="store_true", help="activations of ordinary prefill, for a rough figure")
     add("--json", action="store_true", help="machine-readable output")
+    add("--plot", metavar="FILE", help="draw KL divergence and agreement by bits; .png, .svg or .pdf")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. Errors are raised, for `kvrun.cli.main` to state."""
     args = build_parser().parse_args(argv)
+    if args.plot is not None:
+        plots.check(args.plot)
     report = run(args)
+    if args.plot is not None:
+        plots.quality(report, args.plot)
     if args.json:
         print(json.dumps(report, indent=2))
     else:

@@ -66,22 +66,43 @@ static void rope(const float *x, const float *cos, const float *sin, int64_t hea
     }
 }
 
+KV_INLINE f4 f4_load(const float *p) { f4 x; memcpy(&x, p, sizeof x); return x; }
+
+/* The first two steps of the transform, on four numbers in a register: sums and differences of neighbours. */
+KV_INLINE f4 hadamard_4(f4 x)
+{
+    x = __builtin_shufflevector(x, x, 1, 0, 3, 2) + x * (f4){1, -1, 1, -1};
+    return __builtin_shufflevector(x, x, 2, 3, 0, 1) + x * (f4){1, 1, -1, -1};
+}
+
+/* size: a power of two, at least 4 */
+static void hadamard_block(float *x, int64_t size)
+{
+    float norm = 1 / sqrtf((float)size);
+    for (int64_t i = 0; i < size; i += 4)
+        f4_store(x + i, hadamard_4(f4_load(x + i)) * norm);
+    for (int64_t step = 4; step < size; step *= 2)
+        for (int64_t i = 0; i < size; i += 2 * step)
+            for (int64_t j = i; j < i + step; j += 4) {
+                f4 a = f4_load(x + j), b = f4_load(x + j + step);
+                f4_store(x + j, a + b);
+                f4_store(x + j + step, a - b);
+            }
+}
+
 static void hadamard(float *x, int64_t n)
 {
     while (n > 0) {
         int64_t size = 1;
         while (2 * size <= n)
             size *= 2;
-        for (int64_t step = 1; step < size; step *= 2)
-            for (int64_t i = 0; i < size; i += 2 * step)
-                for (int64_t j = i; j < i + step; j++) {
-                    float a = x[j], b = x[j + step];
-                    x[j] = a + b;
-                    x[j + step] = a - b;
-                }
-        float norm = 1 / sqrtf((float)size);
-        for (int64_t i = 0; i < size; i++)
-            x[i] *= norm;
+        if (size >= 4)
+            hadamard_block(x, size);
+        if (size == 2) {
+            float a = x[0] * 0.70710678f, b = x[1] * 0.70710678f;
+            x[0] = a + b;
+            x[1] = a - b;
+        }
         x += size;
         n -= size;
     }

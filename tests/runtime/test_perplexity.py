@@ -221,6 +221,22 @@ def test_table(model, text, capsys):
     assert lines[3] == "99 tokens scored, 1 chunks of 200; 4 sinks; activations as in decoding"
 
 
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_plot(ending, model, text, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"quality{ending}"
+    report(capsys, model, "--text", text, "--chunks", "1", "--ctx", "64", "--kv", "q8", "q2", "--plot", str(path))
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG") if ending == ".png" else b"<svg" in data
+    assert len(data) > 5000
+
+
+def test_plot_that_cannot_be(model, text, capsys, tmp_path):
+    """Said before anything is measured."""
+    for path, word in ((tmp_path / "p.txt", ".png, .svg, .pdf"), (tmp_path / "no" / "p.png", "no folder")):
+        refused(capsys, model, "--text", text, "--plot", str(path), words=["plot", word])
+
+
 def test_chunks_begin_with_bos_where_texts_do(converted):
     model = kvrun.load(converted("multi-head"))
     bos = model.file.tokenizer_info["bos_id"]
