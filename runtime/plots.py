@@ -59,7 +59,7 @@ def quality(report: dict[str, Any], path: str) -> None:
     agreement.set(title="same likeliest token", ylabel="%")
     for axes in (divergence, agreement):
         axes.set_xlabel("bits per cached value")
-        axes.margins(x=0.25, y=0.15)
+        axes.margins(x=0.4, y=0.15)
     figure.suptitle(f"{Path(report['model']).name}, {report['chunks']} chunks of {report['ctx']} tokens")
     figure.savefig(path, dpi=150)
 
