@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kvrun.plots import spread
+
 OURS = "kvrun"
 PLOTS = {
     "peers-decode.png": ("tokens_per_second", "tokens a second", 1.0, max),
@@ -226,7 +228,7 @@ def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: flo
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     families = [f for f in COLOURS if any(f in lines for lines in panels.values())]
     depths = sorted({depth for lines in panels.values() for points in lines.values() for depth, _ in points})
-    handles = {}
+    ticks, handles = spread(depths, 5), {}
     for axes, (kind, lines) in zip(all_axes, panels.items()):
         for family in DRAWN:
             if family in lines:
@@ -242,7 +244,7 @@ def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: flo
                 )[0]
         axes.set_title(f"cache of {TITLES.get(kind, kind)}", fontsize=10)
         axes.set_xlabel("depth, tokens", fontsize=9)
-        axes.set_xticks(_apart(depths), [f"{depth:,}" for depth in _apart(depths)])
+        axes.set_xticks(ticks, [f"{depth:,}" for depth in ticks])
         axes.tick_params(labelsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -262,12 +264,3 @@ def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: flo
         fontsize=10,
     )
     return figure
-
-
-def _apart(depths: list[int]) -> list[int]:
-    """Those whose labels do not touch."""
-    chosen: list[int] = []
-    for depth in reversed(depths):
-        if not chosen or chosen[-1] - depth >= depths[-1] / 5:
-            chosen.append(depth)
-    return chosen[::-1]

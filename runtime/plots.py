@@ -39,7 +39,7 @@ def speed(report: dict[str, Any], path: str) -> None:
     ):
         axes.set(title=title, ylabel=unit, xlabel="depth: tokens in the cache")
         axes.set_ylim(bottom=0)
-        axes.set_xticks(depths if len(depths) < 3 else _spread(depths))
+        axes.set_xticks(depths if len(depths) < 3 else spread(depths, 10))
     memory.legend(title="cache", frameon=False)
     figure.suptitle(f"{report['model']}, {report['cpu']}, {report['isa']}, {report['threads']} threads")
     figure.savefig(path, dpi=150)
@@ -76,10 +76,10 @@ def _figure() -> tuple[Any, Any]:
     return figure, panels
 
 
-def _spread(depths: Sequence[int]) -> list[int]:
-    """Those far enough apart for their labels not to touch."""
+def spread(depths: Sequence[int], parts: int) -> list[int]:
+    """Of ascending depths those whose labels do not touch: a `parts`-th of the largest apart."""
     chosen: list[int] = []
     for depth in reversed(depths):
-        if not chosen or chosen[-1] - depth >= depths[-1] / 10:
+        if not chosen or chosen[-1] - depth >= depths[-1] / parts:
             chosen.append(depth)
     return chosen[::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -76,3 +77,16 @@ def f16_cache(sinks: int) -> Callable[[np.ndarray], np.ndarray]:
         return out
 
     return store
+
+
+@lru_cache
+def hadamard(n):
+    """Orthonormal Sylvester matrix, in blocks of the largest powers of two."""
+    matrix, at = np.zeros((n, n)), 0
+    while at < n:
+        block = np.ones((1, 1))
+        while 2 * len(block) <= n - at:
+            block = np.block([[block, block], [block, -block]])
+        matrix[at:at + len(block), at:at + len(block)] = block / np.sqrt(len(block))
+        at += len(block)
+    return matrix

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numpy_llama import rotate
+from numpy_llama import hadamard, rotate
 from test_ring import TILE, ListCache
 
 from kvrun import _core
@@ -178,19 +178,6 @@ def unpack_values(data, name, head_dim):
     params = data[used:used + 4 * TILE * groups].view(np.float16).reshape(groups, 2, TILE, 1).astype(np.float64)
     parts = [codes[:, 64 * g:64 * g + 64] * scale + minimum for g, (scale, minimum) in enumerate(params)]
     return np.concatenate(parts, 1)[:, :head_dim], used + 4 * TILE * groups
-
-
-@lru_cache
-def hadamard(n):
-    """Orthonormal Sylvester matrix, in blocks of the largest powers of two."""
-    matrix, at = np.zeros((n, n)), 0
-    while at < n:
-        block = np.ones((1, 1))
-        while 2 * len(block) <= n - at:
-            block = np.block([[block, block], [block, -block]])
-        matrix[at:at + len(block), at:at + len(block)] = block / np.sqrt(len(block))
-        at += len(block)
-    return matrix
 
 
 class Held:

@@ -122,6 +122,30 @@ class Pair:
         assert self.kv.n_tokens == n
 
 
+def run_steps(engine, pair, steps, options, seed):
+    """A sequence of STEPS, beginning with one pair; forks join it, and each is fed at the end."""
+    rng, pairs = np.random.default_rng(seed), [pair]
+
+    def some(n):
+        return rng.integers(0, engine.description.vocab_size, n).astype(np.int32)
+
+    for kind, which, amount in steps:
+        pair = pairs[which % len(pairs)]
+        n = pair.kv.n_tokens
+        if kind == "feed":
+            pair.feed(engine, some(1 + amount % 170))
+        elif kind == "truncate":
+            pair.truncate(n * amount // 999)
+        elif kind == "cut a little":
+            pair.truncate(n - amount % 130)
+        elif kind == "fork":
+            pairs = [*pairs[-2:], Pair(pair.kv.copy(), pair.reference.fork())]
+        else:
+            pair.kv = restored(engine, pair.kv, options)
+    for pair in pairs:
+        pair.feed(engine, some(3))
+
+
 STEPS = st.lists(st.tuples(st.sampled_from(["feed", "feed", "truncate", "cut a little", "fork", "restore"]),
                            st.integers(0, 2), st.integers(0, 1000)), min_size=1, max_size=12)
 GEOMETRIES = [dict(ctx=64, sinks=0, window=0), dict(ctx=140, sinks=4, window=64), dict(ctx=200, sinks=70, window=1),
@@ -133,23 +157,8 @@ GEOMETRIES = [dict(ctx=64, sinks=0, window=0), dict(ctx=140, sinks=4, window=64)
 def test_random_sequences(model, options, steps, seed):
     """Logits are those of the list model after any sequence of feeding, truncating, forking, saving and loading."""
     file, engine = model
-    rng = np.random.default_rng(seed)
-    pairs = [Pair(_core.KVCache(engine, "f32", "f32", **options), StepLlama(file, options))]
-    for kind, which, amount in steps:
-        pair = pairs[which % len(pairs)]
-        n = pair.kv.n_tokens
-        if kind == "feed":
-            pair.feed(engine, rng.integers(0, file.description.vocab_size, 1 + amount % 170).astype(np.int32))
-        elif kind == "truncate":
-            pair.truncate(n * amount // 999)
-        elif kind == "cut a little":
-            pair.truncate(n - amount % 130)
-        elif kind == "fork":
-            pairs = [*pairs[-2:], Pair(pair.kv.copy(), pair.reference.fork())]
-        else:
-            pair.kv = restored(engine, pair.kv, options)
-    for pair in pairs:
-        pair.feed(engine, rng.integers(0, file.description.vocab_size, 3).astype(np.int32))
+    pair = Pair(_core.KVCache(engine, "f32", "f32", **options), StepLlama(file, options))
+    run_steps(engine, pair, steps, options, seed)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy_llama import NumpyLlama, rotate
-from test_kv_state import Pair, StateCache, StepLlama, go_on, restored
+from test_kv_state import STEPS, Pair, StateCache, StepLlama, go_on, restored, run_steps
 from test_ring import FORMAT_ERROR, TILE, ListCache, every, ragged, rms, run
 
 from kvrun import _core
@@ -250,8 +250,6 @@ class SlidingSteps(StepLlama):
         return super().attention(x, layer)
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(["feed", "feed", "truncate", "cut a little", "fork", "restore"]),
-                           st.integers(0, 2), st.integers(0, 1000)), min_size=1, max_size=12)
 WIDTHS = st.one_of(st.none(), st.sampled_from([1, 2, 64, 65, 128, 200]), st.integers(1, 400))
 
 
@@ -260,23 +258,8 @@ WIDTHS = st.one_of(st.none(), st.sampled_from([1, 2, 64, 65, 128, 200]), st.inte
 def test_random_sequences(build, options, windows, steps, seed):
     """Logits are those of the list models after any sequence of feeding, truncating, forking, saving and loading."""
     file, engine = build(windows)
-    rng = np.random.default_rng(seed)
-    pairs = [Pair(_core.KVCache(engine, "f32", "f32", **options), SlidingSteps(file, options, windows))]
-    for kind, which, amount in steps:
-        pair = pairs[which % len(pairs)]
-        n = pair.kv.n_tokens
-        if kind == "feed":
-            pair.feed(engine, random_tokens(file, 1 + amount % 170, rng.integers(99)))
-        elif kind == "truncate":
-            pair.truncate(n * amount // 999)
-        elif kind == "cut a little":
-            pair.truncate(n - amount % 130)
-        elif kind == "fork":
-            pairs = [*pairs[-2:], Pair(pair.kv.copy(), pair.reference.fork())]
-        else:
-            pair.kv = restored(engine, pair.kv, options)
-    for pair in pairs:
-        pair.feed(engine, random_tokens(file, 3, rng.integers(99)))
+    pair = Pair(_core.KVCache(engine, "f32", "f32", **options), SlidingSteps(file, options, windows))
+    run_steps(engine, pair, steps, options, seed)
 
 
 @pytest.mark.parametrize("windows", [(30, None), (64, 65), (190, 1)], ids=str)
