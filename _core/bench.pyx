@@ -54,11 +54,11 @@ cdef void _stream(void* arg, kv_team* team, int thread) noexcept nogil:
         s.sum = total
 
 
-def read_bandwidth(threads, n_bytes=1 << 29, seconds=0.3):
-    """GB (1e9 bytes) a second that `threads` threads together read from memory: the best of several passes.
+def stream_buffer(threads, n_bytes=1 << 29):
+    """A buffer for ``read_bandwidth``, every page of it written by `threads` threads.
 
-    n_bytes: size of the buffer, in whole MiB; several times the last-level cache, or the cache is measured.
-    seconds: how long passes go on; at least two are made. MemoryError when there is no room for the buffer.
+    n_bytes: its size, in whole MiB; several times the last-level cache, or the cache is measured. MemoryError when
+    there is no room for it.
     """
     cdef Stream stream
     cdef int team = threads
@@ -69,14 +69,29 @@ def read_bandwidth(threads, n_bytes=1 << 29, seconds=0.3):
     stream.data, stream.blocks, stream.write, stream.sum = &data[0], n_bytes // BLOCK, True, 0
     with nogil:
         kv_team_run(team, _stream, &stream)     # pages that nobody has written are all one page
-    stream.write = False
+    return buffer
+
+
+def read_bandwidth(threads, buffer=None, seconds=0.3):
+    """GB (1e9 bytes) a second that `threads` threads together read from memory: the best of several passes.
+
+    buffer: of ``stream_buffer``, for more than one measurement. seconds: how long passes go on; at least two are made.
+    """
+    cdef Stream stream
+    cdef int team = threads
+    if buffer is None:
+        buffer = stream_buffer(threads)
+    if threads < 1 or len(buffer) < BLOCK:
+        raise ValueError("threads must be at least 1, and the buffer a MiB")
+    cdef uint8_t[::1] data = buffer
+    stream.data, stream.blocks, stream.write, stream.sum = &data[0], len(buffer) // BLOCK, False, 0
     times, start = [], time.perf_counter()
     while len(times) < 2 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         with nogil:
             kv_team_run(team, _stream, &stream)
         times.append(time.perf_counter() - begin)
-    return len(buffer) / min(times) / 1e9
+    return stream.blocks * BLOCK / min(times) / 1e9
 
 
 def _aligned(n_bytes):

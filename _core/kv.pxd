@@ -79,12 +79,12 @@ cdef inline int64_t first_tile(const Cache* c, int64_t layer, int64_t position, 
 
 cdef class KVCache:
     cdef Cache c
-    cdef void* memory
     cdef readonly int64_t ctx, nbytes
     cdef readonly str k, v
     cdef readonly tuple sliding_windows
     cdef readonly object description
-    cdef object lock, buffers      # buffers: the engine's, for its calls with this cache
+    cdef object memory, lock, buffers      # buffers: the engine's, for its calls with this cache
+    cdef int _allocate(self) except -1
     cdef int _lay_out_layers(self) except -1
     cdef int _truncate(self, int64_t n) except -1
     cdef int _clear_unused(self) except -1

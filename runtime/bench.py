@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvrun import plots
-from kvrun.cli import _default_model, _Parser, _whole
+from kvrun.cli import _default_model, _Parser, _whole, add_mmap_option
 from kvrun.errors import OptionError
 from kvrun.options import MAX_CTX, integer
 from kvrun.perplexity import cache_options, default_formats
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sinks", **_whole("sinks"), help="first tokens that are always kept (4)")
     add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
+    add_mmap_option(parser)
     add("--json", action="store_true", help="machine-readable output")
     add("--plot", metavar="FILE", help="draw decode speed and memory by depth; .png, .svg or .pdf")
     return parser
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "decode" not in tests:
             raise OptionError("plot: it shows decode speed by depth; add --test decode")
         plots.check(args.plot)
-    model = load(args.model or _default_model(), threads=args.threads)
+    model = load(args.model or _default_model(), threads=args.threads, mmap=args.mmap)
     plan = _plan(args, tests, model.description.context_length)
     with _progress(plan.steps) as progress:
         return Bench(model, plan, progress).report()

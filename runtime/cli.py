@@ -149,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt_options(parser)
     _add_answer_options(parser)
     add_cache_options(parser)
+    memory = parser.add_argument_group("memory")
+    add_mmap_option(memory)
+    memory.add_argument(
+        "--prefault", action="store_true", help="have model and cache in memory before the first token"
+    )
     return parser
 
 
@@ -188,6 +193,15 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--sinks", **_whole("sinks"), default=4, help="first tokens that are always kept (4)")
     add("--window", **_whole("window"), help="newest tokens kept unquantised (64; 128 with q2)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
+
+
+def add_mmap_option(parser: Any) -> None:
+    parser.add_argument(
+        "--no-mmap",
+        dest="mmap",
+        action="store_false",
+        help="read the model into huge pages instead of mapping its file: starts later, decodes faster",
+    )
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -265,7 +279,8 @@ def _run(args: argparse.Namespace) -> int:
         raise KvrunError("standard output is closed")
     from kvrun.model import load
 
-    model = load(args.model or _default_model(), threads=args.threads, precise=args.precise)
+    memory = {"mmap": args.mmap, "prefault": args.prefault}
+    model = load(args.model or _default_model(), threads=args.threads, precise=args.precise, **memory)
     with _session(model, args) as session:
         answer = Answers(session, args)
         if prompt is not None:

@@ -7,7 +7,6 @@ file's real length before anything is used. `kvrun.modelwriter` writes such file
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 import stat
@@ -20,6 +19,14 @@ import numpy as np
 from kvrun import _core
 from kvrun.description import ModelDescription, strict_json
 from kvrun.errors import ModelFileError, TokenizerError
+
+try:  # OpenSSL, which hashlib loads, takes longer to start and more memory than a header's checksum is worth
+    from _sha2 import sha256
+except ImportError:
+    try:
+        from _sha256 import sha256  # before Python 3.12
+    except ImportError:
+        from hashlib import sha256
 
 FORMAT = "kvrun"
 VERSION = 1
@@ -57,12 +64,15 @@ class WeightTensor:
 
 
 class ModelFile:
-    """An open model file. Its arrays are views of a read-only memory map, which lives as long as they do."""
+    """An open model file. Its arrays are read-only views of the file's memory map, which lives as long as they do, or
+    of a copy of the file in memory."""
 
-    def __init__(self, path: str, mapping: mmap.mmap, header: dict[str, Any], data_start: int) -> None:
+    def __init__(
+        self, path: str, memory: mmap.mmap, header: dict[str, Any], data_start: int, mapped: bool = True
+    ) -> None:
         meta = _Metadata(path, header.pop("__metadata__", None))
         self.path = path
-        self.nbytes = len(mapping)
+        self.nbytes = len(memory)
         self.description: ModelDescription = meta.description
         self.weights: dict[str, WeightTensor] = {}
         self.vectors: dict[str, np.ndarray] = {}
@@ -71,12 +81,12 @@ class ModelFile:
         self.chat_template: str | None = meta.chat_template
         self.sampling: dict[str, float] = meta.sampling
         self.source: dict[str, Any] = meta.source
-        self.fingerprint: str = hashlib.sha256(memoryview(mapping)[:data_start]).hexdigest()
+        self.fingerprint: str = sha256(memoryview(memory)[:data_start]).hexdigest()
         self._checksums = meta.checksums
-        self._mapping = mapping
+        self._memory, self._mapped = memory, mapped
         self._starts: dict[str, int] = {}
         self._spans: dict[str, memoryview] = {}
-        buffer = memoryview(mapping)
+        buffer = memoryview(memory).toreadonly()
         for name, start, end in _checked_layout(path, header, meta, self.nbytes - data_start):
             self._starts[name] = data_start + start
             self._spans[name] = buffer[data_start + start : data_start + end]
@@ -104,8 +114,14 @@ class ModelFile:
             raise TokenizerError(f"{self.path}: the model was converted without a tokenizer")
         return self._spans[kind]
 
+    def prefault(self) -> None:
+        """Have the whole file in memory now, so that the first tokens do not wait for it."""
+        _core.touch(memoryview(self._memory).toreadonly())
+
     def verify(self, progress: Progress | None = None) -> None:
         """Read all data and compare checksums. ModelFileError names the first tensor that is damaged."""
+        import hashlib
+
         for name, span in self._spans.items():
             digest = hashlib.sha256()
             for start in range(0, len(span), _CHUNK):
@@ -121,29 +137,48 @@ class ModelFile:
 
     def _forget(self, start: int, length: int) -> None:
         """Unmap pages that were only read through, lest the whole file count as memory in use."""
-        if hasattr(self._mapping, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+        if self._mapped and hasattr(self._memory, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             first = start - start % mmap.PAGESIZE
-            self._mapping.madvise(mmap.MADV_DONTNEED, first, start + length - first)
+            self._memory.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
 
-def read_model_file(path: str | os.PathLike[str], verify: bool = False) -> ModelFile:
-    """Map a model file and check its header; `verify`: and all checksums. ModelFileError if unusable."""
+def read_model_file(
+    path: str | os.PathLike[str], verify: bool = False, mapped: bool = True
+) -> ModelFile:
+    """Map a model file, or without `mapped` read it, and check its header; `verify`: and all checksums.
+
+    ModelFileError if the file cannot be used, MemoryError if it is to be read and does not fit.
+    """
     path = os.fspath(path)
     try:
         with open(path, "rb", opener=open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             header, data_start = _read_header(path, file, size)
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else _copy(file, size)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL in the path, a file that is empty by now
         raise ModelFileError(f"{path!r}: cannot read: {error}") from None
-    if len(mapping) < size:
+    if len(memory) < size:
         raise ModelFileError(f"{path}: the file shrank while it was opened")
-    model = ModelFile(path, mapping, header, data_start)
+    model = ModelFile(path, memory, header, data_start, mapped)
     if verify:
         model.verify()
     return model
+
+
+def _copy(file: Any, size: int) -> mmap.mmap:
+    """The file in memory of its own, in huge pages where the system has them; shorter if the file is by now."""
+    memory = _core.anonymous(size)
+    _core.advise_huge(memory)
+    file.seek(0)
+    done, view = 0, memoryview(memory)
+    while done < size and (n := file.readinto(view[done : done + _CHUNK])):
+        done += n
+    if done < size:
+        view.release()
+        memory.resize(done)
+    return memory
 
 
 def open_regular(path: str, flags: int) -> int:
@@ -296,7 +331,7 @@ def _is_shape(value: Any, shape: tuple[int, ...]) -> bool:
 
 def header_checksum(meta: Mapping[str, str]) -> str:
     """sha256 over key, NUL, value, NUL of all metadata but `header_checksum`, in the order of the keys."""
-    digest = hashlib.sha256()
+    digest = sha256()
     for key in sorted(meta):
         if key != "header_checksum":
             digest.update(f"{key}\0{meta[key]}\0".encode("utf-8", "surrogatepass"))

@@ -72,6 +72,7 @@ class Session:
                 ctx=self.cache.ctx,
                 sinks=self.cache.sinks,
                 window=self.cache.window,
+                prefault=model.prefault,
             )
         except ValueError as error:
             raise OptionError(str(error)) from None

@@ -1,7 +1,8 @@
 """What `kvrun bench` measures: speed by cache format and depth, beside what the machine's memory can do.
 
-Caches are filled with random tokens instead of a long prefill. Formats take turns, run by run, and so does
-the measurement of memory: on a machine that others use too they all see the same one. Figures are medians.
+Caches are filled with random tokens instead of a long prefill. Formats take turns, run by run, and memory is
+measured before and after each run: a machine that others use too may be half as fast a second later. Figures
+are medians.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -109,6 +110,13 @@ class Plan:
         return sum(counts[test] for test in self.tests)
 
 
+class Sample(NamedTuple):
+    """One run: seconds a token, and GB/s that memory was read at meanwhile, None where that is of no interest."""
+
+    seconds: float
+    bandwidth: float | None
+
+
 class Bench:
     """Runs a plan with a model; `progress(text)` is called before every run."""
 
@@ -116,6 +124,7 @@ class Bench:
         self.model, self.plan, self._progress = model, plan, progress
         self.engine = model.engine
         self._rng = np.random.default_rng(0)
+        self._buffer = core.stream_buffer(model.threads)
         self._bandwidths: list[float] = []
         self._weights = weight_bytes(model)
 
@@ -130,12 +139,6 @@ class Bench:
         rows = [row for test in self.plan.tests for row in tests[test]()]
         if not self._bandwidths:
             self._measure_bandwidth(0.3)
-        bandwidth = statistics.median(self._bandwidths)
-        for row in rows:
-            if row["bytes_per_token"] is not None:
-                row["bandwidth_fraction"] = (
-                    row["bytes_per_token"] * row["tokens_per_second"] / (1e9 * bandwidth)
-                )
         return {
             "version": __version__,
             "model": self.model.description.name,
@@ -144,7 +147,7 @@ class Bench:
             "isa": _core.isa(),
             "threads": self.model.threads,
             "weight_bytes_per_token": self._weights,
-            "memory_bandwidth_gb_s": bandwidth,
+            "memory_bandwidth_gb_s": statistics.median(self._bandwidths),
             "results": rows,
         }
 
@@ -157,9 +160,9 @@ class Bench:
             for kv in caches.values():
                 self._feed(kv, tokens[:64])  # wakes threads and touches memory
             run = partial(self._prefill_run, tokens=tokens)
-            seconds = self._alternate(f"prefill of {n}", caches, run, with_bandwidth=False)
+            samples = self._alternate(f"prefill of {n}", caches, run, with_bandwidth=False)
             for name, kv in caches.items():
-                yield self._row("prefill", name, kv, 0, seconds[name], None, tokens=n)
+                yield self._row("prefill", name, kv, 0, samples[name], None, tokens=n)
 
     def _prefill_run(self, kv: _core.KVCache, tokens: np.ndarray) -> float:
         """Seconds a token."""
@@ -174,10 +177,10 @@ class Bench:
             slowest = max(self._decode_run(kv, depth, 4) for kv in caches.values())
             n = max(4, min(MAX_DECODE, int(SAMPLE_SECONDS / slowest)))
             run = partial(self._decode_run, depth=depth, n=n)
-            seconds = self._alternate(f"decode at depth {depth}", caches, run)
+            samples = self._alternate(f"decode at depth {depth}", caches, run)
             for name, kv in caches.items():
                 read = self._weights + core.bytes_read(kv, depth + 1)
-                yield self._row("decode", name, kv, depth, seconds[name], read, tokens=n)
+                yield self._row("decode", name, kv, depth, samples[name], read, tokens=n)
 
     def _decode_run(self, kv: _core.KVCache, depth: int, n: int) -> float:
         """Seconds a token, over n of them from a depth on."""
@@ -216,11 +219,11 @@ class Bench:
         def run(kv: _core.KVCache) -> float:
             return core.attention(engine, kv, repeat)[0] / times
 
-        seconds = self._alternate(f"attention at depth {depth}", caches, run)
+        samples = self._alternate(f"attention at depth {depth}", caches, run)
         for name, kv in small.items():
             read = core.bytes_read(kv, depth + 1)
             more = {"shape": str(shape), "layers": n_layers, "measured_layers": n_layers * times}
-            yield self._row("attention", name, kv, depth, seconds[name], read, **more)
+            yield self._row("attention", name, kv, depth, samples[name], read, **more)
 
     def _with_and_without(self) -> Iterator[dict[str, Any]]:
         """Without a cache every step runs the whole text as a prefill. The text is that of the cached run, so
@@ -242,7 +245,7 @@ class Bench:
                     name,
                     kv,
                     PROMPT,
-                    [with_cache[i] / (i + 1)],
+                    [Sample(with_cache[i] / (i + 1), None)],
                     None,
                     tokens=i + 1,
                     seconds=with_cache[i],
@@ -301,22 +304,25 @@ class Bench:
         caches: dict[str, _core.KVCache],
         run: Callable[[_core.KVCache], float],
         with_bandwidth: bool = True,
-    ) -> dict[str, list[float]]:
-        """What `run` returns for each cache, all taking turns."""
-        seconds: dict[str, list[float]] = {name: [] for name in caches}
+    ) -> dict[str, list[Sample]]:
+        """What `run` returns for each cache, all taking turns, beside the bandwidth just before and after."""
+        samples: dict[str, list[Sample]] = {name: [] for name in caches}
         start = time.perf_counter()
         for turn in range(self.plan.runs):
             if turn and time.perf_counter() - start > self.plan.patience:
                 break
-            if with_bandwidth:
-                self._measure_bandwidth(0.1)
+            before = self._measure_bandwidth() if with_bandwidth else 0.0
             for name, kv in caches.items():
                 self._progress(f"{what}, {name} cache")
-                seconds[name].append(run(kv))
-        return seconds
+                seconds = run(kv)
+                after = self._measure_bandwidth() if with_bandwidth else 0.0
+                samples[name].append(Sample(seconds, (before + after) / 2 if with_bandwidth else None))
+                before = after
+        return samples
 
-    def _measure_bandwidth(self, seconds: float) -> None:
-        self._bandwidths.append(core.read_bandwidth(self.model.threads, seconds=seconds))
+    def _measure_bandwidth(self, seconds: float = 0.06) -> float:
+        self._bandwidths.append(core.read_bandwidth(self.model.threads, self._buffer, seconds))
+        return self._bandwidths[-1]
 
     def _row(
         self,
@@ -324,18 +330,19 @@ class Bench:
         name: str,
         kv: _core.KVCache,
         depth: int,
-        samples: list[float],
+        samples: list[Sample],
         read: int | None,
         **more: Any,
     ) -> dict[str, Any]:
-        """One result. `samples`: seconds a token, run by run. Its share of the bandwidth is known later."""
+        """One result. `read`: bytes a token, None where they are not what limits it."""
+        shares = [read / s.seconds / (1e9 * s.bandwidth) for s in samples if read is not None and s.bandwidth]
         return {
             "test": test,
             "kv": name,
             "depth": depth,
-            "tokens_per_second": 1 / statistics.median(samples),
+            "tokens_per_second": 1 / statistics.median(s.seconds for s in samples),
             "bytes_per_token": read,
-            "bandwidth_fraction": None,
+            "bandwidth_fraction": statistics.median(shares) if shares else None,
             "kv_bytes": kv.nbytes,
             "ctx": kv.ctx,
             "window": kv.window,

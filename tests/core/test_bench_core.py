@@ -193,7 +193,11 @@ def test_fill_with_impossible_counts():
 
 def test_read_bandwidth():
     for threads in (1, 2):
-        assert bench.read_bandwidth(threads, n_bytes=(5 << 20) + 3, seconds=0) > 0
-    for arguments in ((0,), (1, 1000)):
+        buffer = bench.stream_buffer(threads, (5 << 20) + 3)
+        assert len(buffer) == 5 << 20 and bench.read_bandwidth(threads, buffer, seconds=0) > 0
+    for wrong in ((0,), (1, 1000)):
         with pytest.raises(ValueError, match="threads must be at least 1"):
-            bench.read_bandwidth(*arguments)
+            bench.stream_buffer(*wrong)
+    for wrong in ((0, buffer), (1, buffer[:1000])):
+        with pytest.raises(ValueError, match="threads must be at least 1"):
+            bench.read_bandwidth(*wrong)

@@ -66,6 +66,16 @@ def test_going_past_the_context_in_fixed_memory(model):
     assert session.n_tokens > 600 and session.kv_bytes == size and np.isfinite(session.logits).all()
 
 
+@pytest.mark.parametrize("memory", [{"mmap": False}, {"prefault": True}, {"mmap": False, "prefault": True}])
+def test_where_the_model_lies_changes_nothing(converted, memory):
+    path = converted("grouped-tied", "q4_0")
+    options = {"max_tokens": 80, "seed": 3, "ignore_eos": True, "ctx": 132, "kv": "q4"}
+    other = kvrun.load(path, **memory)
+    assert other.generate("Once", **options) == kvrun.load(path).generate("Once", **options)
+    assert all(not weight.data.flags.writeable for weight in other.file.weights.values())
+    other.file.verify()
+
+
 def test_tokenize_and_detokenize(model):
     ids = model.tokenize("The cat<|im_end|>")
     assert (
