@@ -90,6 +90,35 @@ KV_INLINE void block_rows(const int type, const int rows, const int planes, cons
         vf_store(out + r / planes * ld_out, planes == 2 ? vf_add(sum[r], sum[r + 1]) : sum[r]);
 }
 
+/* One panel for one token in two planes, which is what decoding takes: the second plane has steps of 1/256, so integers
+ * are put together before they become floats. Everything in line: a block is too short for loops over its lines. */
+KV_INLINE void block_token(const int type, const uint8_t *panel, const kv_input *in, int64_t token, float *out, int add)
+{
+    const int64_t blocks = in->blocks, second = blocks * KV_BLOCK;
+    const int8_t *x = in->q + 2 * token * second;
+    const float *x_scale = in->scale + (2 * token + 1) * blocks;
+    const int32_t *x_sum = in->sum + 2 * token * blocks;
+    const int head = type == KV_Q4_1 ? 128 : 64, bits = type == KV_Q8_0 ? 8 : 4, code_bytes = 64 * bits;
+    vf sum = add ? vf_load(out) : vf_zero();
+    for (int64_t pair = 0; pair < blocks; pair += 2, panel += head + 2 * code_bytes) {
+        KV_UNROLL
+        for (int i = 0; i < 2; i++, x += KV_BLOCK) {
+            const int64_t b = pair + i;
+            if (b == blocks)
+                break;
+            const int32_t codes = x_sum[b] * 256 + x_sum[blocks + b];
+            const vf scale = vf_load_f16((const uint16_t *)panel + 16 * i);
+            vf dot = dot_two(bits, panel + head + i * code_bytes, x, x + second, codes);
+            if (type == KV_Q4_0)
+                sum = vf_fma(scale, vf_set1(-8 * x_scale[b] * (float)codes), sum);
+            if (type == KV_Q4_1)
+                sum = vf_fma(vf_load_f16((const uint16_t *)panel + 32 + 16 * i), vf_set1(x_scale[b] * (float)codes), sum);
+            sum = vf_fma(dot, vf_mul(scale, vf_set1(x_scale[b])), sum);
+        }
+    }
+    vf_store(out, sum);
+}
+
 KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_panels, const kv_input *in,
                              int64_t n_tokens, float *out, int64_t ld_out, int add)
 {
@@ -101,7 +130,7 @@ KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_pa
             for (; t + KV_ROWS / 2 <= n_tokens; t += KV_ROWS / 2)
                 block_rows(type, KV_ROWS, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
             for (; t < n_tokens; t++)
-                block_rows(type, 2, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
+                block_token(type, panels, in, t, out + t * ld_out, add);
         } else {
             for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
                 block_rows(type, KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);

@@ -200,6 +200,14 @@ KV_INLINE vf d4_float(d4 s)
     return kv_i32_float(_mm256_madd_epi16(s.a, ones), _mm256_madd_epi16(s.b, ones));
 }
 
+/* 256 a + b */
+KV_INLINE vf d4_two(d4 a, d4 b)
+{
+    __m256i ones = _mm256_set1_epi16(1), high = _mm256_set1_epi16(256);
+    return kv_i32_float(_mm256_add_epi32(_mm256_madd_epi16(a.a, high), _mm256_madd_epi16(b.a, ones)),
+                        _mm256_add_epi32(_mm256_madd_epi16(a.b, high), _mm256_madd_epi16(b.b, ones)));
+}
+
 /* |w| * (x with the sign of w): the unsigned operand of vpmaddubsw stays at or below 128, so no sum saturates. */
 KV_INLINE __m256i kv_dot8(__m256i s, __m256i w, __m256i q)
 {
@@ -214,6 +222,11 @@ KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x)
     return (d8){kv_dot8(s.a, w.a, q), kv_dot8(s.b, w.b, q)};
 }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return kv_i32_float(s.a, s.b); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum)
+{
+    (void)sum;
+    return kv_i32_float(_mm256_add_epi32(_mm256_slli_epi32(a.a, 8), b.a), _mm256_add_epi32(_mm256_slli_epi32(a.b, 8), b.b));
+}
 
 /* 16-bit inputs with whole bytes, where there is no instruction for sums of byte products: vpmaddwd costs no more than
  * one plane of int8 with its signs put right. Eight lanes of 4 inputs; sums are int32, two to a lane. */

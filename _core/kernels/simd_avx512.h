@@ -93,7 +93,9 @@ KV_INLINE __m512i kv_quad(const int8_t *x) { int32_t q; memcpy(&q, x, 4); return
 KV_INLINE d4 d4_zero(void) { return _mm512_setzero_si512(); }
 KV_INLINE d4 d4_dot(d4 s, vw w, const int8_t *x) { return _mm512_dpbusd_epi32(s, w, kv_quad(x)); }
 KV_INLINE vf d4_float(d4 s) { return _mm512_cvtepi32_ps(s); }
+KV_INLINE vf d4_two(d4 a, d4 b) { return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(a, 8), b)); }
 
 KV_INLINE d8 d8_zero(void) { return _mm512_setzero_si512(); }
 KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) { return _mm512_dpbusd_epi32(s, w, kv_quad(x)); }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { return d8_float(_mm512_add_epi32(_mm512_slli_epi32(a, 8), b), sum); }

@@ -165,6 +165,7 @@ KV_INLINE d4 d4_dot(d4 s, vw w, const int8_t *x)
     KV_EACH(d4, vdotq_s32(s.val[i], vreinterpretq_s8_u8(w.val[i]), q));
 }
 KV_INLINE vf d4_float(d4 s) { KV_EACH(vf, vcvtq_f32_s32(s.val[i])); }
+KV_INLINE vf d4_two(d4 a, d4 b) { KV_EACH(vf, vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(a.val[i], 8), b.val[i]))); }
 
 KV_INLINE d8 d8_zero(void) { return d4_zero(); }
 KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) /* the stored byte without its offset is the signed code */
@@ -173,3 +174,4 @@ KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) /* the stored byte without its 
     KV_EACH(d8, vdotq_s32(s.val[i], vreinterpretq_s8_u8(veorq_u8(w.val[i], vdupq_n_u8(0x80))), q));
 }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return d4_float(s); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { (void)sum; return d4_two(a, b); }

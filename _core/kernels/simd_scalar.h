@@ -120,7 +120,9 @@ KV_INLINE d4 d4_dot(d4 a, vw w, const int8_t *x)
     return a;
 }
 KV_INLINE vf d4_float(d4 a) { KV_EACH(vf, (float)a.v[i]); }
+KV_INLINE vf d4_two(d4 a, d4 b) { KV_EACH(vf, (float)(256 * a.v[i] + b.v[i])); }
 
 KV_INLINE d8 d8_zero(void) { return d4_zero(); }
 KV_INLINE d8 d8_dot(d8 a, vw w, const int8_t *x) { return d4_dot(a, w, x); }
 KV_INLINE vf d8_float(d8 a, int32_t sum) { KV_EACH(vf, (float)(a.v[i] - 128 * sum)); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { KV_EACH(vf, (float)(256 * a.v[i] + b.v[i] - 128 * sum)); }
