@@ -13,6 +13,14 @@ cdef extern from "team.h":
     void kv_team_barrier(kv_team*) noexcept nogil
     int64_t kv_team_take(kv_team*, int64_t, int64_t, int64_t*) noexcept nogil
 
+# The rotary embeddings that layers choose from: table t turns pair i of a head's channels, i and i + head_dim/2, by
+# position * inv_freq[t][i] and multiplies it by amplitude[t][i]. A pair that does not turn has frequency 0.
+ctypedef struct Ropes:
+    int64_t n
+    const double* inv_freq      # [n][head_dim/2]
+    const double* amplitude     # [n][head_dim/2], or NULL: all 1
+    const int64_t* of_layer     # [n_layers], or NULL: all 0
+
 # Queries [start, end) of the chunk that see the same tiles.
 ctypedef struct QueryBlock:
     int64_t start, end, packed
@@ -26,10 +34,12 @@ ctypedef struct Plan:
     int64_t n_spans                              # most spans of tiles that a layer's work is split into
     int64_t n_heads, group                       # group: query heads of a KV head
     float scale                                  # of queries, times log2(e): the softmax is to the base 2
+    float soft_cap                               # of scores, times log2(e); 0: none
+    Ropes ropes
     QueryBlock* blocks
-    float* cos                                   # [n][head_dim/2] of the new tokens
+    float* cos                                   # [ropes.n][n][head_dim/2] of the new tokens
     float* sin
-    float* sink_cos                              # [n_shifts + 1][n_sinks][head_dim/2], the last: where they were
+    float* sink_cos                              # [ropes.n][n_shifts + 1][n_sinks][head_dim/2], the last: where they were
     float* sink_sin
     float* sinks                                 # [n_kv_heads][n_shifts] rotated keys [head_dim][sink_lanes]
     uint8_t* staged_windows                      # [n_kv_heads] window tiles beyond the window, max_tiles each
@@ -43,10 +53,10 @@ ctypedef struct Plan:
 
 # A chunk is planned by these three, in this order; then for each layer come append_step, attend_step, commit_step if
 # commit_needed (all threads of a team, a barrier after each), and combine.
-cdef void plan_chunk(Plan* plan, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale,
-                     int64_t threads) noexcept nogil
+cdef void plan_chunk(Plan* plan, const Cache* c, const Ropes* ropes, int64_t first, int64_t n, int64_t n_heads,
+                     float scale, float soft_cap, int64_t threads) noexcept nogil
 cdef int64_t plan_buffers(Plan* plan, const Cache* c, uint8_t* block) noexcept nogil
-cdef void plan_queries(Plan* plan, const Cache* c, const double* inv_freq) noexcept nogil
+cdef void plan_queries(Plan* plan, const Cache* c) noexcept nogil
 cdef bint commit_needed(const Cache* c, const Plan* plan) noexcept nogil
 cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* k,
                       const float* v, int64_t ld, kv_team* team, int thread) noexcept nogil

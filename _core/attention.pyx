@@ -45,10 +45,17 @@ cdef inline int64_t _spans(const Cache* c, const Plan* plan, int64_t layer) noex
     return max(max((tiles + SPAN_MOST - 1) // SPAN_MOST, <int64_t>1), min(tiles // SPAN_LEAST, <int64_t>SPANS))
 
 
-cdef void plan_chunk(Plan* p, const Cache* c, int64_t first, int64_t n, int64_t n_heads, float scale,
-                     int64_t threads) noexcept nogil:
-    """Counts what a chunk of n tokens from position `first` on needs; no pointer is set."""
+cdef inline int64_t _rope(const Plan* plan, int64_t layer) noexcept nogil:
+    """The number of a layer's rotary embedding."""
+    return plan.ropes.of_layer[layer] if plan.ropes.of_layer != NULL else 0
+
+
+cdef void plan_chunk(Plan* p, const Cache* c, const Ropes* ropes, int64_t first, int64_t n, int64_t n_heads,
+                     float scale, float soft_cap, int64_t threads) noexcept nogil:
+    """Counts what a chunk of n tokens from position `first` on needs; no buffer is placed. soft_cap: 0 for none."""
     cdef int64_t layer
+    p.ropes = ropes[0]
+    p.soft_cap = <float>(soft_cap * M_LOG2E)
     p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
     p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
     p.evicted_before = tiles_evicted(c, c.n_slots, tiles_packed(c, first + 1))
@@ -76,10 +83,10 @@ cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogi
     counts them."""
     cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads
     p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
-    p.cos = <float*>_take(block, &used, 4 * p.n * half)
-    p.sin = <float*>_take(block, &used, 4 * p.n * half)
-    p.sink_cos = <float*>_take(block, &used, 4 * (p.n_shifts + 1) * c.n_sinks * half)
-    p.sink_sin = <float*>_take(block, &used, 4 * (p.n_shifts + 1) * c.n_sinks * half)
+    p.cos = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
+    p.sin = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
+    p.sink_cos = <float*>_take(block, &used, 4 * p.ropes.n * (p.n_shifts + 1) * c.n_sinks * half)
+    p.sink_sin = <float*>_take(block, &used, 4 * p.ropes.n * (p.n_shifts + 1) * c.n_sinks * half)
     p.sinks = <float*>_take(block, &used, 4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
     p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.window_k_bytes + c.window_v_bytes))
     p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.k_bytes + c.v_bytes))
@@ -90,9 +97,9 @@ cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogi
     return used
 
 
-cdef void plan_queries(Plan* p, const Cache* c, const double* inv_freq) noexcept nogil:
-    """Query blocks, and the angles of the new tokens and of the sinks, in float64. inv_freq: [head_dim/2]."""
-    cdef int64_t t = 0, s, j, packed, shift, half = c.head_dim // 2
+cdef void plan_queries(Plan* p, const Cache* c) noexcept nogil:
+    """Query blocks, and the angles of the new tokens and of the sinks, in float64."""
+    cdef int64_t t = 0, s, j, packed, shift, half = c.head_dim // 2, rope
     cdef QueryBlock* block
     p.n_blocks = 0
     while t < p.n:
@@ -104,22 +111,25 @@ cdef void plan_queries(Plan* p, const Cache* c, const double* inv_freq) noexcept
             block.end += 1
         t = block.end
         p.n_blocks += 1
-    for t in range(p.n):
-        _angles(p.first + t, inv_freq, half, p.cos + t * half, p.sin + t * half)
-    for s in range(p.n_shifts + (c.n_sliding > 0)):
-        shift = KV_TILE * (p.evicted_before + s) if s < p.n_shifts else 0
-        for j in range(c.n_sinks):
-            t = (s * c.n_sinks + j) * half
-            _angles(j + shift, inv_freq, half, p.sink_cos + t, p.sink_sin + t)
+    for rope in range(p.ropes.n):
+        for t in range(p.n):
+            _angles(p, rope, p.first + t, half, p.cos + (rope * p.n + t) * half, p.sin + (rope * p.n + t) * half)
+        for s in range(p.n_shifts + (c.n_sliding > 0)):
+            shift = KV_TILE * (p.evicted_before + s) if s < p.n_shifts else 0
+            for j in range(c.n_sinks):
+                t = ((rope * (p.n_shifts + 1) + s) * c.n_sinks + j) * half
+                _angles(p, rope, j + shift, half, p.sink_cos + t, p.sink_sin + t)
 
 
-cdef void _angles(int64_t position, const double* inv_freq, int64_t half, float* cosines, float* sines) noexcept nogil:
+cdef void _angles(const Plan* p, int64_t rope, int64_t position, int64_t half, float* cosines,
+                  float* sines) noexcept nogil:
     cdef int64_t i
-    cdef double angle
+    cdef double angle, amplitude
     for i in range(half):
-        angle = position * inv_freq[i]
-        cosines[i] = <float>cos(angle)
-        sines[i] = <float>sin(angle)
+        angle = position * p.ropes.inv_freq[rope * half + i]
+        amplitude = p.ropes.amplitude[rope * half + i] if p.ropes.amplitude != NULL else 1
+        cosines[i] = <float>(amplitude * cos(angle))
+        sines[i] = <float>(amplitude * sin(angle))
 
 
 # Where a tile is while a chunk is under way -------------------------------------------------------------------------
@@ -160,17 +170,18 @@ cdef void _append_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan
             kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
     if not sight:
         for s in range(plan.n_shifts):
-            _rotate_sinks(c, plan, s, keys, out + s * set)
+            _rotate_sinks(c, plan, _rope(plan, layer), s, keys, out + s * set)
     elif plan.first - sight + 1 < c.n_sinks:
-        _rotate_sinks(c, plan, plan.n_shifts, keys, out)
+        _rotate_sinks(c, plan, _rope(plan, layer), plan.n_shifts, keys, out)
 
 
-cdef void _rotate_sinks(const Cache* c, const Plan* plan, int64_t place, const float* keys, float* out) noexcept nogil:
+cdef void _rotate_sinks(const Cache* c, const Plan* plan, int64_t rope, int64_t place, const float* keys,
+                        float* out) noexcept nogil:
     cdef int64_t i, j, at, half = c.head_dim // 2, lanes = c.sink_lanes
     cdef float a, b
     for i in range(half):
         for j in range(min(c.n_sinks, plan.first + plan.n)):
-            at = (place * c.n_sinks + j) * half + i
+            at = ((rope * (plan.n_shifts + 1) + place) * c.n_sinks + j) * half + i
             a, b = keys[i * lanes + j], keys[(i + half) * lanes + j]
             out[i * lanes + j] = a * plan.sink_cos[at] - b * plan.sink_sin[at]
             out[(i + half) * lanes + j] = b * plan.sink_cos[at] + a * plan.sink_sin[at]
@@ -180,11 +191,13 @@ cdef void _append_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
                        int64_t tile, const float* k, const float* v, int64_t ld, float* scratch) noexcept nogil:
     """Puts the chunk's tokens of one tile into its window copy; packs the tile if it leaves the window."""
     cdef int64_t start = c.n_sinks + tile * KV_TILE, half = c.head_dim // 2, position, t
+    cdef int64_t angles = _rope(plan, layer) * plan.n * half
     cdef uint8_t* window = _unpacked(c, plan, layer, head, tile)
     cdef uint8_t* packed
     for position in range(max(start, plan.first), min(start + KV_TILE, plan.first + plan.n)):
         t = position - plan.first
-        kern.rope(k + t * ld + head * c.head_dim, plan.cos + t * half, plan.sin + t * half, c.head_dim, 1, scratch)
+        kern.rope(k + t * ld + head * c.head_dim, plan.cos + angles + t * half, plan.sin + angles + t * half,
+                  c.head_dim, 1, scratch)
         c.wk.put_k(window, c.head_dim, position - start, scratch)
         memcpy(scratch, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
         if c.v.hadamard:
@@ -273,8 +286,10 @@ cdef inline void _fill_hidden(Rows* rows, float value) noexcept nogil:
             rows.scores[r * KV_TILE + i] = value
 
 
-cdef inline void _weigh(const kv_kernels* kern, const Cache* c, Rows* rows) noexcept nogil:
+cdef inline void _weigh(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows) noexcept nogil:
     """From scores to softmax weights: none for what a row does not see."""
+    if plan.soft_cap > 0:
+        kern.soft_cap(rows.scores, rows.n * KV_TILE, plan.soft_cap)
     if rows.sight:
         _fill_hidden(rows, -INFINITY)
     kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
@@ -295,7 +310,7 @@ cdef void _attend_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan
         tokens = _see(c, plan, rows, start, tokens)  # beyond them lies what an earlier text left
         if tokens > 0:
             f32.k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
-            _weigh(kern, c, rows)
+            _weigh(kern, c, plan, rows)
             f32.v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
         start += KV_TILE
 
@@ -315,18 +330,19 @@ cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan,
     cdef const uint8_t* data = _tile_at(c, plan, rows, tile)
     tokens = _see(c, plan, rows, start, KV_TILE)
     k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
-    _weigh(kern, c, rows)
+    _weigh(kern, c, plan, rows)
     v.v_accumulate(data + k_bytes, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
 
 
 cdef void _prepare_rows(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows, const float* q,
                         int64_t ld) noexcept nogil:
     """Rotates and scales the queries; starts the softmax."""
-    cdef int64_t r, t, i, half = c.head_dim // 2
+    cdef int64_t r, t, i, half = c.head_dim // 2, at
     for r in range(rows.n):
         t = rows.block.start + r // plan.group
-        kern.rope(q + t * ld + (rows.head * plan.group + r % plan.group) * c.head_dim, plan.cos + t * half,
-                  plan.sin + t * half, c.head_dim, plan.scale, rows.q + r * c.head_dim)
+        at = (_rope(plan, rows.layer) * plan.n + t) * half
+        kern.rope(q + t * ld + (rows.head * plan.group + r % plan.group) * c.head_dim, plan.cos + at, plan.sin + at,
+                  c.head_dim, plan.scale, rows.q + r * c.head_dim)
         rows.top[r] = -INFINITY
         rows.total[r] = 0
         for i in range(c.head_pad):

@@ -2,7 +2,7 @@
 the attention of a decode step on its own.
 
 Where a function takes an engine, any object does that has ``threads`` and a ``description`` (n_layers, n_heads,
-n_kv_heads, head_dim, attention_scale): other models' shapes are measured without their weights.
+n_kv_heads, head_dim, attention_scale, and attention_softcap if it has one): other models' shapes are measured without their weights.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from .attention cimport (Plan, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_take,
+from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_take,
                          plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport KV_TILE, kernels, kv_format, kv_kernels
 from .kernels import require_level
@@ -225,6 +225,7 @@ def attention(engine, KVCache kv not None, repeat=1, seed=0):
 
 cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef Step step
+    cdef Ropes ropes
     cdef Plan* p = &step.plan
     cdef const Cache* c = &kv.c
     cdef int64_t i, width = d.n_heads * d.head_dim
@@ -233,11 +234,14 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef uint8_t[::1] block
     memset(&step, 0, sizeof(Step))
     step.kern, step.cache, step.q, step.out = kernels(), c, &q[0], &out[0]
-    plan_chunk(p, c, c.n_tokens - 1, 1, d.n_heads, d.attention_scale, threads)
+    memset(&ropes, 0, sizeof(Ropes))
+    ropes.n, ropes.inv_freq = 1, &inv_freq[0]
+    plan_chunk(p, c, &ropes, c.n_tokens - 1, 1, d.n_heads, d.attention_scale,
+               getattr(d, "attention_softcap", None) or 0, threads)
     p.packed_before = p.packed_after   # the token is in already
     block = _aligned(plan_buffers(p, c, NULL))
     plan_buffers(p, c, &block[0])
-    plan_queries(p, c, &inv_freq[0])
+    plan_queries(p, c)
     if c.n_sinks:                      # which an append would rotate
         sinks = rng.standard_normal(c.n_kv_heads * c.head_dim * c.sink_lanes, np.float32)
         memcpy(p.sinks, &sinks[0], sinks.nbytes)

@@ -1,6 +1,6 @@
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 
-from .attention cimport Plan
+from .attention cimport Plan, Ropes
 from .kernels cimport kv_input, kv_kernels
 from .kv cimport Cache
 
@@ -23,25 +23,40 @@ ctypedef struct Matrix:
     bint quantized              # some segment takes int8 inputs
     int64_t cols, panels, width # width: 16 * panels, outputs of a token
 
+# Of the residual stream, or of what is added to it; weight NULL: none. bias: of LayerNorm.
+ctypedef struct Norm:
+    const float* weight
+    const float* bias
+
 ctypedef struct Layer:
-    const float* attn_norm
+    Norm attn_norm
     Matrix qkv
+    const float* q_norm         # of each head, or of all at once; or NULL
+    const float* k_norm
     Matrix o
-    const float* mlp_norm
-    Matrix gate
+    Norm attn_post_norm
+    Norm mlp_norm
+    Matrix gate                 # no segments: up alone is activated
     Matrix up
     Matrix down
+    Norm mlp_post_norm
 
 ctypedef struct Config:
     int64_t n_layers, hidden_size, intermediate_size, n_heads, n_kv_heads, head_dim, vocab_size
     int64_t hidden_pad          # rounded up to 16, as every row of floats below
-    float norm_eps, attention_scale
+    float norm_eps, attention_scale, attention_softcap      # a soft cap of 0: none
+    float embedding_scale, residual_scale, logit_scale, logit_softcap
+    bint layer_norm             # LayerNorm, not RMSNorm
+    bint norm_all_heads         # q_norm and k_norm are of all heads at once
+    bint branch                 # what a layer adds is normed or scaled first
+    int activation
 
 # Buffers of one call; [rows] is the larger of tokens and threads, since each thread prepares its own input in decode.
 # `planes` is that of chunks; a single token always has two, which cost it nothing.
 ctypedef struct RunState:
     int64_t planes
     float* x                    # [n][hidden_pad] residual stream
+    float* branch               # [n][hidden_pad] what is to be added to it, where it is not added at once
     float* input                # [rows][input_width] normed or combined input of a matrix
     int8_t* q                   # [rows][2 planes][blocks of the widest input * 32]
     float* q_scale              # [rows][2][blocks]
@@ -58,7 +73,8 @@ ctypedef struct Call:
     const Layer* layers
     const Matrix* embed
     const Matrix* head
-    const float* norm
+    const Matrix* positions     # without segments unless the model has learned positions
+    const Norm* norm
     const Cache* cache
     Plan plan
     RunState run

@@ -6,14 +6,15 @@ Threads take work by number between barriers, so that every result is the same w
 import os
 
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
 from .attention cimport (append_step, attend_step, combine, commit_needed, commit_step, kv_team, kv_team_barrier,
                          kv_team_has_openmp, kv_team_run, kv_team_size, kv_team_take, plan_buffers, plan_chunk,
                          plan_queries)
-from .kernels cimport KV_BLOCK, KV_PANEL, KV_Q8_0, kernels, kv_packed_bytes, kv_unpack_row
+from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_packed_bytes,
+                       kv_unpack_row)
 from .kv cimport KVCache
 from .kernels import require_level
 from .kv import sliding_windows
@@ -21,6 +22,8 @@ from .weights import packed_size, type_id
 
 MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
+
+cdef dict _ACTIVATIONS = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU_TANH}
 
 HAS_OPENMP = bool(kv_team_has_openmp())
 """False when the core was built without OpenMP and runs on one thread."""
@@ -76,34 +79,114 @@ cdef void _matmul(const Call* call, kv_team* team, const Matrix* m, const kv_inp
     kv_team_barrier(team)
 
 
-cdef void _gate_up(const Call* call, kv_team* team, const Layer* layer, const kv_input* x, int64_t n) noexcept nogil:
-    """gate [n][width] = silu(gate x) * (up x)"""
-    cdef int64_t start, end = 0, t, at, width = layer.gate.width, grab = _grab(layer.gate.panels, team)
+cdef void _activated(const Call* call, kv_team* team, const Layer* layer, const kv_input* x, int64_t n) noexcept nogil:
+    """gate [n][width] = activation(gate x) * (up x), or activation(up x) where there is no gate."""
+    cdef int64_t start, end = 0, t, at, width = layer.up.width, grab = _grab(layer.up.panels, team)
+    cdef const Matrix* first = &layer.gate if layer.gate.n_segments else &layer.up
+    cdef const float* up
     while True:
-        start = kv_team_take(team, layer.gate.panels, grab, &end)
+        start = kv_team_take(team, layer.up.panels, grab, &end)
         if start < 0:
             break
-        _matmul_panels(call.kern, &layer.gate, x, n, start, end, call.run.gate, width, False)
-        _matmul_panels(call.kern, &layer.up, x, n, start, end, call.run.up, width, False)
+        _matmul_panels(call.kern, first, x, n, start, end, call.run.gate, width, False)
+        if layer.gate.n_segments:
+            _matmul_panels(call.kern, &layer.up, x, n, start, end, call.run.up, width, False)
         for t in range(n):
             at = t * width + KV_PANEL * start
-            call.kern.silu_mul(call.run.gate + at, call.run.up + at, KV_PANEL * (end - start), call.run.gate + at)
+            up = call.run.up + at if layer.gate.n_segments else NULL
+            call.kern.activate[call.config.activation](call.run.gate + at, up, KV_PANEL * (end - start),
+                                                       call.run.gate + at)
     kv_team_barrier(team)
 
 
-ctypedef void (*Source)(const Call* call, const float* weight, int64_t layer, int64_t token, float* out) noexcept nogil
-
-
-cdef void _normed(const Call* call, const float* weight, int64_t layer, int64_t token, float* out) noexcept nogil:
+cdef inline void _norm(const Call* call, const Norm* norm, const float* x, float* out) noexcept nogil:
+    """A norm of [hidden]; in and out may be the same."""
     cdef const Config* c = call.config
-    call.kern.rms_norm(call.run.x + token * c.hidden_pad, weight, c.hidden_size, c.norm_eps, out)
+    if norm.weight == NULL:
+        memcpy(out, x, c.hidden_size * sizeof(float))
+    elif c.layer_norm:
+        call.kern.layer_norm(x, norm.weight, norm.bias, c.hidden_size, c.norm_eps, out)
+    else:
+        call.kern.rms_norm(x, norm.weight, c.hidden_size, c.norm_eps, out)
 
 
-cdef void _attended(const Call* call, const float* weight, int64_t layer, int64_t token, float* out) noexcept nogil:
+cdef void _add(const Call* call, kv_team* team, const Matrix* m, const kv_input* x, int64_t n,
+               const Norm* norm) noexcept nogil:
+    """x [n][hidden] += m x, at once or by way of a norm and a scale."""
+    cdef const Config* c = call.config
+    cdef int64_t t, i, end = 0
+    cdef float scale = c.residual_scale
+    cdef float* branch
+    cdef float* stream
+    _matmul(call, team, m, x, n, call.run.branch if c.branch else call.run.x, c.hidden_pad, not c.branch)
+    while c.branch:
+        t = kv_team_take(team, n, 1, &end)
+        if t < 0:
+            kv_team_barrier(team)
+            break
+        branch, stream = call.run.branch + t * c.hidden_pad, call.run.x + t * c.hidden_pad
+        if norm.weight != NULL:
+            _norm(call, norm, branch, branch)
+        for i in range(c.hidden_size):
+            stream[i] += scale * branch[i]
+
+
+cdef void _norm_heads(const Call* call, kv_team* team, const Layer* layer) noexcept nogil:
+    """Norms of queries and keys in run.qkv, head by head or all heads of a token at once."""
+    cdef const Config* c = call.config
+    cdef int64_t queries = 1 if c.norm_all_heads else c.n_heads, keys = 1 if c.norm_all_heads else c.n_kv_heads
+    cdef int64_t items = call.plan.n * (queries + keys), i = 0, end = 0, j, size
+    cdef float* at
+    while True:
+        i = kv_team_take(team, items, _grab(items, team), &end)
+        if i < 0:
+            break
+        for i in range(i, end):
+            j = i % (queries + keys)
+            at = call.run.qkv + i // (queries + keys) * layer.qkv.width
+            if j < queries:
+                size = c.n_heads // queries * c.head_dim
+                at += j * size
+            else:
+                size = c.n_kv_heads // keys * c.head_dim
+                at += layer.qkv.segments[1].offset + (j - queries) * size
+            call.kern.rms_norm(at, layer.q_norm if j < queries else layer.k_norm, size, c.norm_eps, at)
+    kv_team_barrier(team)
+
+
+cdef void _logits(const Call* call, kv_team* team, const kv_input* x, int64_t n) noexcept nogil:
+    """logits [n][width] = head x, scaled and capped where the model wants it."""
+    cdef const Config* c = call.config
+    cdef int64_t start, end = 0, t, i, size, grab = _grab(call.head.panels, team)
+    cdef float* out
+    while True:
+        start = kv_team_take(team, call.head.panels, grab, &end)
+        if start < 0:
+            break
+        _matmul_panels(call.kern, call.head, x, n, start, end, call.logits, call.head.width, False)
+        size = KV_PANEL * (end - start)
+        for t in range(n):
+            out = call.logits + t * call.head.width + KV_PANEL * start
+            if c.logit_scale != 1:
+                for i in range(size):
+                    out[i] *= c.logit_scale
+            if c.logit_softcap > 0:
+                call.kern.soft_cap(out, size, c.logit_softcap)
+    kv_team_barrier(team)
+
+
+ctypedef void (*Source)(const Call* call, const Norm* norm, int64_t layer, int64_t token, float* out) noexcept nogil
+
+
+cdef void _normed(const Call* call, const Norm* norm, int64_t layer, int64_t token, float* out) noexcept nogil:
+    _norm(call, norm, call.run.x + token * call.config.hidden_pad, out)
+
+
+cdef void _attended(const Call* call, const Norm* norm, int64_t layer, int64_t token, float* out) noexcept nogil:
     combine(call.kern, call.cache, &call.plan, layer, token, out)
 
 
-cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* m, Source source, const float* weight,
+cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* m, Source source, const Norm* norm,
                      int64_t layer, int64_t first, int64_t n) noexcept nogil:
     """The input of a matrix for tokens [first, first + n) of the chunk: floats from `source` (without one: the gated
     activations), int8 beside them if the matrix takes them.
@@ -128,7 +211,7 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
             end = 1
         for row in range(t, end):
             if source != NULL:
-                source(call, weight, layer, first + row, floats + floats_at + row * x.ld)
+                source(call, norm, layer, first + row, floats + floats_at + row * x.ld)
             if m.quantized:
                 call.kern.quantize(floats + floats_at + row * x.ld, m.cols, planes,
                                    run.q + (own + row) * blocks * KV_BLOCK, run.q_scale + (own + row) * blocks,
@@ -143,14 +226,25 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
 
 
 cdef void _embed(const Call* call, kv_team* team) noexcept nogil:
-    cdef int64_t t, end = 0
+    cdef const Config* c = call.config
+    cdef int64_t t, i, end = 0
     cdef const Segment* s = &call.embed.segments[0]
+    cdef const Segment* p = &call.positions.segments[0]
+    cdef float* x
+    cdef float* learned
     while True:
         t = kv_team_take(team, call.plan.n, 1, &end)
         if t < 0:
             break
-        kv_unpack_row(s.type, s.data, call.config.hidden_size, call.tokens[t],
-                      call.run.x + t * call.config.hidden_pad)
+        x, learned = call.run.x + t * c.hidden_pad, call.run.input + t * call.run.input_width
+        kv_unpack_row(s.type, s.data, c.hidden_size, call.tokens[t], x)
+        if c.embedding_scale != 1:
+            for i in range(c.hidden_size):
+                x[i] *= c.embedding_scale
+        if call.positions.n_segments:
+            kv_unpack_row(p.type, p.data, c.hidden_size, call.plan.first + t, learned)
+            for i in range(c.hidden_size):
+                x[i] += learned[i]
     kv_team_barrier(team)
 
 
@@ -180,19 +274,21 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
     _embed(call, team)                                                            # x [n][hidden]
     for i in range(c.n_layers):
         layer = &call.layers[i]
-        x = _input(call, team, thread, &layer.qkv, _normed, layer.attn_norm, i, 0, n)
+        x = _input(call, team, thread, &layer.qkv, _normed, &layer.attn_norm, i, 0, n)
         _matmul(call, team, &layer.qkv, &x, n, run.qkv, layer.qkv.width, False)   # [n][q, k, v]
+        if layer.q_norm != NULL:
+            _norm_heads(call, team, layer)
         _attention(call, team, thread, layer, i)
         x = _input(call, team, thread, &layer.o, _attended, NULL, i, 0, n)        # [n][n_heads * head_dim]
-        _matmul(call, team, &layer.o, &x, n, run.x, c.hidden_pad, True)
-        x = _input(call, team, thread, &layer.gate, _normed, layer.mlp_norm, i, 0, n)
-        _gate_up(call, team, layer, &x, n)                                        # [n][intermediate]
+        _add(call, team, &layer.o, &x, n, &layer.attn_post_norm)
+        x = _input(call, team, thread, &layer.up, _normed, &layer.mlp_norm, i, 0, n)
+        _activated(call, team, layer, &x, n)                                      # [n][intermediate]
         x = _input(call, team, thread, &layer.down, NULL, NULL, i, 0, n)
-        _matmul(call, team, &layer.down, &x, n, run.x, c.hidden_pad, True)
+        _add(call, team, &layer.down, &x, n, &layer.mlp_post_norm)
     if call.logits != NULL:
         n -= call.first_logit
         x = _input(call, team, thread, call.head, _normed, call.norm, c.n_layers, call.first_logit, n)
-        _matmul(call, team, call.head, &x, n, call.logits, call.head.width, False)
+        _logits(call, team, &x, n)
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
@@ -231,39 +327,38 @@ cdef class _Arena:
 cdef class Engine:
     """A model's weights, ready to run; read-only, so any number of threads and caches may use it at once.
 
-    description: an object with the sizes of the model (n_layers, hidden_size, intermediate_size, n_heads, n_kv_heads,
-    head_dim, vocab_size, norm_eps, attention_scale, tie_embeddings, attention_bias, mlp_bias), and sliding_windows if
-    some layers have one: for each layer the tokens that a query sees, itself included, or None for all.
+    description: the sizes of the model and the choices in its arithmetic, as the fields of a model description.
     weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
-    inv_freq: float64 [head_dim / 2], inverse frequencies of RoPE. threads: at least 1. precise: block-quantised
+    rope_tables: function of the tokens that a cache has room for -> object with float64 [tables, head_dim / 2] inv_freq
+    and amplitude, and int64 [n_layers] of_layer, the table of each. threads: at least 1. precise: block-quantised
     weights take activations of 16 bits in chunks too, not in decode alone; about half as fast there.
     Raises ValueError when a tensor is missing or has the wrong shape or size, or KVRUN_ISA names no level.
     """
     cdef Config c
     cdef Layer* layers
-    cdef Matrix embed, head
-    cdef const float* norm
+    cdef Matrix embed, positions, head
+    cdef Norm norm
     cdef list kept
+    cdef dict ropes             # of each size of a cache that was used
+    cdef object rope_tables
     cdef readonly object description
     cdef readonly tuple sliding_windows
     cdef readonly int threads
     cdef readonly bint precise
-    cdef double[::1] inv_freq
 
-    def __cinit__(self, description, weights, vectors, inv_freq, threads=1, precise=False):
+    def __cinit__(self, description, weights, vectors, rope_tables, threads=1, precise=False):
         cdef int64_t i
         d = self.description = description
         require_level()
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
-        if d.activation != "silu":
-            raise ValueError(f"activation {d.activation!r} is not supported")
+        for name, choices in (("activation", _ACTIVATIONS), ("norm", ("rms", "layer")), ("qk_norm", (None, "head", "all"))):
+            if getattr(d, name) not in choices:
+                raise ValueError(f"{name} {getattr(d, name)!r} is not supported")
         if d.n_heads % d.n_kv_heads or d.head_dim % 2:
             raise ValueError("n_heads must be a multiple of n_kv_heads, and head_dim even")
         self.threads, self.kept = min(threads, 1024) if HAS_OPENMP else 1, []
-        self.inv_freq = np.array(inv_freq, np.float64)
-        if self.inv_freq.shape[0] != d.head_dim // 2:
-            raise ValueError(f"inv_freq has {self.inv_freq.shape[0]} values for a head_dim of {d.head_dim}")
+        self.ropes, self.rope_tables = {}, rope_tables
         self.precise = precise
         self.sliding_windows = sliding_windows(d)
         self._sizes()
@@ -273,7 +368,9 @@ cdef class Engine:
         self._matrix(&self.embed, weights, vectors, ["embed"], d.hidden_size, [d.vocab_size], False)
         for i in range(d.n_layers):
             self._layer(&self.layers[i], f"layers.{i}.", weights, vectors)
-        self.norm = self._vector(vectors, "norm.weight", d.hidden_size)
+        if d.learned_positions:
+            self._matrix(&self.positions, weights, vectors, ["positions"], d.hidden_size, [d.context_length], False)
+        self._norm(&self.norm, vectors, "norm", True)
         head = "embed" if d.tie_embeddings else "head"
         self._matrix(&self.head, weights, vectors, [head], d.hidden_size, [d.vocab_size], False)
 
@@ -285,20 +382,36 @@ cdef class Engine:
         c.n_layers, c.hidden_size, c.intermediate_size = d.n_layers, d.hidden_size, d.intermediate_size
         c.n_heads, c.n_kv_heads, c.head_dim, c.vocab_size = d.n_heads, d.n_kv_heads, d.head_dim, d.vocab_size
         c.hidden_pad = _whole_panels(c.hidden_size)
-        c.norm_eps, c.attention_scale = d.norm_eps, d.attention_scale
+        c.norm_eps, c.attention_scale, c.attention_softcap = d.norm_eps, d.attention_scale, d.attention_softcap or 0
+        c.embedding_scale, c.residual_scale, c.logit_scale = d.embedding_scale, d.residual_scale, d.logit_scale
+        c.logit_softcap, c.layer_norm, c.norm_all_heads = d.logit_softcap or 0, d.norm == "layer", d.qk_norm == "all"
+        c.branch, c.activation = d.post_norms or d.residual_scale != 1, _ACTIVATIONS[d.activation]
+        return 0
+
+    cdef int _norm(self, Norm* norm, vectors, str name, bint there) except -1:
+        norm.weight = self._vector(vectors, name + ".weight", self.c.hidden_size) if there else NULL
+        norm.bias = self._vector(vectors, name + ".bias", self.c.hidden_size) if there and self.c.layer_norm else NULL
         return 0
 
     cdef int _layer(self, Layer* layer, str name, weights, vectors) except -1:
         d = self.description
         q, kv = d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim
         hidden, inner = d.hidden_size, d.intermediate_size
-        layer.attn_norm = self._vector(vectors, name + "attn.norm.weight", hidden)
-        layer.mlp_norm = self._vector(vectors, name + "mlp.norm.weight", hidden)
+        self._norm(&layer.attn_norm, vectors, name + "attn.norm", d.pre_norms)
+        self._norm(&layer.attn_post_norm, vectors, name + "attn.post_norm", d.post_norms)
+        self._norm(&layer.mlp_norm, vectors, name + "mlp.norm", d.pre_norms)
+        self._norm(&layer.mlp_post_norm, vectors, name + "mlp.post_norm", d.post_norms)
+        if d.qk_norm is not None:
+            layer.q_norm = self._vector(vectors, name + "attn.q_norm.weight", q if d.qk_norm == "all" else d.head_dim)
+            layer.k_norm = self._vector(vectors, name + "attn.k_norm.weight", kv if d.qk_norm == "all" else d.head_dim)
         self._matrix(&layer.qkv, weights, vectors, [name + "attn.q", name + "attn.k", name + "attn.v"], hidden,
                      [q, kv, kv], d.attention_bias)
-        self._matrix(&layer.o, weights, vectors, [name + "attn.o"], q, [hidden], d.attention_bias)
-        self._matrix(&layer.gate, weights, vectors, [name + "mlp.gate"], hidden, [inner], d.mlp_bias)
+        self._matrix(&layer.o, weights, vectors, [name + "attn.o"], q, [hidden],
+                     d.attention_bias if d.attention_out_bias is None else d.attention_out_bias)
         self._matrix(&layer.up, weights, vectors, [name + "mlp.up"], hidden, [inner], d.mlp_bias)
+        if d.mlp_gated:
+            self._matrix(&layer.gate, weights, vectors, [name + "mlp.gate"], hidden, [inner], d.mlp_bias)
+            layer.up.quantized |= layer.gate.quantized   # the two share an input, prepared for `up`
         self._matrix(&layer.down, weights, vectors, [name + "mlp.down"], inner, [hidden], d.mlp_bias)
         return 0
 
@@ -340,8 +453,8 @@ cdef class Engine:
 
         tokens: int32 [n]. logits: "last", "all" or "none". Returns float32 [vocab_size], [n, vocab_size] or None.
         Every token sees the cache as it would if the chunk were fed one by one. The GIL is released.
-        Raises ValueError for tokens outside the vocabulary or a chunk of the wrong size, RuntimeError when another
-        thread is using the cache.
+        Raises ValueError for tokens outside the vocabulary, a chunk of the wrong size or more tokens than the model has
+        learned positions, RuntimeError when another thread is using the cache.
         """
         cdef const int32_t[::1] ids = np.ascontiguousarray(tokens, np.int32)
         cdef int64_t n = ids.shape[0], i
@@ -353,6 +466,9 @@ cdef class Engine:
         for i in range(n):
             if not 0 <= ids[i] < self.c.vocab_size:
                 raise ValueError(f"token {ids[i]} is outside the vocabulary of {self.c.vocab_size}")
+        if self.positions.n_segments and kv.c.n_tokens + n > self.description.context_length:
+            raise ValueError(f"the model has learned {self.description.context_length} positions, and a text cannot be "
+                             f"longer: {kv.c.n_tokens + n} tokens")
         if logits not in ("last", "all", "none"):
             raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
         if not kv.lock.acquire(blocking=False):
@@ -363,8 +479,25 @@ cdef class Engine:
         finally:
             kv.lock.release()
 
+    cdef _rope(self, int64_t ctx, Ropes* ropes):
+        """The tables for caches of this size, which are kept."""
+        cdef const double[:, ::1] inv_freq, amplitude
+        cdef const int64_t[::1] of_layer
+        if ctx not in self.ropes:
+            tables, d = self.rope_tables(ctx), self.description
+            kept = (np.array(tables.inv_freq, np.float64), np.array(tables.amplitude, np.float64),
+                    np.array(tables.of_layer, np.int64))
+            if (kept[0].ndim != 2 or kept[0].shape[1] != d.head_dim // 2 or kept[1].shape != kept[0].shape
+                    or kept[2].shape != (d.n_layers,) or not 0 <= kept[2].min() <= kept[2].max() < len(kept[0])):
+                raise ValueError("rope_tables are not of the shapes that the description says")
+            self.ropes[ctx] = kept
+        inv_freq, amplitude, of_layer = self.ropes[ctx]
+        ropes.n, ropes.inv_freq, ropes.amplitude = inv_freq.shape[0], &inv_freq[0, 0], &amplitude[0, 0]
+        ropes.of_layer = &of_layer[0]
+
     cdef _forward(self, const int32_t[::1] ids, KVCache kv, int64_t first_logit):
         cdef Call call
+        cdef Ropes ropes
         cdef int64_t n = ids.shape[0]
         cdef float[:, ::1] out
         cdef int threads = self.threads
@@ -374,14 +507,17 @@ cdef class Engine:
         arena = kv.buffers
         memset(&call, 0, sizeof(Call))
         call.kern, call.config, call.layers, call.cache = kernels(), &self.c, self.layers, &kv.c
-        call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, self.norm, &ids[0]
+        call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, &self.norm, &ids[0]
+        call.positions = &self.positions
         call.first_logit = first_logit
-        plan_chunk(&call.plan, &kv.c, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale, threads)
+        self._rope(kv.ctx, &ropes)
+        plan_chunk(&call.plan, &kv.c, &ropes, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale,
+                   self.c.attention_softcap, threads)
         arena.count()
         self._buffers(arena, &call)
         arena.allocate()
         self._buffers(arena, &call)
-        plan_queries(&call.plan, &kv.c, &self.inv_freq[0])
+        plan_queries(&call.plan, &kv.c)
         result = None
         if first_logit < n:
             result = np.empty((n - first_logit, self.head.width), np.float32)
@@ -406,6 +542,7 @@ cdef class Engine:
         run.q_scale = <float*>arena.take(8 * rows * blocks)
         run.q_sum = <int32_t*>arena.take(8 * rows * blocks)
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
-        run.gate = <float*>arena.take(4 * n * self.layers[0].gate.width)
+        run.gate = <float*>arena.take(4 * n * self.layers[0].up.width)
         run.up = <float*>arena.take(4 * n * self.layers[0].gate.width)
+        run.branch = <float*>arena.take(4 * n * self.c.hidden_pad if self.c.branch else 0)
         plan_buffers(p, c, <uint8_t*>arena.take(plan_buffers(p, c, NULL)))

@@ -10,6 +10,9 @@ cdef extern from "kernels.h":
         KV_Q8_0
         KV_FORMAT_F32
         KV_FORMAT_F16
+        KV_SILU
+        KV_GELU
+        KV_GELU_TANH
 
     void kv_prefetch(const void* data, int64_t bytes) noexcept nogil
 
@@ -24,6 +27,8 @@ cdef extern from "kernels.h":
 
     ctypedef void (*kv_matmul_fn)(const uint8_t*, int64_t, int64_t, const kv_input*, int64_t, float*, int64_t,
                                   int) noexcept nogil
+
+    ctypedef void (*kv_activation_fn)(const float*, const float*, int64_t, float*) noexcept nogil
 
     ctypedef struct kv_format:
         const char* name
@@ -48,7 +53,9 @@ cdef extern from "kernels.h":
         void (*quantize)(const float*, int64_t, int64_t, int8_t*, float*, int32_t*) noexcept nogil
         void (*rope)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil
         void (*hadamard)(float*, int64_t) noexcept nogil
-        void (*silu_mul)(const float*, const float*, int64_t, float*) noexcept nogil
+        void (*layer_norm)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil
+        kv_activation_fn* activate
+        void (*soft_cap)(float*, int64_t, float) noexcept nogil
         void (*softmax_step)(float*, const int32_t*, int64_t, int64_t, float*, float*, float*) noexcept nogil
 
     int kv_kernels_find(const char* level, kv_kernels* table) noexcept nogil

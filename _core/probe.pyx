@@ -9,10 +9,10 @@ from libc.string cimport memset
 
 import numpy as np
 
-from .attention cimport (Plan, append_step, attend_step, combine, commit_needed, commit_step, kv_team, kv_team_barrier,
-                         kv_team_run, kv_team_take, plan_buffers, plan_chunk, plan_queries)
-from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_PANEL, KV_Q8_0, KV_TILE, kernels, kernels_of, kv_format, kv_input,
-                       kv_head_pad, kv_kernels)
+from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, kv_team,
+                         kv_team_barrier, kv_team_run, kv_team_take, plan_buffers, plan_chunk, plan_queries)
+from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, KV_TILE, kernels,
+                       kernels_of, kv_format, kv_head_pad, kv_input, kv_kernels)
 from .kv cimport Cache, KVCache
 from .weights import packed_size, type_id
 
@@ -36,11 +36,31 @@ def rms_norm(x, weight, eps, level=None):
     return np.asarray(out)
 
 
-def silu_mul(gate, up, level=None):
-    """silu(gate [n]) * up [n]."""
-    cdef const float[::1] g = _floats(gate), u = _floats(up, len(gate))
-    cdef float[::1] out = np.empty(len(gate), np.float32)
-    _level(level).silu_mul(&g[0], &u[0], g.shape[0], &out[0])
+def layer_norm(x, weight, bias, eps, level=None):
+    """(x [n] - mean) / sqrt(variance + eps) * weight [n] + bias [n]."""
+    cdef const float[::1] a = _floats(x), w = _floats(weight, len(x)), b = _floats(bias, len(x))
+    cdef float[::1] out = np.empty(len(x), np.float32)
+    _level(level).layer_norm(&a[0], &w[0], &b[0], a.shape[0], eps, &out[0])
+    return np.asarray(out)
+
+
+def activate(name, x, up=None, level=None):
+    """silu, gelu or gelu_tanh of x [n]; times up [n] if it is given."""
+    cdef const float[::1] a = _floats(x), u = _floats(x if up is None else up, len(x))
+    cdef float[::1] out = np.empty(len(x), np.float32)
+    cdef int kind = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU_TANH}[name]
+    cdef const kv_kernels* kern = _level(level)
+    cdef const float* other = NULL
+    if up is not None:
+        other = &u[0]
+    kern.activate[kind](&a[0], other, a.shape[0], &out[0])
+    return np.asarray(out)
+
+
+def soft_cap(x, cap, level=None):
+    """cap * tanh(x [n] / cap)."""
+    cdef float[::1] out = _floats(x).copy()
+    _level(level).soft_cap(&out[0], out.shape[0], cap)
     return np.asarray(out)
 
 
@@ -250,6 +270,7 @@ def attention(KVCache kv not None, q, k, v, inv_freq, threads=1, level=None):
 cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, const double[::1] inv_freq, int threads,
                 const kv_kernels* kern):
     cdef Chunk chunk
+    cdef Ropes ropes
     cdef Cache cache = _at_level(&kv.c, kern)
     cdef int64_t n = k.shape[0], n_heads = (k if q is None else q).shape[1] // cache.head_dim
     cdef uint8_t[::1] block
@@ -257,11 +278,14 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     cdef float[:, ::1] out
     memset(&chunk, 0, sizeof(Chunk))
     chunk.kern, chunk.cache, chunk.k, chunk.v = kern, &cache, &k[0, 0], &v[0, 0]
-    plan_chunk(&chunk.plan, &cache, cache.n_tokens, n, n_heads, kv.description.attention_scale, threads)
+    memset(&ropes, 0, sizeof(Ropes))
+    ropes.n, ropes.inv_freq = 1, &inv_freq[0]
+    plan_chunk(&chunk.plan, &cache, &ropes, cache.n_tokens, n, n_heads, kv.description.attention_scale,
+               getattr(kv.description, "attention_softcap", None) or 0, threads)
     raw = np.empty(plan_buffers(&chunk.plan, &cache, NULL) + 64, np.uint8)
     block = raw[-raw.ctypes.data % 64:]
     plan_buffers(&chunk.plan, &cache, &block[0])
-    plan_queries(&chunk.plan, &cache, &inv_freq[0])
+    plan_queries(&chunk.plan, &cache)
     result = None
     if q is not None:
         queries, result = q, np.empty_like(q)

@@ -16,8 +16,26 @@ import numpy as np
 
 from kvrun.errors import ModelFileError
 
-ARCHITECTURES = ("llama",)
-ACTIVATIONS = ("silu",)
+ARCHITECTURES = (
+    "llama",
+    "gpt2",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "granite",
+)
+"""Where a model comes from, for people: what it computes is all in the other fields."""
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "architecture": ARCHITECTURES,
+    "activation": ("silu", "gelu", "gelu_tanh"),
+    "norm": ("rms", "layer"),
+    "qk_norm": (None, "head", "all"),
+}
 
 # Upper limits keep products of sizes far from overflow and a hostile file from asking for endless work.
 _LIMITS = {
@@ -30,13 +48,6 @@ _LIMITS = {
     "head_dim": 1 << 10,
     "context_length": 1 << 30,
 }
-_SCALING_FIELDS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_context_length"),
-    "factors": ("factors",),
-}
-
-
 def strict_json(text: str | bytes) -> Any:
     """Parse JSON that this package wrote itself: no repeated keys, no NaN. Any fault is a ValueError."""
 
@@ -56,16 +67,56 @@ def strict_json(text: str | bytes) -> Any:
 
 
 @dataclass(frozen=True)
+class RopeTables:
+    """`inv_freq`, `amplitude`: float64 [tables, head_dim / 2]; `of_layer`: int64 [n_layers], the table of each.
+
+    Pair i turns by position * inv_freq[i] and is multiplied by amplitude[i].
+    """
+
+    inv_freq: np.ndarray
+    amplitude: np.ndarray
+    of_layer: np.ndarray
+
+
+def frequencies(
+    theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: int
+) -> tuple[np.ndarray, float]:
+    """(angle per position of each pair: float64 [pairs], amplitude) of a checked rope_scaling."""
+    exponents = np.arange(pairs, dtype=np.float64) / pairs
+    plain = theta**-exponents
+    kind, s = (scaling["type"], scaling) if scaling else ("none", {})
+    if kind == "linear":
+        return plain / s["factor"], 1.0
+    if kind == "factors":
+        return plain / np.array(s["factors"]), 1.0
+    if kind == "dynamic" and ctx > s["original_context_length"]:
+        # "Dynamic NTK": the base grows with the length, so that the slowest pair is slowed by the factor.
+        growth = s["factor"] * ctx / s["original_context_length"] - (s["factor"] - 1)
+        return (theta * growth ** (pairs / (pairs - 1) if pairs > 1 else 1.0)) ** -exponents, 1.0
+    if kind == "llama3":
+        # Long wavelengths are slowed by the factor, short ones kept, those between blended.
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_context_length"] * plain / (2 * np.pi)
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return plain * (keep + (1.0 - keep) / s["factor"]), 1.0
+    if kind == "yarn":  # the same by the number of the pair (Peng et al. 2023)
+        slow = np.clip((np.arange(pairs) - s["low"]) / (s["high"] - s["low"]), 0.0, 1.0)
+        return plain * (1.0 - slow + slow / s["factor"]), s["attention_factor"]
+    if kind == "longrope":  # Ding et al. 2024
+        factors = s["long_factors" if ctx > s["original_context_length"] else "short_factors"]
+        return plain / np.array(factors), s["attention_factor"]
+    return plain, 1.0
+
+
+@dataclass(frozen=True)
 class ModelDescription:
     """Sizes and arithmetic of a decoder model. The constructor checks every value (ModelFileError).
 
-    ``rope_scaling`` is None or one of
-    ``{"type": "linear", "factor"}``,
-    ``{"type": "llama3", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"}``,
-    ``{"type": "factors", "factors": [head_dim / 2 numbers]}`` (divisors of the inverse frequencies).
+    All that has a default is off by default. docs/format.md says what each field means.
 
     ``sliding_windows``: for each layer the number of tokens that a query sees, itself included, or None for all
-    before it; None when no layer has such a window.
+    before it; None when no layer has such a window. ``rope_local``: theta and scaling of the layers that have one,
+    where they differ from the others'. ``rope_layers``: for each layer whether it has RoPE; None when all have.
     """
 
     architecture: str
@@ -80,20 +131,36 @@ class ModelDescription:
     context_length: int
     norm_eps: float
     activation: str
-    rope_theta: float
+    rope_theta: float | None
     rope_scaling: dict[str, Any] | None
     attention_scale: float
     tie_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
     sliding_windows: tuple[int | None, ...] | None = None
+    norm: str = "rms"
+    pre_norms: bool = True
+    post_norms: bool = False
+    qk_norm: str | None = None
+    attention_out_bias: bool | None = None
+    mlp_gated: bool = True
+    learned_positions: bool = False
+    rotary_dim: int | None = None
+    rope_local: dict[str, Any] | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(field.name, field.type, getattr(self, field.name))
-        for name, choices in (("architecture", ARCHITECTURES), ("activation", ACTIVATIONS)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                _bad(name, f"{getattr(self, name)!r} is not supported (supported: {', '.join(choices)})")
+                known = ", ".join(str(choice) for choice in choices if choice)
+                _bad(name, f"{getattr(self, name)!r} is not supported (supported: {known})")
         for name, limit in _LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
                 _bad(name, f"{getattr(self, name)} is not between 1 and {limit}")
@@ -101,15 +168,38 @@ class ModelDescription:
             _bad("n_kv_heads", f"{self.n_kv_heads} does not divide n_heads = {self.n_heads}")
         if self.head_dim % 2:
             _bad("head_dim", f"{self.head_dim} is odd; rotary embeddings need pairs")
-        for name in ("norm_eps", "rope_theta", "attention_scale"):
+        for name in _POSITIVE:
             value = getattr(self, name)
-            if not math.isfinite(value) or value <= 0:
-                _bad(name, f"{value} is not a positive number")
-            object.__setattr__(self, name, float(value))
-        if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", _checked_scaling(self.rope_scaling, self.head_dim))
+            if value is not None:
+                if not math.isfinite(value) or value <= 0:
+                    _bad(name, f"{value} is not a positive number")
+                object.__setattr__(self, name, float(value))
         if self.sliding_windows is not None:
             object.__setattr__(self, "sliding_windows", _checked_windows(self.sliding_windows, self.n_layers))
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        if self.rotary_dim is not None and not (0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0):
+            _bad("rotary_dim", f"{self.rotary_dim} is not an even number below head_dim = {self.head_dim}")
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        if self.rope_layers is not None:
+            object.__setattr__(self, "rope_layers", _checked_layers(self.rope_layers, self.n_layers))
+        if self.rope_theta is None:
+            for name in ("rope_scaling", "rope_local", "rope_layers", "rotary_dim"):
+                if getattr(self, name) is not None:
+                    _bad(name, "there is no rope_theta")
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", checked_scaling("rope_scaling", self.rope_scaling, pairs))
+        local = self.rope_local
+        if local is not None:
+            if self.sliding_windows is None:
+                _bad("rope_local", "no layer has a sliding window")
+            if set(local) != {"theta", "scaling"} or not _is_positive(local["theta"]):
+                _bad("rope_local", "not an object with a positive theta, and scaling")
+            scaling = local["scaling"]
+            if scaling is not None:
+                scaling = checked_scaling("rope_local", scaling, pairs)
+            object.__setattr__(self, "rope_local", {"theta": float(local["theta"]), "scaling": scaling})
 
     def to_json(self) -> str:
         """The description as one line of JSON, fields in the order of the class."""
@@ -133,21 +223,34 @@ class ModelDescription:
                 _bad(name, "missing")
         return cls(**values)
 
-    def rope_inv_freq(self) -> np.ndarray:
-        """Rotation angle per position of each pair of channels, in radians: float64 [head_dim / 2]."""
-        inv_freq = self.rope_theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
-        scaling = self.rope_scaling
-        if scaling is None:
-            return inv_freq
-        if scaling["type"] == "linear":
-            return inv_freq / scaling["factor"]
-        if scaling["type"] == "factors":
-            return inv_freq / np.array(scaling["factors"], dtype=np.float64)
-        # Llama 3: long wavelengths are slowed by the factor, short ones kept, those between blended.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_context_length"] * inv_freq / (2 * np.pi)
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return inv_freq * (keep + (1.0 - keep) / scaling["factor"])
+    def rope_inv_freq(self, ctx: int | None = None) -> np.ndarray:
+        """Rotation angle per position of each pair of channels, in radians: float64 [head_dim / 2]; 0 for those
+        that do not turn. Some kinds of scaling depend on `ctx`, the tokens to be seen at once (by default as many
+        as the model was trained on)."""
+        return self.rope_tables(ctx).inv_freq[0]
+
+    def rope_tables(self, ctx: int | None = None) -> RopeTables:
+        """The tables that the layers choose from (see `rope_inv_freq`)."""
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        ropes: list[tuple[float, dict[str, Any] | None] | None] = []
+        if self.rope_theta is not None:
+            ropes.append((self.rope_theta, self.rope_scaling))
+        if self.rope_local is not None:
+            ropes.append((self.rope_local["theta"], self.rope_local["scaling"]))
+        ropes.append(None)
+        inv_freq, amplitude = np.zeros((len(ropes), self.head_dim // 2)), np.ones((len(ropes), self.head_dim // 2))
+        for i, rope in enumerate(ropes):
+            if rope is not None:
+                inv_freq[i, :pairs], amplitude[i, :pairs] = frequencies(*rope, pairs, ctx or self.context_length)
+        none, windows = len(ropes) - 1, self.sliding_windows or (None,) * self.n_layers
+        of_layer = [
+            none if self.rope_theta is None or (self.rope_layers and not self.rope_layers[i])
+            else int(self.rope_local is not None and windows[i] is not None)
+            for i in range(self.n_layers)
+        ]
+        if none not in of_layer and none > 0:
+            inv_freq, amplitude = inv_freq[:none], amplitude[:none]
+        return RopeTables(inv_freq, amplitude, np.array(of_layer, np.int64))
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model and its shape, in file order.
@@ -155,24 +258,28 @@ class ModelDescription:
         Matrices (packed weights, [rows, cols] = [out, in]) come first, then the float32 vectors [n].
         """
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, self.hidden_size)}
-        matrices = self._layer_matrices()
+        if self.learned_positions:
+            shapes["positions.weight"] = (self.context_length, self.hidden_size)
+        matrices, norms = self._layer_matrices(), self._layer_norms()
         for i in range(self.n_layers):
             for name, shape in matrices.items():
                 shapes[f"layers.{i}.{name}.weight"] = shape
         if not self.tie_embeddings:
             shapes["head.weight"] = (self.vocab_size, self.hidden_size)
         for i in range(self.n_layers):
-            shapes[f"layers.{i}.attn.norm.weight"] = (self.hidden_size,)
-            shapes[f"layers.{i}.mlp.norm.weight"] = (self.hidden_size,)
+            for name, size in norms.items():
+                shapes[f"layers.{i}.{name}"] = (size,)
             for name, (rows, _) in matrices.items():
-                if self.attention_bias if name.startswith("attn.") else self.mlp_bias:
+                if self._has_bias(name):
                     shapes[f"layers.{i}.{name}.bias"] = (rows,)
         shapes["norm.weight"] = (self.hidden_size,)
+        if self.norm == "layer":
+            shapes["norm.bias"] = (self.hidden_size,)
         return shapes
 
     def _layer_matrices(self) -> dict[str, tuple[int, int]]:
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {
+        matrices = {
             "attn.q": (queries, self.hidden_size),
             "attn.k": (keys, self.hidden_size),
             "attn.v": (keys, self.hidden_size),
@@ -181,6 +288,38 @@ class ModelDescription:
             "mlp.up": (self.intermediate_size, self.hidden_size),
             "mlp.down": (self.hidden_size, self.intermediate_size),
         }
+        if not self.mlp_gated:
+            del matrices["mlp.gate"]
+        return matrices
+
+    def _layer_norms(self) -> dict[str, int]:
+        """Vectors of a layer's norms and their sizes."""
+        parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
+        kinds = [kind for kind, there in (("norm", self.pre_norms), ("post_norm", self.post_norms)) if there]
+        norms = {
+            f"{step}.{kind}.{part}": self.hidden_size for kind in kinds for step in ("attn", "mlp") for part in parts
+        }
+        if self.qk_norm is not None:
+            heads = (1, 1) if self.qk_norm == "head" else (self.n_heads, self.n_kv_heads)
+            norms |= {f"attn.{x}_norm.weight": n * self.head_dim for x, n in zip("qk", heads, strict=True)}
+        return norms
+
+    def _has_bias(self, matrix: str) -> bool:
+        if matrix == "attn.o" and self.attention_out_bias is not None:
+            return self.attention_out_bias
+        return self.attention_bias if matrix.startswith("attn.") else self.mlp_bias
+
+
+_POSITIVE = (
+    "norm_eps",
+    "rope_theta",
+    "attention_scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "attention_softcap",
+    "logit_softcap",
+)
 
 
 def _bad(name: str, reason: str) -> None:
@@ -194,16 +333,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float)
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value > 0
+
+
 def _check_type(name: str, annotation: str, value: Any) -> None:
+    if value is None and annotation.endswith(" | None"):
+        return
     checks = {
         "str": lambda v: isinstance(v, str),
         "bool": lambda v: isinstance(v, bool),
         "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
         "float": _is_number,
-        "dict[str, Any] | None": lambda v: v is None or isinstance(v, dict),
-        "tuple[int | None, ...] | None": lambda v: v is None or isinstance(v, (tuple, list)),
+        "dict[str, Any]": lambda v: isinstance(v, dict),
+        "tuple[int | None, ...]": lambda v: isinstance(v, (tuple, list)),
+        "tuple[bool, ...]": lambda v: isinstance(v, (tuple, list)),
     }
-    if not checks[annotation](value):
+    if not checks[annotation.removesuffix(" | None")](value):
         _bad(name, f"{_shortened(value)} is not of type {annotation.replace('[str, Any]', '')}")
 
 
@@ -225,24 +371,44 @@ def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None,
     return tuple(windows) if any(windows) else None
 
 
-def _checked_scaling(scaling: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """The scaling with its numbers as floats, in a fixed order."""
+def _checked_layers(layers: Sequence[Any], n_layers: int) -> tuple[bool, ...] | None:
+    """One truth value a layer as a tuple, None if all are true."""
+    if len(layers) != n_layers or not all(isinstance(layer, bool) for layer in layers):
+        _bad("rope_layers", f"{_shortened(layers)} is not a truth value for each of {n_layers} layers")
+    return None if all(layers) else tuple(layers)
+
+
+# The forms of rope_scaling: the fields of each, single numbers or lists of one number for each pair of channels.
+_SCALING_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_context_length"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_context_length"),
+    "yarn": ("factor", "low", "high", "attention_factor"),
+    "longrope": ("short_factors", "long_factors", "original_context_length", "attention_factor"),
+    "factors": ("factors",),
+}
+
+
+def checked_scaling(field: str, scaling: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """The scaling with its numbers as floats, in a fixed order; ModelFileError names the field."""
     kind = scaling.get("type")
     if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
-        _bad("rope_scaling", f"type {_shortened(kind)} is not supported ({', '.join(_SCALING_FIELDS)})")
+        _bad(field, f"type {_shortened(kind)} is not supported ({', '.join(_SCALING_FIELDS)})")
     expected = _SCALING_FIELDS[kind]
     if set(scaling) != {"type", *expected}:
-        _bad("rope_scaling", f"type {kind} has exactly the fields {', '.join(expected)}")
+        _bad(field, f"type {kind} has exactly the fields {', '.join(expected)}")
     values: dict[str, Any] = {"type": kind}
     for name in expected:
-        numbers = scaling[name] if name == "factors" else [scaling[name]]
-        if not isinstance(numbers, list) or not all(
-            _is_number(v) and math.isfinite(v) and v > 0 for v in numbers
-        ):
-            _bad("rope_scaling", f"{name} = {_shortened(scaling[name])} is not positive")
-        values[name] = [float(v) for v in numbers] if name == "factors" else float(numbers[0])
-    if kind == "factors" and len(values["factors"]) != head_dim // 2:
-        _bad("rope_scaling", f"{len(values['factors'])} factors where head_dim needs {head_dim // 2}")
+        value, many = scaling[name], name.endswith("factors")
+        numbers = value if many else [value]
+        zero = name == "low" and _is_number(value) and value == 0  # the only one that may be
+        if not isinstance(numbers, list) or not (all(map(_is_positive, numbers)) or zero):
+            _bad(field, f"{name} = {_shortened(value)} is not positive")
+        if many and len(numbers) != pairs:
+            _bad(field, f"{len(numbers)} {name} where the rotary width needs {pairs}")
+        values[name] = [float(v) for v in numbers] if many else float(value)
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
-        _bad("rope_scaling", "high_freq_factor is not above low_freq_factor")
+        _bad(field, "high_freq_factor is not above low_freq_factor")
+    if kind == "yarn" and values["high"] <= values["low"]:
+        _bad(field, "high is not above low")
     return values

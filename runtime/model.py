@@ -56,7 +56,7 @@ class Model:
         self._lock = threading.RLock()
         try:
             self.engine = _core.Engine(
-                file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads, precise
+                file.description, file.weights, file.vectors, file.description.rope_tables, threads, precise
             )
         except (ValueError, NotImplementedError) as error:
             raise KvrunError(f"{file.path}: this model cannot be run: {error}") from None

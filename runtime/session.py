@@ -438,7 +438,10 @@ class Session:
             chunk = np.array(waiting[: _core.MAX_CHUNK], dtype=np.int32)
             last = len(chunk) == len(waiting)
             began = time.perf_counter()
-            logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")
+            try:
+                logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")
+            except ValueError as error:  # learned positions are used up
+                raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
             seconds = time.perf_counter() - began
             if last:
                 self._logits, self._logits_at = logits, self._kv.n_tokens

@@ -29,7 +29,7 @@ TOLERANCE = 1e-4  # of the largest logit
 def engine_of(path, threads=1):
     file = read_model_file(path)
     return _core.Engine(
-        file.description, file.weights, file.vectors, file.description.rope_inv_freq(), threads
+        file.description, file.weights, file.vectors, file.description.rope_tables, threads
     )
 
 

@@ -169,6 +169,6 @@ def test_safetensors_and_gguf_give_equal_tokenizers(from_safetensors, model):
 
 def test_greedy_ids_from_safetensors(from_safetensors):
     file = from_safetensors
-    engine = _core.Engine(file.description, file.weights, file.vectors, file.description.rope_inv_freq(), 2)
+    engine = _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, 2)
     for case in GREEDY:
         assert greedy(engine, case["prompt_ids"], 64) == case["ids"]

@@ -39,6 +39,7 @@ static inline void kv_prefetch(const void *data, int64_t bytes)
 }
 
 enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
+enum kv_activation { KV_SILU, KV_GELU, KV_GELU_TANH, KV_ACTIVATIONS };
 enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };
 
 /* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32.
@@ -88,6 +89,8 @@ typedef struct {
     kv_format format[KV_FORMATS];
     /* out = x / sqrt(mean(x^2) + eps) * weight */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
+    /* out = (x - mean) / sqrt(variance + eps) * weight + bias */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, int64_t n, float eps, float *out);
     /* One token of a kv_input: int8 codes in blocks of 32, scale = max|x| / 127; the last block is padded with zeros */
     void (*quantize)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
     /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
@@ -96,8 +99,10 @@ typedef struct {
     /* Orthonormal Hadamard transform of x [n] in place, its own inverse; in blocks of the largest powers of two when n is
      * not one. */
     void (*hadamard)(float *x, int64_t n);
-    /* out = silu(gate) * up */
-    void (*silu_mul)(const float *gate, const float *up, int64_t n, float *out);
+    /* out = activation(x) * up, or activation(x) when up is NULL */
+    void (*activate[KV_ACTIVATIONS])(const float *x, const float *up, int64_t n, float *out);
+    /* x = cap * tanh(x / cap), in place */
+    void (*soft_cap)(float *x, int64_t n, float cap);
     /* Online softmax over one tile (Milakov and Gimelshein 2018), to the base 2: scores [rows][64], which come times
      * log2(e), become weights in place; lanes at or beyond visible[r] get weight 0. Running maximum m, sum l and accumulators acc [rows][head_pad]
      * are rescaled when the maximum grows. */

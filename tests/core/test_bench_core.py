@@ -18,7 +18,7 @@ DEPTHS = [0, 1, 4, 5, 67, 68, 69, 131, 132, 133, 299, 300, 301, 1000]
 @pytest.fixture(scope="module")
 def engine(converted):
     file = read_model_file(converted("odd-sizes"))
-    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_inv_freq(), 2)
+    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, 2)
 
 
 def stand_in(n_layers=3, n_heads=6, n_kv_heads=2, head_dim=40, threads=2):

@@ -1,5 +1,6 @@
 """Every kernel at every level of this CPU against NumPy in float64, on fresh random data."""
 
+import math
 import os
 import subprocess
 import sys
@@ -102,12 +103,42 @@ def test_rms_norm(n, level, rng):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_silu_mul(level, rng):
-    gate = np.concatenate([rng.uniform(-100, 100, 1000), rng.uniform(-3, 3, 1000), [0, -1e4, 1e4, -88, 88]])
-    gate, up = gate.astype(np.float32), rng.standard_normal(len(gate)).astype(np.float32)
-    exact = gate.astype(np.float64)
-    expected = exact / (1 + np.exp(np.minimum(-exact, 700))) * up
-    np.testing.assert_allclose(probe.silu_mul(gate, up, level), expected, rtol=2e-6, atol=1e-30)
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 576])
+@pytest.mark.parametrize("shift", [0, 300])
+def test_layer_norm(shift, n, level, rng):
+    """Also where the mean is far larger than what varies about it."""
+    x, weight, bias = rng.standard_normal((3, n)).astype(np.float32) * 3
+    x += np.float32(shift)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-5) * weight + bias
+    close(probe.layer_norm(x, weight, bias, 1e-5, level), expected, 1e-6 if not shift else 1e-4 if n > 1 else 2e-2)
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(np.minimum(-x, 700))),
+    "gelu": lambda x: 0.5 * x * np.vectorize(math.erfc)(-x / math.sqrt(2)),
+    "gelu_tanh": lambda x: x / (1 + np.exp(np.minimum(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3), 700))),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, level, rng):
+    """Close in relative terms wherever the result matters beside its neighbours, tails included."""
+    x = np.concatenate([rng.uniform(-100, 100, 1000), rng.uniform(-6, 6, 2000), [0, -1e4, 1e4, -88, 88]])
+    x, up = x.astype(np.float32), rng.standard_normal(len(x)).astype(np.float32)
+    exact = ACTIVATIONS[name](x.astype(np.float64))
+    rtol, atol = (2e-6, 1e-30) if name == "silu" else (4e-6, 1e-12)
+    np.testing.assert_allclose(probe.activate(name, x, None, level), exact, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(probe.activate(name, x, up, level), exact * up, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("cap", [0.5, 30, 50])
+def test_soft_cap(cap, level, rng):
+    x = np.concatenate([rng.uniform(-9, 9, 1001) * cap, rng.uniform(-1, 1, 1000), [0, -1e6, 1e6, 1e-20]])
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(probe.soft_cap(x, cap, level), cap * np.tanh(x.astype(np.float64) / cap), rtol=4e-7)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -78,7 +78,7 @@ class StepLlama(NumpyLlama):
 
 def load(path):
     file = read_model_file(path)
-    return file, _core.Engine(file.description, file.weights, file.vectors, file.description.rope_inv_freq(), 2)
+    return file, _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, 2)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def precise(converted):
 def build(converted, precise):
     file = read_model_file(converted("odd-sizes"))
     d = file.description
-    return file, _core.Engine(d, file.weights, file.vectors, d.rope_inv_freq(), 2, precise)
+    return file, _core.Engine(d, file.weights, file.vectors, d.rope_tables, 2, precise)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

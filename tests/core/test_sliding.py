@@ -127,7 +127,7 @@ def build(converted):
     def make(windows, precise=False, threads=1):
         file = read_model_file(converted("odd-sizes"))
         d = file.description = replace(file.description, sliding_windows=windows)
-        return file, _core.Engine(d, file.weights, file.vectors, d.rope_inv_freq(), threads, precise)
+        return file, _core.Engine(d, file.weights, file.vectors, d.rope_tables, threads, precise)
 
     return make
 

@@ -98,8 +98,17 @@ static void check_vectors(int64_t n)
     }
     for (int64_t i = 0; i < n; i++)
         x[i] *= 50;
-    reference.silu_mul(x, y, n, a), checked.silu_mul(x, y, n, b);
-    compare("silu_mul", n, 0, a, b, n, 1e-6);
+    for (int i = 0; i < KV_ACTIVATIONS; i++) {
+        reference.activate[i](x, y, n, a), checked.activate[i](x, y, n, b);
+        compare("activate", i, n, a, b, n, 1e-6);
+        reference.activate[i](x, NULL, n, a), checked.activate[i](x, NULL, n, b);
+        compare("activate without gate", i, n, a, b, n, 1e-6);
+    }
+    reference.layer_norm(x, y, y, n, 1e-5f, a), checked.layer_norm(x, y, y, n, 1e-5f, b);
+    compare("layer_norm", n, 0, a, b, n, 1e-5);
+    memcpy(a, x, n * 4), memcpy(b, x, n * 4);
+    reference.soft_cap(a, n, 30), checked.soft_cap(b, n, 30);
+    compare("soft_cap", n, 0, a, b, n, 1e-6);
     free(x), free(y), free(a), free(b), free(q), free(p);
 }
 
