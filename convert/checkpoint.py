@@ -10,6 +10,7 @@ from typing import Any
 
 from kvrun.convert.fields import Fields
 from kvrun.convert.tensors import StoredTensor
+from kvrun.convert.views import rows_of
 from kvrun.description import ModelDescription
 from kvrun.errors import ConvertError, ModelFileError
 from kvrun.modelfile import SAMPLING_KEYS
@@ -72,6 +73,8 @@ class Checkpoint:
     chat_template: str | None
     sampling: dict[str, float]
     files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Lines about what was left out."""
 
 
 def describe(where: str, values: Mapping[str, Any]) -> ModelDescription:
@@ -88,21 +91,29 @@ def select_tensors(
     wanted: Iterable[tuple[str, str]],
     description: ModelDescription,
 ) -> dict[str, StoredTensor]:
-    """The tensors of the model under our names; ConvertError if one is missing, misshapen or left over."""
-    wanted, shapes, chosen = list(wanted), description.tensor_shapes(), {}
-    missing = [theirs for _, theirs in wanted if theirs not in available]
+    """The tensors of the model under our names; ConvertError if one is missing, misshapen or left over. Several of
+    ours with one name there are parts of its rows."""
+    wanted, shapes = list(wanted), description.tensor_shapes()
+    chosen = dict.fromkeys(ours for ours, _ in wanted)
+    missing = list(dict.fromkeys(theirs for _, theirs in wanted if theirs not in available))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConvertError(f"{where}: tensor {missing[0]} is missing{more}")
+    parts: dict[str, list[str]] = {}
     for ours, theirs in wanted:
+        parts.setdefault(theirs, []).append(ours)
+    for theirs, names in parts.items():
         tensor = available[theirs]
-        if tensor.shape != shapes[ours]:
+        rows = [shapes[name][0] for name in names]
+        shape = (sum(rows), *shapes[names[0]][1:])
+        if tensor.shape != shape:
             raise ConvertError(
-                f"{where}: tensor {theirs} has shape {list(tensor.shape)}, "
-                f"but the config says {list(shapes[ours])}"
+                f"{where}: tensor {theirs} has shape {list(tensor.shape)}, but the config says {list(shape)}"
             )
-        chosen[ours] = tensor
-    unused = sorted(set(available) - {theirs for _, theirs in wanted})
+        for i, name in enumerate(names):
+            start = sum(rows[:i])
+            chosen[name] = tensor if len(names) == 1 else rows_of(tensor, start, start + rows[i])
+    unused = sorted(set(available) - set(parts))
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise ConvertError(
@@ -110,6 +121,28 @@ def select_tensors(
             "with this config"
         )
     return chosen
+
+
+ROTARY = ("attn.q", "attn.k", "attn.q_norm", "attn.k_norm")
+"""Whose rows or values are a head's channels in the order of its rotary pairs."""
+
+
+def with_halves_apart(
+    tensors: dict[str, StoredTensor], stems: tuple[str, ...], order: tuple[int, ...]
+) -> dict[str, StoredTensor]:
+    """These tensors' rows as the model file has them: row i of a head is the one stored at order[i]."""
+    return {
+        name: tensor.with_rows_from(order) if name.rpartition(".")[0].endswith(stems) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def rotary_order(description: ModelDescription) -> tuple[int, ...]:
+    """Where the rows of a head are stored when only the first `rotary_dim` of them turn, in pairs half that width
+    apart: ours are half a head apart, so the others fill up both halves."""
+    size, width = description.head_dim, description.rotary_dim or description.head_dim
+    middle = width + (size - width) // 2
+    return (*range(width // 2), *range(width, middle), *range(width // 2, width), *range(middle, size))
 
 
 def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[str, float]:

@@ -27,6 +27,14 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(self._prefix + name) is not None
 
+    def given(self, name: str) -> bool:
+        """Whether the name is there, were it with a null value: for fields whose null is not their default."""
+        return self._prefix + name in self._values
+
+    def or_else(self, name: str, value: Any) -> Fields:
+        """The same fields, with a value for a name that has none."""
+        return self if name in self else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
+
     def fail(self, name: str, reason: str) -> Any:
         raise ConvertError(f"{self.where}: field {self._prefix}{name}: {reason}")
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 import re
 
-from kvrun.convert.checkpoint import Checkpoint, Vocabulary, describe, sampling_defaults, select_tensors
-from kvrun.convert.families import GGUF, Family, GgufFacts, family_of_gguf
+import numpy as np
+
+from kvrun.convert.checkpoint import (
+    ROTARY,
+    Checkpoint,
+    Vocabulary,
+    describe,
+    rotary_order,
+    sampling_defaults,
+    select_tensors,
+    with_halves_apart,
+)
+from kvrun.convert.families import GGUF, family_of_gguf
+from kvrun.convert.family_gguf import GgufFacts
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import StoredTensor
-from kvrun.description import ModelDescription
 from kvrun.errors import ConvertError
 
-_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -35,9 +46,14 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
             if name in available:
                 raise ConvertError(f"{file.path}: tensor {name} is also in {available[name].path}")
             available[name] = tensor
-    factors = available.pop(_ROPE_FACTORS, None)
+    factors, long, short = (_vector(available.pop(name, None)) for name in _ROPE_FACTORS)
+    if factors is not None and all(value == 1.0 for value in factors):
+        factors = None
+    if (long is None) != (short is None):
+        raise ConvertError(f"{path}: of {' and '.join(_ROPE_FACTORS[1:])} there is only one")
+    _drop_copied_head(available)
     shapes = {name: tensor.shape for name, tensor in available.items()}
-    facts = GgufFacts(shapes, _rope_factors(factors))
+    facts = GgufFacts(shapes, factors, None if long is None or short is None else (long, short))
     description = describe(
         path,
         {
@@ -47,11 +63,16 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
         },
     )
     tensors = select_tensors(path, available, family.source_names(description, GGUF), description)
+    order = tuple(range(0, description.head_dim, 2)) + tuple(range(1, description.head_dim, 2))
+    if family.gguf_permuted:
+        tensors = with_halves_apart(tensors, family.gguf_permuted, order)
+    elif description.rotary_dim is not None:
+        tensors = with_halves_apart(tensors, ROTARY, rotary_order(description))
     vocabulary = read_tokenizer(meta) if tokenizer else Vocabulary("none", None, {})
     return Checkpoint(
         form="GGUF",
         description=description,
-        tensors=_unpermuted(tensors, family, description),
+        tensors=tensors,
         vocabulary=vocabulary,
         stop_ids=_stop_ids(meta, vocabulary),
         chat_template=meta.text("tokenizer.chat_template", None),
@@ -76,28 +97,22 @@ def _all_parts(path: str) -> list[GgufFile]:
     return [first, *map(GgufFile, others)]
 
 
-def _rope_factors(tensor: StoredTensor | None) -> list[float] | None:
+def _vector(tensor: StoredTensor | None) -> list[float] | None:
     if tensor is None:
         return None
     if len(tensor.shape) != 1:
         raise ConvertError(
             f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension"
         )
-    values = tensor.vector().tolist()
-    return None if all(value == 1.0 for value in values) else values
+    return tensor.vector().tolist()
 
 
-def _unpermuted(
-    tensors: dict[str, StoredTensor], family: Family, description: ModelDescription
-) -> dict[str, StoredTensor]:
-    """GGUF interleaves the halves of each head of these; ours keeps them one after the other."""
-    order = tuple(range(0, description.head_dim, 2)) + tuple(range(1, description.head_dim, 2))
-    return {
-        name: tensor.with_rows_from(order)
-        if name.rpartition(".")[0].endswith(family.gguf_permuted)
-        else tensor
-        for name, tensor in tensors.items()
-    }
+def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
+    """Some files of models with a tied head, GPT-2's among them, store the embedding a second time as the head."""
+    embed, head = available.get("token_embd.weight"), available.get("output.weight")
+    if embed is not None and head is not None and (embed.type, embed.shape) == (head.type, head.shape):
+        if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
+            del available["output.weight"]
 
 
 def _stop_ids(meta: Fields, vocabulary: Vocabulary) -> list[int]:

@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from kvrun.convert.checkpoint import Checkpoint, Vocabulary, describe, sampling_defaults, select_tensors
-from kvrun.convert.families import HF, Family, family_of_config
+from kvrun.convert.checkpoint import (
+    ROTARY,
+    Checkpoint,
+    Vocabulary,
+    describe,
+    rotary_order,
+    sampling_defaults,
+    select_tensors,
+    with_halves_apart,
+)
+from kvrun.convert.families import HF, Family, family_of_config, text_config
 from kvrun.convert.fields import Fields, read_json
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import PLAIN, StoredTensor
+from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.description import ModelDescription, strict_json
 from kvrun.errors import ConvertError
 
@@ -31,7 +41,10 @@ _SETTINGS = (
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _MAX_HEADER = 100_000_000
 # Buffers that old versions of transformers saved; they are computed from the config.
-_LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias")
+# Of models of text and images: what is not of the text model, and how the names of that begin.
+_NOT_TEXT = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)(?=\.|$)")
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 
 
 def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
@@ -40,15 +53,21 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     config = read_json(folder, "config.json")
     if config is None:
         raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint{_gguf_hint(folder)}")
-    family = family_of_config(config)
+    family, text = family_of_config(config), text_config(config)
     name = _model_name(folder)
     description = describe(
-        config.where, {"architecture": family.architecture, "name": name, **family.from_config(config)}
+        text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)}
     )
-    available = _without_prefix(folder, _read_headers(folder))
+    stored, notes = _read_headers(folder), []
+    if text is not config:
+        stored, notes = _text_only(stored)
+    prefixes = (family.hf_prefix,) if text is config else _TEXT_PREFIXES
+    available = _without_prefix(folder, stored, prefixes)
     wanted = list(family.source_names(description, HF))
-    _check_types_and_head(available, family, description, config)
-    tensors = select_tensors(folder, available, wanted, description)
+    _check_types_and_head(available, family, description, text)
+    tensors = select_tensors(folder, _as_ours(available, wanted, family), wanted, description)
+    if description.rotary_dim is not None:
+        tensors = with_halves_apart(tensors, ROTARY, rotary_order(description))
     generation = read_json(folder, "generation_config.json")
     vocabulary = read_tokenizer(folder, config, generation) if tokenizer else Vocabulary("none", None, {})
     return Checkpoint(
@@ -56,7 +75,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         description=description,
         tensors=tensors,
         vocabulary=vocabulary,
-        stop_ids=_stop_ids(config, generation, vocabulary),
+        stop_ids=_stop_ids((generation, config) if text is config else (generation, config, text), vocabulary),
         chat_template=_chat_template(folder),
         sampling=sampling_defaults(
             generation,
@@ -73,6 +92,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
                 {tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS}
             )
         ),
+        notes=tuple(notes),
     )
 
 
@@ -209,16 +229,44 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     return StoredTensor(name, path, data_start + start, tuple(shape), _DTYPES[dtype], row_bytes)
 
 
-def _without_prefix(folder: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Names without "model.", which checkpoints saved from the inner module lack; without leftovers."""
+def _text_only(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of the text model, and a line about the others."""
+    others = {name: match[2] for name in tensors if (match := _NOT_TEXT.match(name))}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in others}
+    parts = ", ".join(sorted(set(others.values())))
+    return kept, [f"left out: {len(others)} tensors that are not of the text model ({parts})"] if others else []
+
+
+def _without_prefix(
+    folder: str, tensors: dict[str, StoredTensor], prefixes: tuple[str, ...]
+) -> dict[str, StoredTensor]:
+    """Names without the first prefix that fits, which checkpoints saved from the inner module lack; without
+    leftovers."""
     result: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        short = name.removeprefix("model.")
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        short = name.removeprefix(prefix)
         if _LEFTOVERS.fullmatch(short):
             continue
         if short in result:
-            raise ConvertError(f"{folder}: tensor {short} is there with and without the prefix model.")
+            raise ConvertError(f"{folder}: tensor {short} is there with and without the prefix {prefixes[0]}")
         result[short] = tensor
+    return result
+
+
+def _as_ours(
+    available: dict[str, StoredTensor], wanted: list[tuple[str, str]], family: Family
+) -> dict[str, StoredTensor]:
+    """The tensors as [outputs, inputs], and norms with what the model adds to them."""
+    result = dict(available)
+    for ours, theirs in wanted:
+        tensor = available.get(theirs)
+        if tensor is None:
+            continue
+        if family.hf_transposed and ours.startswith("layers.") and len(tensor.shape) == 2:
+            result[theirs] = TransposedTensor.of(tensor)
+        elif family.hf_norm_offset and ours.endswith("norm.weight") and len(tensor.shape) == 1:
+            result[theirs] = ShiftedTensor.of(tensor, family.hf_norm_offset)
     return result
 
 
@@ -252,11 +300,11 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
 # --- settings
 
 
-def _stop_ids(config: Fields, generation: Fields | None, vocabulary: Vocabulary) -> list[int]:
+def _stop_ids(sources: tuple[Fields | None, ...], vocabulary: Vocabulary) -> list[int]:
     ids = vocabulary.stops()
     if vocabulary.info.get("eos_id") is not None:
         ids.append(vocabulary.info["eos_id"])
-    for source in (generation, config):
+    for source in sources:
         eos = source.get("eos_token_id", []) if source else []
         for token in eos if isinstance(eos, list) else [eos]:
             if type(token) is not int or token < 0:

@@ -21,7 +21,7 @@ from kvrun.modelfile import ModelFile
 from kvrun.modelwriter import ModelFileWriter, check_output
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "same")
-_SENSITIVE = ("embed.weight", "head.weight")
+_SENSITIVE = ("embed.weight", "positions.weight", "head.weight")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, and the bytes done and in all."""
@@ -29,7 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """The finished, checked file. `notes`: one line for every quantised type that was dequantised."""
+    """The finished, checked file. `notes`: one line for every quantised type that was dequantised, and for what was
+    left out."""
 
     model: ModelFile
     seconds: float
@@ -173,10 +174,13 @@ def _write_tensors(
 
 
 def _notes(source: Checkpoint, types: dict[str, str]) -> list[str]:
-    """One line for each quantised type that was dequantised."""
+    """One line for what was left out and for each quantised type that was dequantised."""
     changed = Counter((source.tensors[name].type, type) for name, type in types.items())
     return [
+        *source.notes,
+        *(
         f"{count} tensor{'s' * (count > 1)} of type {theirs.upper()} dequantised and stored as {ours}"
         for (theirs, ours), count in sorted(changed.items())
         if theirs != ours and theirs not in ("f32", "f16", "bf16")
+        ),
     ]

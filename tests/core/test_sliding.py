@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy_llama import NumpyLlama, rotate
+from numpy_llama import NumpyLlama
 from test_kv_state import STEPS, Pair, StateCache, StepLlama, go_on, restored, run_steps
 from test_ring import FORMAT_ERROR, TILE, ListCache, every, ragged, rms, run
 
@@ -87,7 +87,7 @@ class SlidingLlama(NumpyLlama):
     where the first tokens move up to the oldest one that is left."""
 
     def __init__(self, file, **options):
-        super().__init__(file)
+        super().__init__(file, ctx=options["ctx"])
         self.options = options
 
     def shown(self, n, width):
@@ -105,16 +105,15 @@ class SlidingLlama(NumpyLlama):
 
     def attention(self, x, layer):
         d, n = self.d, len(x)
-        seen, places = self.shown(n, self.d.sliding_windows[int(layer.split(".")[1])])
-        q, k, v = (self.linear(x, f"{layer}.attn.{part}").reshape(n, -1, d.head_dim) for part in "qkv")
+        seen, places = self.shown(n, (d.sliding_windows or [None] * d.n_layers)[int(layer.split(".")[1])])
+        q, k, v = self.qkv(x, layer)
         k, v = (np.repeat(part, d.n_heads // d.n_kv_heads, 1) for part in (k, v))
-        angles = np.arange(n)[:, None] * self.inv_freq
-        q = rotate(q, angles)
-        scores = q.transpose(1, 0, 2) @ rotate(k, angles).transpose(1, 2, 0)
+        q = self.turn(q, layer, np.arange(n))
+        scores = q.transpose(1, 0, 2) @ self.turn(k, layer, np.arange(n)).transpose(1, 2, 0)
         for sink in range(min(n, places.shape[1])):
-            moved = rotate(np.tile(k[sink], (n, 1, 1)), places[:, sink, None] * self.inv_freq)
+            moved = self.turn(np.tile(k[sink], (n, 1, 1)), layer, places[:, sink])
             scores[:, :, sink] = (q * moved).sum(-1).T
-        scores = np.where(seen, scores * d.attention_scale, -np.inf)
+        scores = np.where(seen, self.scaled(scores), -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         out = (p / p.sum(-1, keepdims=True)) @ v.transpose(1, 0, 2)
         return self.linear(out.transpose(1, 0, 2).reshape(n, -1), f"{layer}.attn.o")

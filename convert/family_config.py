@@ -1,0 +1,282 @@
+"""What config.json says, family by family: the fields of `ModelDescription`, defaults as in transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from kvrun.convert.fields import REQUIRED, Fields
+from kvrun.convert.rope import rope_from_config, scaling_of
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def refuse_quantised(config: Fields) -> None:
+    for name in ("quantization_config", "compression_config"):
+        if name in config:
+            config.fail(name, "quantised checkpoints are not supported yet; use the original one")
+
+
+def head_dim_of(fields: Fields, name: str, hidden: int, heads: int) -> int:
+    if hidden % heads:
+        fields.fail(name, f"{heads} does not divide the hidden size {hidden}")
+    return hidden // heads
+
+
+def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    def integer(name: str) -> int:
+        return config.integer(name, defaults.get(name, REQUIRED))
+
+    hidden, heads = integer("hidden_size"), integer("num_attention_heads")
+    head_dim = config.integer("head_dim", defaults.get("head_dim"))
+    if head_dim is None:
+        head_dim = head_dim_of(config, "num_attention_heads", hidden, heads)
+    return {
+        "vocab_size": integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": integer("intermediate_size"),
+        "n_layers": integer("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
+        "head_dim": head_dim,
+        "context_length": config.integer("max_position_embeddings", defaults.get("max_position_embeddings", 2048)),
+        "norm_eps": config.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
+        "attention_scale": head_dim**-0.5,
+        "tie_embeddings": config.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+        "mlp_bias": False,
+    }
+
+
+def llama_like(config: Fields, **defaults: Any) -> dict[str, Any]:
+    """A model of Llama's shape; `defaults` are the config's where they differ from Llama's."""
+    refuse_quantised(config)
+    sizes = _sizes(config, defaults)
+    theta, original = defaults.get("rope_theta", 10000.0), defaults.get("original_max_position_embeddings")
+    return {
+        **sizes,
+        "activation": config.choice("hidden_act", ACTIVATIONS, "silu"),
+        "attention_bias": config.flag("attention_bias", False),
+        **rope_from_config(config, sizes["head_dim"], theta, sizes["context_length"], original),
+    }
+
+
+def llama(config: Fields) -> dict[str, Any]:
+    """Llama 1 to 3, SmolLM2, TinyLlama."""
+    return llama_like(config) | {"mlp_bias": config.flag("mlp_bias", False)}
+
+
+def mistral(config: Fields) -> dict[str, Any]:
+    """An absent sliding_window means 4096 tokens, null none."""
+    values = llama_like(config, max_position_embeddings=131072, num_key_value_heads=8) | {"attention_bias": False}
+    width = config.integer("sliding_window", None if config.given("sliding_window") else 4096)
+    return values | {"sliding_windows": [width] * values["n_layers"]}
+
+
+def qwen2(config: Fields) -> dict[str, Any]:
+    values = llama_like(config, max_position_embeddings=32768)
+    return values | {
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "sliding_windows": _qwen_windows(config, values["n_layers"]),
+    }
+
+
+def qwen3(config: Fields) -> dict[str, Any]:
+    values = llama_like(config, max_position_embeddings=32768, head_dim=128)
+    return values | {"qk_norm": "head", "sliding_windows": _qwen_windows(config, values["n_layers"])}
+
+
+def _qwen_windows(config: Fields, n_layers: int) -> list[int | None] | None:
+    """The last layers slide, from max_window_layers on, and only if use_sliding_window says so."""
+    if not config.flag("use_sliding_window", False):
+        return None
+    first = config.integer("max_window_layers", 28, minimum=0)
+    default = [_SLIDING if i >= first else _FULL for i in range(n_layers)]
+    return windows_of(config, n_layers, default, None if config.given("sliding_window") else 4096)
+
+
+def windows_of(config: Fields, n_layers: int, kinds: list[str], width: int | None) -> list[int | None]:
+    """Sliding windows by layer, from layer_types or else `kinds`; `width`: the default of sliding_window."""
+    kinds = config.get("layer_types", kinds)
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {_FULL, _SLIDING}:
+        config.fail("layer_types", f"not {_FULL} or {_SLIDING} for each of {n_layers} layers")
+    width = config.integer("sliding_window", width)
+    return [width if kind == _SLIDING else None for kind in kinds]
+
+
+def smollm3(config: Fields) -> dict[str, Any]:
+    """Every fourth layer has no RoPE."""
+    values = llama_like(
+        config,
+        rope_theta=2e6,
+        max_position_embeddings=32768,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    n = values["n_layers"]
+    step = config.integer("no_rope_layer_interval", 4)
+    layers = config.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(n)])  # 1 where there is RoPE
+    if not isinstance(layers, list) or len(layers) != n or not set(layers) <= {0, 1}:
+        config.fail("no_rope_layers", f"not 0 or 1 for each of {n} layers")
+    windows = None
+    if config.flag("use_sliding_window", False) and "sliding_window" in config:
+        windows = windows_of(config, n, [_FULL if rope else _SLIDING for rope in layers], None)
+    return values | {
+        "mlp_bias": config.flag("mlp_bias", False),
+        "rope_layers": [bool(rope) for rope in layers],
+        "sliding_windows": windows,
+    }
+
+
+def olmo2(config: Fields) -> dict[str, Any]:
+    """Norms after attention and feed-forward step instead of before."""
+    values = llama_like(config, rms_norm_eps=1e-5)
+    return values | {"qk_norm": "all", "pre_norms": False, "post_norms": True}
+
+
+def granite(config: Fields) -> dict[str, Any]:
+    """Llama with four multipliers."""
+    return llama_like(config) | {
+        "mlp_bias": config.flag("mlp_bias", False),
+        "attention_scale": config.number("attention_multiplier", 1.0),
+        "embedding_scale": config.number("embedding_multiplier", 1.0),
+        "residual_scale": config.number("residual_multiplier", 1.0),
+        "logit_scale": 1 / config.number("logits_scaling", 1.0),
+    }
+
+
+def phi3(config: Fields) -> dict[str, Any]:
+    """`original_max_position_embeddings`, outside of the scaling, is that of LongRoPE, which was once called
+    "su" or, here, "yarn"."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.section(name)
+        if rope is not None and "yarn" in (rope.get("type"), rope.get("rope_type")):
+            config.fail(name, "rope type 'yarn' of an early Phi-3; set it to 'longrope'")
+    values = llama_like(
+        config, rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096
+    )
+    width = config.integer("sliding_window", None)
+    return values | {"attention_bias": False, "sliding_windows": [width] * values["n_layers"]}
+
+
+_GEMMA = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
+
+def _gemma(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_quantised(config)
+    config.refuse("use_bidirectional_attention", (False,), "attention to later tokens: not a decoder")
+    sizes = _sizes(config, _GEMMA | defaults)
+    scalar = config.number("query_pre_attn_scalar", 256.0)
+    return {
+        **sizes,
+        "activation": config.choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        "attention_bias": config.flag("attention_bias", False),
+        "attention_scale": scalar**-0.5,
+        "embedding_scale": math.sqrt(sizes["hidden_size"]),
+        "post_norms": True,
+    }
+
+
+def gemma2(config: Fields) -> dict[str, Any]:
+    """Every other layer has a sliding window, the first one too. A soft cap of null is none."""
+    values = _gemma(config, {"vocab_size": 256000, "max_position_embeddings": 8192})
+    n = values["n_layers"]
+    kinds = [_FULL if i % 2 else _SLIDING for i in range(n)]
+    caps = {
+        ours: config.number(theirs, None if config.given(theirs) else default)
+        for ours, theirs, default in (
+            ("attention_softcap", "attn_logit_softcapping", 50.0),
+            ("logit_softcap", "final_logit_softcapping", 30.0),
+        )
+    }
+    return {
+        **values,
+        **rope_from_config(config, values["head_dim"], context=values["context_length"]),
+        **caps,
+        "sliding_windows": windows_of(config, n, kinds, 4096),
+    }
+
+
+def gemma3(config: Fields) -> dict[str, Any]:
+    """Five layers with a sliding window and a rotary base of their own to one that sees everything."""
+    values = _gemma(config, {"vocab_size": 262208, "max_position_embeddings": 131072})
+    n, step = values["n_layers"], config.integer("sliding_window_pattern", 6)
+    kinds = [_SLIDING if (i + 1) % step else _FULL for i in range(n)]
+    windows = windows_of(config, n, kinds, 4096)
+    everywhere, local = _gemma3_ropes(config, values["head_dim"], values["context_length"])
+    return {
+        **values,
+        "qk_norm": "head",
+        "attention_softcap": config.number("attn_logit_softcapping", None),
+        "logit_softcap": config.number("final_logit_softcapping", None),
+        "sliding_windows": windows,
+        "rope_theta": everywhere["theta"],
+        "rope_scaling": everywhere["scaling"],
+        "rope_local": local if any(windows) else None,
+    }
+
+
+def _gemma3_ropes(config: Fields, head_dim: int, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(of layers that see everything, of those with a window), each {"theta", "scaling"}."""
+    old = ("rope_theta", 1e6), ("rope_local_base_freq", 1e4)
+    thetas = [config.number(name, default) for name, default in old]
+    scalings: list[dict[str, Any] | None] = [None, None]
+    parameters = config.section("rope_parameters")
+    for i, kind in enumerate((_FULL, _SLIDING)):
+        name, rope = kind, parameters.section(kind) if parameters is not None else None
+        if parameters is None and i == 0:
+            name, rope = "rope_scaling", config.section("rope_scaling")
+        if rope is not None:
+            thetas[i] = rope.number("rope_theta", thetas[i])
+            rope.refuse("partial_rotary_factor", (1.0,), "not supported for this family")
+            scalings[i] = scaling_of(parameters or config, name, rope, thetas[i], head_dim, context)
+    both = [{"theta": theta, "scaling": scaling} for theta, scaling in zip(thetas, scalings, strict=True)]
+    return both[0], both[1]
+
+
+def gpt2(config: Fields) -> dict[str, Any]:
+    """Learned positions, LayerNorm, no gate; the width of the heads follows from their number."""
+    refuse_quantised(config)
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        config.refuse(name, (False,), "not supported")
+    hidden, heads = config.integer("n_embd", 768), config.integer("n_head", 12)
+    head_dim = head_dim_of(config, "n_head", hidden, heads)
+    return {
+        "vocab_size": config.integer("vocab_size", 50257),
+        "hidden_size": hidden,
+        "intermediate_size": config.integer("n_inner", 4 * hidden),
+        "n_layers": config.integer("n_layer", 12),
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "head_dim": head_dim,
+        "context_length": config.integer("n_positions", 1024),
+        "norm_eps": config.number("layer_norm_epsilon", 1e-5),
+        "norm": "layer",
+        "activation": config.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        "rope_theta": None,
+        "rope_scaling": None,
+        "attention_scale": head_dim**-0.5 if config.flag("scale_attn_weights", True) else 1.0,
+        "tie_embeddings": config.flag("tie_word_embeddings", True),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "mlp_gated": False,
+        "learned_positions": True,
+    }
