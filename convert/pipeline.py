@@ -179,8 +179,8 @@ def _notes(source: Checkpoint, types: dict[str, str]) -> list[str]:
     return [
         *source.notes,
         *(
-        f"{count} tensor{'s' * (count > 1)} of type {theirs.upper()} dequantised and stored as {ours}"
-        for (theirs, ours), count in sorted(changed.items())
-        if theirs != ours and theirs not in ("f32", "f16", "bf16")
+            f"{count} tensor{'s' * (count > 1)} of type {theirs.upper()} dequantised and stored as {ours}"
+            for (theirs, ours), count in sorted(changed.items())
+            if theirs != ours and theirs not in ("f32", "f16", "bf16")
         ),
     ]

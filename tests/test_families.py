@@ -1,0 +1,233 @@
+"""Every model family against transformers' logits in float32, however the tokens are fed, in caches of every kind.
+
+fixtures/make_families.py made the checkpoints, with transformers, and says what is in them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Reference
+from numpy_llama import NumpyLlama
+
+sys.path.append(str(Path(__file__).parent / "core"))
+from test_sliding import SlidingLlama
+
+from kvrun import _core
+from kvrun.convert import convert
+from kvrun.errors import KvrunError
+from kvrun.model import load
+from kvrun.modelfile import read_model_file
+
+FAMILIES = Path(__file__).parent / "fixtures" / "families"
+NAMES = sorted(p.name for p in FAMILIES.iterdir())
+CHUNKS = {"at once": [200], "ragged": [1, 2, 63, 64, 65, 5], "one by one": [1] * 200}
+TOLERANCE = 1e-4  # of the largest logit
+LOGITS_OF_LENGTH = {"dynamic-rope": 200}  # tokens that the cache must have room for, as in transformers' run
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """family(name, type): the model file of a fixture, written once."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def path(name, type="f32"):
+        target = folder / f"{name}.{type}.bin"
+        if not target.exists():
+            convert(FAMILIES / name, target, type)
+        return target
+
+    return path
+
+
+def expected_of(name):
+    with np.load(FAMILIES / name / "logits.npz") as data:
+        return Reference(**{key: data[key] for key in data.files if key not in ("ring", "short")})
+
+
+def engine_of(path, threads=1):
+    file = read_model_file(path)
+    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, threads)
+
+
+def run(engine, tokens, chunks, kv="f32", **options):
+    """Logits float32 [n, vocab] of tokens fed in chunks of these sizes."""
+    cache = _core.KVCache(engine, k=kv, v=kv, **{"ctx": 256, "sinks": 4, "window": 64} | options)
+    rows, at = [], 0
+    for n in chunks:
+        rows.append(np.atleast_2d(engine.forward(tokens[at : at + n], cache, logits="all")))
+        at += n
+    return np.concatenate(rows)
+
+
+def cache_of(name):
+    return {"ctx": LOGITS_OF_LENGTH[name]} if name in LOGITS_OF_LENGTH else {}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name, chunks, family):
+    """Past every sliding window, with sinks kept apart and without."""
+    expected, engine = expected_of(name), engine_of(family(name))
+    for options in ({}, {"sinks": 0, "window": 1}, {"sinks": 17, "window": 100}):
+        logits = run(engine, expected.tokens, chunks, **options | cache_of(name))
+        assert expected.error(logits) <= TOLERANCE, options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_with_weights_as_in_the_checkpoint(name, family):
+    expected = expected_of(name)
+    logits = run(engine_of(family(name, "same")), expected.tokens, CHUNKS["ragged"], **cache_of(name))
+    assert expected.error(logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "ring" in np.load(FAMILIES / name / "logits.npz")])
+def test_after_two_turns_of_the_ring(name, family):
+    """What transformers computes when queries see what the cache has left: a tile and the window."""
+    expected, engine = expected_of(name), engine_of(family(name))
+    with np.load(FAMILIES / name / "logits.npz") as data:
+        ring = data["ring"]
+    assert np.abs(ring - expected.column_logits).max() > 0.01 or engine.description.sliding_windows
+    for chunks in CHUNKS.values():
+        logits = run(engine, expected.tokens, chunks, sinks=0, window=1, ctx=65)[:, expected.columns]
+        assert np.abs(logits - ring).max() <= TOLERANCE * np.abs(expected.logits).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_numpy_agrees_with_transformers(name, family):
+    """Checks the model that the next test builds on."""
+    expected, file = expected_of(name), read_model_file(family(name))
+    logits = NumpyLlama(file, ctx=LOGITS_OF_LENGTH.get(name, 256)).logits(expected.tokens)
+    assert expected.error(logits) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [dict(ctx=150, sinks=4, window=64), dict(ctx=90, sinks=20, window=1)], ids=str)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gpt2")])
+def test_sinks_of_every_kind_of_layer(name, options, family):
+    """Past several turns: sinks move up in layers that see everything, and turn as the layer does: with the table that
+    is its own, in part, or not at all."""
+    file = read_model_file(family(name))
+    tokens = np.random.default_rng(3).integers(0, 64, 460).astype(np.int32)
+    expected = SlidingLlama(file, **options).logits(tokens)
+    engine = engine_of(family(name), 2)
+    for chunks in ([460], [1, 60, 64, 63, 200, 17, 1, 1, 53]):
+        logits = run(engine, tokens, chunks, **options)
+        assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_do_not_change_a_bit(name, family):
+    tokens = expected_of(name).tokens
+    for chunks in (CHUNKS["ragged"], CHUNKS["one by one"]):
+        one, three = (run(engine_of(family(name), threads), tokens, chunks, "f16") for threads in (1, 3))
+        np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("kv, limit", [("f16", 0.01), ("q8", 0.03), ("q4", 0.6)])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "smollm3", "olmo2"])
+def test_cache_formats(name, kv, limit, family):
+    """Rounding moves the sharp logits of such models, and no more than that."""
+    expected, engine = expected_of(name), engine_of(family(name))
+    rows = run(engine, expected.tokens, CHUNKS["one by one"], kv, ctx=200, window=0, sinks=0)
+    error = np.sqrt(((rows - run(engine, expected.tokens, [200])) ** 2).mean()) / rows.std()
+    assert error <= limit
+    np.testing.assert_array_equal(rows[-1], run(engine, expected.tokens, [199, 1], kv, ctx=200, window=0, sinks=0)[-1])
+
+
+@pytest.mark.parametrize("level", _core.isa_available())
+def test_every_kernel_level(level, family):
+    """KVRUN_ISA is read on import, so each level gets a process of its own."""
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import test_families as t\n"
+        "print(json.dumps(t.errors_of_level(json.loads(sys.argv[2]))))"
+    )
+    paths = {name: str(family(name)) for name in ("gpt2", "gpt2-gelu", "gemma2", "phi3", "granite")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(paths)],
+        env=os.environ | {"KVRUN_ISA": level},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found, errors = json.loads(result.stdout)
+    assert found == level and max(errors.values()) <= TOLERANCE, errors
+
+
+def errors_of_level(paths):
+    """(level in use, {name: error}) of model files; runs in a process of its own."""
+    errors = {}
+    for name, path in paths.items():
+        expected = expected_of(name)
+        errors[name] = expected.error(run(engine_of(path), expected.tokens, CHUNKS["ragged"]))
+    return _core.isa(), errors
+
+
+# --- what the descriptions say --------------------------------------------------------------------
+
+
+def description(name, family):
+    return read_model_file(family(name)).description
+
+
+def test_descriptions(family):
+    """What a wrong reading of a config would hardly change in such small models."""
+    assert description("gpt2", family).activation == "gelu_tanh"
+    assert description("gpt2-gelu", family).activation == "gelu"
+    assert description("partial-rope", family).activation == "gelu"
+    assert description("gemma3", family).activation == "gelu_tanh"
+    assert description("gemma3", family).sliding_windows == (70, None, 70)
+    assert description("gemma3", family).rope_local == {"theta": 100.0, "scaling": None}
+    assert description("mistral", family).sliding_windows == (50, 50)
+    assert description("qwen2", family).sliding_windows == (None, 40, 40)
+    assert description("smollm3", family).rope_layers == (True, False, True, False)
+    assert description("phi3", family).rotary_dim == 12
+    assert description("phi3", family).rope_scaling["original_context_length"] == 128
+    assert description("qwen2", family).rope_scaling["type"] == "yarn"
+    architectures = {description(name, family).architecture for name in NAMES}
+    assert architectures == {
+        *("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite")
+    }
+
+
+def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
+    """A line says what was left out."""
+    result = convert(FAMILIES / "gemma3-images", tmp_path / "model.bin")
+    assert len(result.notes) == 1 and result.notes[0].startswith("left out: ")
+    assert result.notes[0].endswith("tensors that are not of the text model (multi_modal_projector, vision_tower)")
+    assert result.model.description.architecture == "gemma3" and result.model.description.tie_embeddings
+
+
+@pytest.mark.parametrize("name, trained", [("phi3", 128), ("dynamic-rope", 100)])
+def test_a_rope_that_goes_by_length(name, trained, family):
+    """In a cache that shows no more than the model was trained on, it is that of short texts, however long the text."""
+    expected, engine = expected_of(name), engine_of(family(name))
+    with np.load(FAMILIES / name / "logits.npz") as data:
+        short = data["short"]
+    largest = np.abs(expected.logits).max()
+    assert np.abs(short - expected.column_logits[:100]).max() > 0.01 * largest
+    logits = run(engine, expected.tokens, [100, 100], ctx=trained, sinks=0, window=30)
+    assert np.abs(logits[:100, expected.columns] - short).max() <= TOLERANCE * largest
+    tables = engine.description.rope_tables
+    assert not np.array_equal(tables(trained).inv_freq, tables(trained + 1).inv_freq)
+    assert np.array_equal(tables(trained).inv_freq, tables(64).inv_freq)
+
+
+def test_learned_positions_end(family):
+    """At the trained length there is one clear line, and a session can start again."""
+    engine = engine_of(family("gpt2"))
+    cache = _core.KVCache(engine, ctx=256)
+    engine.forward(np.zeros(199, np.int32), cache)
+    with pytest.raises(ValueError, match="learned 200 positions, and a text cannot be longer: 201 tokens"):
+        engine.forward([1, 2], cache)
+    engine.forward([1], cache)
+    with pytest.raises(ValueError, match="learned 200 positions"):
+        engine.forward([1], cache)
+    session = load(family("gpt2")).session()
+    with pytest.raises(KvrunError, match="cannot go on: the model has learned 200 positions"):
+        list(session.stream([1] * 150, max_tokens=-1, ignore_eos=True))
+    session.reset()
+    assert len(list(session.stream([1], max_tokens=3, ignore_eos=True))) <= 3
