@@ -61,8 +61,7 @@ def plain(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     for name in ("logit_scale", "embedding_scale", "residual_scale"):
         meta.refuse(name, (0.0, 1.0), "not supported for this architecture")
     values = _base(meta, facts)
-    width = meta.integer("attention.sliding_window", None, minimum=0)
-    return values | {"sliding_windows": [width or None] * values["n_layers"]}
+    return values | {"sliding_windows": _windows(meta, values["n_layers"], values["n_layers"] + 1, None)}
 
 
 def qwen3(meta: Fields, facts: GgufFacts) -> dict[str, Any]:

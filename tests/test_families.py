@@ -183,7 +183,7 @@ def test_descriptions(family):
     assert description("gemma3", family).rope_local == {"theta": 100.0, "scaling": None}
     assert description("mistral", family).sliding_windows == (50, 50)
     assert description("qwen2", family).sliding_windows == (None, 40, 40)
-    assert description("smollm3", family).rope_layers == (True, False, True, False)
+    assert description("smollm3", family).rope_layers == (True, True, True, False)
     assert description("phi3", family).rotary_dim == 12
     assert description("phi3", family).rope_scaling["original_context_length"] == 128
     assert description("qwen2", family).rope_scaling["type"] == "yarn"
