@@ -11,6 +11,7 @@ cdef extern from "team.h":
     void kv_team_run(int, kv_team_fn, void*) noexcept nogil
     int kv_team_size(const kv_team*) noexcept nogil
     void kv_team_barrier(kv_team*) noexcept nogil
+    int64_t kv_team_share(const kv_team*, int, int64_t) noexcept nogil
     int64_t kv_team_take(kv_team*, int64_t, int64_t, int64_t*) noexcept nogil
 
 # The rotary embeddings that layers choose from: table t turns pair i of a head's channels, i and i + head_dim/2, by

@@ -11,10 +11,10 @@ from libc.string cimport memcpy, memset
 import numpy as np
 
 from .attention cimport (append_step, attend_step, combine, commit_needed, commit_step, kv_team, kv_team_barrier,
-                         kv_team_has_openmp, kv_team_run, kv_team_size, kv_team_take, plan_buffers, plan_chunk,
-                         plan_queries)
+                         kv_team_has_openmp, kv_team_run, kv_team_share, kv_team_size, kv_team_take, plan_buffers,
+                         plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_packed_bytes,
-                       kv_unpack_row)
+                       kv_prefetch, kv_unpack_row)
 from .kv cimport KVCache
 from .kernels import require_level
 from .kv import sliding_windows
@@ -37,6 +37,8 @@ def max_threads():
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
+
+cdef int64_t FIRST_BYTES = 4096     # of a matrix, asked for before its input is ready
 
 # Steps --------------------------------------------------------------------------------------------------------------
 
@@ -67,6 +69,17 @@ cdef void _matmul_panels(const kv_kernels* kern, const Matrix* m, const kv_input
         first += s.panels
 
 
+cdef inline void _prefetch(const Matrix* m, kv_team* team, int thread) noexcept nogil:
+    """Asks for what this thread reads first of a matrix; kernels ask for what follows."""
+    cdef int64_t panel = kv_team_share(team, thread, m.panels), i
+    for i in range(m.n_segments):
+        if panel < m.segments[i].panels:
+            kv_prefetch(m.segments[i].data + panel * m.segments[i].panel_bytes,
+                        min(FIRST_BYTES, m.segments[i].panel_bytes))
+            break
+        panel -= m.segments[i].panels
+
+
 cdef void _matmul(const Call* call, kv_team* team, const Matrix* m, const kv_input* x, int64_t n, float* out,
                   int64_t ld, bint add) noexcept nogil:
     """out [n][ld] = (or += with add) m x, shared among the threads."""
@@ -79,10 +92,14 @@ cdef void _matmul(const Call* call, kv_team* team, const Matrix* m, const kv_inp
     kv_team_barrier(team)
 
 
+cdef inline const Matrix* _first_of_mlp(const Layer* layer) noexcept nogil:
+    return &layer.gate if layer.gate.n_segments else &layer.up
+
+
 cdef void _activated(const Call* call, kv_team* team, const Layer* layer, const kv_input* x, int64_t n) noexcept nogil:
     """gate [n][width] = activation(gate x) * (up x), or activation(up x) where there is no gate."""
     cdef int64_t start, end = 0, t, at, width = layer.up.width, grab = _grab(layer.up.panels, team)
-    cdef const Matrix* first = &layer.gate if layer.gate.n_segments else &layer.up
+    cdef const Matrix* first = _first_of_mlp(layer)
     cdef const float* up
     while True:
         start = kv_team_take(team, layer.up.panels, grab, &end)
@@ -201,6 +218,8 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
     cdef int64_t own = thread if n == 1 else 0
     x.ld = run.input_width if source != NULL else _whole_panels(m.cols)
     floats_at = own * x.ld if source != NULL else 0
+    if n == 1:
+        _prefetch(m, team, thread)
     t = 0
     while True:
         if n > 1:
@@ -281,7 +300,7 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
         _attention(call, team, thread, layer, i)
         x = _input(call, team, thread, &layer.o, _attended, NULL, i, 0, n)        # [n][n_heads * head_dim]
         _add(call, team, &layer.o, &x, n, &layer.attn_post_norm)
-        x = _input(call, team, thread, &layer.up, _normed, &layer.mlp_norm, i, 0, n)
+        x = _input(call, team, thread, _first_of_mlp(layer), _normed, &layer.mlp_norm, i, 0, n)
         _activated(call, team, layer, &x, n)                                      # [n][intermediate]
         x = _input(call, team, thread, &layer.down, NULL, NULL, i, 0, n)
         _add(call, team, &layer.down, &x, n, &layer.mlp_post_norm)
@@ -411,7 +430,7 @@ cdef class Engine:
         self._matrix(&layer.up, weights, vectors, [name + "mlp.up"], hidden, [inner], d.mlp_bias)
         if d.mlp_gated:
             self._matrix(&layer.gate, weights, vectors, [name + "mlp.gate"], hidden, [inner], d.mlp_bias)
-            layer.up.quantized |= layer.gate.quantized   # the two share an input, prepared for `up`
+            layer.gate.quantized |= layer.up.quantized   # the two share an input
         self._matrix(&layer.down, weights, vectors, [name + "mlp.down"], inner, [hidden], d.mlp_bias)
         return 0
 
