@@ -1,24 +1,25 @@
 """What ``kvrun bench`` needs from the core: the memory's read bandwidth, caches filled without a prefill, and
-the attention of a decode step on its own.
+the attention of a decode step, or one matrix product, on its own.
 
 Where a function takes an engine, any object does that has ``threads`` and a ``description`` (n_layers, n_heads,
 n_kv_heads, head_dim, attention_scale, and attention_softcap if it has one): other models' shapes are measured without their weights.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import time
 
 import numpy as np
 
-from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_take,
-                         plan_buffers, plan_chunk, plan_queries)
-from .kernels cimport KV_TILE, kernels, kv_format, kv_kernels
+from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_size,
+                         kv_team_take, plan_buffers, plan_chunk, plan_queries)
+from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
 from .kernels import require_level
 from .kv import sliding_windows
 from .kv cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
                   window_tile)
+from .weights import pack, packed_size, type_id
 
 cdef extern from "stream.h":
     uint64_t kv_stream_sum(const void* data, int64_t n) noexcept nogil
@@ -99,6 +100,68 @@ def _aligned(n_bytes):
     raw = np.empty(n_bytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start:start + n_bytes]
+
+
+# Matrices -----------------------------------------------------------------------------------------------------------
+
+ctypedef struct Product:
+    kv_matmul_fn run
+    const uint8_t* panels
+    int64_t n_panels, panel_bytes, cols, n
+    kv_input x
+    float* out              # [n][16 * n_panels]
+
+
+cdef void _multiply(void* arg, kv_team* team, int thread) noexcept nogil:
+    """One thread's part of a product, shared as the engine shares it."""
+    cdef const Product* p = <const Product*>arg
+    cdef int64_t start, end = 0, grab = max(p.n_panels // (4 * kv_team_size(team)), <int64_t>1)
+    while True:
+        start = kv_team_take(team, p.n_panels, grab, &end)
+        if start < 0:
+            break
+        p.run(p.panels + start * p.panel_bytes, end - start, p.cols, &p.x, p.n, p.out + KV_PANEL * start,
+              KV_PANEL * p.n_panels, 0)
+
+
+def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=0.2):
+    """Times the product of a random matrix [rows, cols] with `tokens` random inputs, prepared before.
+
+    n_bytes: the matrix is repeated until it has so many, so that it comes from memory; with 0 it comes from the CPU's
+    caches if it fits them. seconds: how long it is repeated. Returns (seconds of the fastest run, bytes of weights,
+    multiply-adds). Raises ValueError for sizes that are none or a type that there is not.
+    """
+    cdef Product p
+    cdef int team = threads
+    cdef int64_t t, planes = 2 if tokens == 1 else 1
+    if min(rows, cols, tokens, threads) < 1:
+        raise ValueError("rows, cols, tokens and threads must be at least 1")
+    require_level()
+    rng, rows = np.random.default_rng(0), (rows + KV_PANEL - 1) // KV_PANEL * KV_PANEL
+    some = pack(weight_type, rng.normal(0, cols ** -0.5, (min(rows, 1024), cols)))
+    size = packed_size(weight_type, rows, cols)
+    buffer = _aligned(size * max(1, n_bytes // size))
+    buffer[:] = np.resize(some, len(buffer))
+    p.x.blocks, p.x.planes, p.x.ld = (cols + KV_BLOCK - 1) // KV_BLOCK, planes, cols
+    p.panel_bytes, p.cols, p.n = packed_size(weight_type, KV_PANEL, cols), cols, tokens
+    p.n_panels, p.run = len(buffer) // p.panel_bytes, kernels().matmul[type_id(weight_type)]
+    cdef uint8_t[::1] panels = buffer
+    cdef float[:, ::1] x = rng.standard_normal((tokens, cols), np.float32)
+    cdef float[::1] out = np.zeros(tokens * KV_PANEL * p.n_panels, np.float32)
+    cdef int8_t[::1] q = np.zeros(tokens * planes * p.x.blocks * KV_BLOCK, np.int8)
+    cdef float[::1] scale = np.zeros(tokens * planes * p.x.blocks, np.float32)
+    cdef int32_t[::1] sums = np.zeros(tokens * planes * p.x.blocks, np.int32)
+    for t in range(p.n):
+        kernels().quantize(&x[t, 0], p.cols, planes, &q[t * planes * p.x.blocks * KV_BLOCK],
+                           &scale[t * planes * p.x.blocks], &sums[t * planes * p.x.blocks])
+    p.panels, p.out, p.x.f, p.x.q, p.x.scale, p.x.sum = &panels[0], &out[0], &x[0, 0], &q[0], &scale[0], &sums[0]
+    times, start = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        with nogil:
+            kv_team_run(team, _multiply, &p)
+        times.append(time.perf_counter() - begin)
+    return min(times), len(buffer), KV_PANEL * p.n_panels * p.cols * p.n
 
 
 # Caches -----------------------------------------------------------------------------------------------------

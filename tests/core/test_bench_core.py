@@ -201,3 +201,17 @@ def test_read_bandwidth():
     for wrong in ((0, buffer), (1, buffer[:1000])):
         with pytest.raises(ValueError, match="threads must be at least 1"):
             bench.read_bandwidth(*wrong)
+
+
+@pytest.mark.parametrize("n_bytes, copies", [(0, 1), (200_000, 17)])
+def test_a_product_counts_what_it_reads(n_bytes, copies):
+    seconds, read, macs = bench.matmul("q4_0", 30, 640, tokens=3, threads=2, n_bytes=n_bytes, seconds=0)
+    assert seconds > 0 and read == copies * _core.packed_size("q4_0", 30, 640) and macs == copies * 32 * 640 * 3
+
+
+def test_products_that_are_none():
+    for sizes in ((0, 32), (16, 0), (16, 32, 0), (16, 32, 1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            bench.matmul("q4_0", *sizes)
+    with pytest.raises(ValueError, match="weight type"):
+        bench.matmul("q3", 16, 32)
