@@ -223,6 +223,15 @@ class ModelDescription:
                 _bad(name, "missing")
         return cls(**values)
 
+    @property
+    def usual_context(self) -> int:
+        """Tokens that a cache has room for unless more are asked for: with a rotary embedding that is another one for
+        long texts, as many as the one for short texts is good for."""
+        scaling = self.rope_scaling
+        if scaling is not None and scaling["type"] in ("longrope", "dynamic"):
+            return min(self.context_length, int(scaling["original_context_length"]))
+        return self.context_length
+
     def rope_inv_freq(self, ctx: int | None = None) -> np.ndarray:
         """Rotation angle per position of each pair of channels, in radians: float64 [head_dim / 2]; 0 for those
         that do not turn. Some kinds of scaling depend on `ctx`, the tokens to be seen at once (by default as many

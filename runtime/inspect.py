@@ -115,7 +115,6 @@ def _lines(report: dict[str, Any]) -> list[str]:
     model, info = report["description"], report["tokenizer"]
     source = report["source"]
     heads = f"{model['n_heads']} query heads, {model['n_kv_heads']} KV heads of {model['head_dim']}"
-    rope = f"base {model['rope_theta']:g}" + _scaling(model["rope_scaling"])
     rows = [
         ("model", f"{model['name']} ({model['architecture']}), {_millions(report['parameters'])} parameters"),
         (
@@ -130,7 +129,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"feed-forward {model['intermediate_size']}, {model['activation']}",
         ),
         ("attention", heads + (", biases" if model["attention_bias"] else "") + _sliding(model)),
-        ("rope", rope),
+        ("rope", _rope(model)),
         (
             "vocabulary",
             f"{model['vocab_size']} tokens, {'tied' if model['tie_embeddings'] else 'separate'} head",
@@ -169,6 +168,20 @@ def _sliding(model: dict[str, Any]) -> str:
         return ""
     sizes = ", ".join(map(str, sorted(set(windows))))
     return f", sliding window of {sizes} tokens in {len(windows)} of {model['n_layers']} layers"
+
+
+def _rope(model: dict[str, Any]) -> str:
+    if model["rope_theta"] is None:
+        return "none, learned positions" if model["learned_positions"] else "none"
+    parts = [f"base {model['rope_theta']:g}" + _scaling(model["rope_scaling"])]
+    if model["rotary_dim"] is not None:
+        parts.append(f"{model['rotary_dim']} of {model['head_dim']} channels")
+    if model["rope_layers"] is not None:
+        parts.append(f"in {sum(model['rope_layers'])} of {model['n_layers']} layers")
+    if model["rope_local"] is not None:
+        local = model["rope_local"]
+        parts.append(f"base {local['theta']:g}{_scaling(local['scaling'])} where a window slides")
+    return "; ".join(parts)
 
 
 def _scaling(scaling: dict[str, Any] | None) -> str:

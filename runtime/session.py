@@ -63,7 +63,7 @@ class Session:
 
     def __init__(self, model: Model, **cache: Any) -> None:
         self.model = model
-        self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.context_length, **cache)
+        self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.usual_context, **cache)
         try:
             self._kv = _core.KVCache(
                 model.engine,

@@ -4,6 +4,7 @@ fixtures/make_families.py made the checkpoints, with transformers, and says what
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from test_sliding import SlidingLlama
 
 from kvrun import _core
 from kvrun.convert import convert
-from kvrun.errors import KvrunError
+from kvrun.convert.checkpoint import open_checkpoint
+from kvrun.errors import ConvertError, KvrunError
+from kvrun.inspect import _lines, inspect
 from kvrun.model import load
 from kvrun.modelfile import read_model_file
 
@@ -191,6 +194,100 @@ def test_descriptions(family):
     assert architectures == {
         *("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite")
     }
+
+
+def with_config(tmp_path, name, **changes):
+    """A copy of the checkpoint whose config says something else; None takes a field out."""
+    folder = tmp_path / name
+    shutil.copytree(FAMILIES / name, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def describe(tmp_path, name, **changes):
+    return open_checkpoint(with_config(tmp_path, name, **changes), tokenizer=False).description
+
+
+@pytest.mark.parametrize(
+    "name, changes, says",
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window: 0 is not an integer from 1 up"),
+        ("gpt2", {"n_head": 5}, "n_head: 5 does not divide the hidden size 36"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True: not supported"),
+        ("gpt2", {"n_positions": 201}, r"wpe.weight has shape \[200, 36\], but the config says \[201, 36\]"),
+        ("gpt2", {"n_embd": 30}, r"has shape \[67, 36\], but the config says \[67, 30\]"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "layer_types: not full_attention or sliding_attention for"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layer_types: not full_attention or sliding_attention"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation: 'relu' is not supported yet"),
+        ("gemma2", {"attn_logit_softcapping": -2.0}, "attn_logit_softcapping: -2.0 is not a positive number"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: not 0 or 1 for each of 4 layers"),
+        ("phi3", {"num_key_value_heads": 2}, r"qkv_proj.weight has shape \[96, 48\], but the config says \[144, 48\]"),
+        ("phi3", {"intermediate_size": 45}, r"gate_up_proj.weight has shape \[88, 48\], but the config says \[90, 48\]"),
+        ("phi3", {"rope_parameters": {"type": "yarn"}}, "rope_parameters: rope type 'yarn' of an early Phi-3"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
+        ("granite", {"mlp_bias": False}, r"down_proj.bias and \d+ more: not part of a granite model"),
+        ("qwen3", {"head_dim": 24}, r"q_proj.weight has shape \[80, 36\], but the config says \[96, 36\]"),
+        ("olmo2", {"architectures": ["LlamaForCausalLM"]}, "input_layernorm.weight is missing"),
+        ("gemma3-images", {"text_config": None}, "text_config: missing; Gemma3ForConditionalGeneration has one"),
+        ("gemma3-images", {"text_config": {"model_type": "mamba"}}, "Gemma3ForConditionalGeneration of mamba"),
+    ],
+)
+def test_contradictions_are_named(name, changes, says, tmp_path):
+    with pytest.raises(ConvertError, match=says) as caught:
+        open_checkpoint(with_config(tmp_path, name, **changes), tokenizer=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_older_ways_to_say_the_same(tmp_path, family):
+    """Configs from before rope_parameters and layer_types."""
+    old = describe(
+        tmp_path,
+        "gemma3",
+        rope_parameters=None,
+        rope_theta=1e5,
+        rope_local_base_freq=100.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        layer_types=None,
+        sliding_window_pattern=2,
+    )
+    assert old == description("gemma3", family)
+    rope = {"type": "su", "short_factor": [1.0, 1.05, 1.1, 1.3, 1.5, 1.9], "long_factor": [1.1, 1.4, 2.0, 3.5, 6.0, 7.5]}
+    old = describe(tmp_path, "phi3", rope_parameters=None, rope_scaling=rope, partial_rotary_factor=0.5)
+    assert old == description("phi3", family)
+    old = describe(tmp_path, "smollm3", no_rope_layers=None, rope_parameters=None, rope_theta=None)
+    assert old == description("smollm3", family)
+
+
+def test_null_is_not_the_default(tmp_path):
+    folder = Path(with_config(tmp_path, "mistral", sliding_window=None))
+    assert open_checkpoint(str(folder), tokenizer=False).description.sliding_windows == (4096, 4096)
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(str(folder), tokenizer=False).description.sliding_windows is None
+
+
+def test_defaults_of_a_config_that_says_little(tmp_path):
+    """As those of Gemma 3 with images do: transformers' defaults, and those of their tensors do not fit here."""
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 2}
+    folder = with_config(tmp_path, "gemma3-images", text_config=text)
+    says = r"embed_tokens.weight has shape \[67, 36\], but the config says \[262208, 2304\]"
+    with pytest.raises(ConvertError, match=says):
+        open_checkpoint(folder, tokenizer=False)
+
+
+def test_inspect_shows_what_is_particular(family):
+    def line(name, label):
+        report = inspect(read_model_file(family(name)))
+        return next(text for text in _lines(report) if text.startswith(label)).split(":", 1)[1].strip()
+
+    assert line("gpt2", "rope") == "none, learned positions"
+    assert line("gemma3", "rope") == "base 100000, linear scaling by 8; base 100 where a window slides"
+    assert line("phi3", "rope") == "base 10000, longrope scaling; 12 of 24 channels"
+    assert line("smollm3", "rope") == "base 2e+06; in 3 of 4 layers"
+    assert "sliding window of 70 tokens in 2 of 3 layers" in line("gemma3", "attention")
 
 
 def test_the_text_part_of_a_model_of_text_and_images(tmp_path):

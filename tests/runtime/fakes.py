@@ -78,7 +78,7 @@ class FakeModel:
         self.tokenizer = byte_tokenizer()
         self.vocab_size = self.tokenizer.vocab_size
         self.engine = FakeEngine(self.vocab_size)
-        self.description = SimpleNamespace(context_length=2048)
+        self.description = SimpleNamespace(context_length=2048, usual_context=2048)
         self.file = SimpleNamespace(sampling=sampling or {}, path="model.bin")
         self.stop_ids = frozenset([END])
         self.chat = template and ChatTemplate(template, {}, self.tokenizer.special)

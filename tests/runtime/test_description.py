@@ -38,6 +38,14 @@ LLAMA3 = {
     "original_context_length": 64,
 }
 
+LONGROPE = {
+    "type": "longrope",
+    "short_factors": [1, 1, 2, 3],
+    "long_factors": [1, 2, 4, 8],
+    "original_context_length": 64,
+    "attention_factor": 1.2,
+}
+
 
 @pytest.mark.parametrize(
     "scaling",
@@ -46,6 +54,9 @@ LLAMA3 = {
         {"type": "linear", "factor": 2},
         LLAMA3,
         {"type": "factors", "factors": [1, 2, 3.5, 4]},
+        {"type": "dynamic", "factor": 2, "original_context_length": 100},
+        {"type": "yarn", "factor": 4, "low": 0, "high": 3, "attention_factor": 1.1},
+        LONGROPE,
     ],
 )
 def test_json_round_trip(scaling):
@@ -78,6 +89,61 @@ def test_llama3_frequencies():
             smooth = (64 / wavelength - 1) / (4 - 1)
             expected.append((1 - smooth) * freq / 8 + smooth * freq)
     assert np.allclose(replace(BASE, rope_scaling=LLAMA3).rope_inv_freq(), expected, rtol=1e-14)
+
+
+def test_frequencies_that_depend_on_the_cache():
+    """Dynamic NTK and LongRoPE, by the tokens that a cache has room for; by default as many as the model knows."""
+    plain = BASE.rope_inv_freq()
+    dynamic = replace(BASE, rope_scaling={"type": "dynamic", "factor": 3.0, "original_context_length": 64.0})
+    assert np.array_equal(dynamic.rope_inv_freq(64), plain)
+    grown = 500000.0 * (3 * 100 / 64 - 2) ** (8 / 6)
+    assert np.allclose(dynamic.rope_inv_freq(100), [grown ** (-i / 4) for i in range(4)], rtol=1e-14)
+    long = replace(BASE, rope_scaling=LONGROPE)
+    assert np.array_equal(long.rope_inv_freq(64), plain / [1, 1, 2, 3])
+    assert np.array_equal(long.rope_inv_freq(65), plain / [1, 2, 4, 8])
+    assert np.array_equal(long.rope_inv_freq(), long.rope_inv_freq(128))
+    assert (long.usual_context, dynamic.usual_context, BASE.usual_context) == (64, 64, 128)
+    assert (long.rope_tables(64).amplitude == 1.2).all()
+
+
+def test_yarn_frequencies():
+    scaling = {"type": "yarn", "factor": 4.0, "low": 1.0, "high": 3.0, "attention_factor": 1.1}
+    tables = replace(BASE, rope_scaling=scaling).rope_tables()
+    slowed = np.array([1, 1, 0.5 + 0.5 / 4, 1 / 4])
+    assert np.allclose(tables.inv_freq[0], BASE.rope_inv_freq() * slowed, rtol=1e-15)
+    assert (tables.amplitude == 1.1).all() and tables.of_layer.tolist() == [0, 0]
+
+
+def test_tables_of_layers():
+    """One for each kind of layer: the usual one, that of sliding windows, and none, which does not turn."""
+    local = {"theta": 100.0, "scaling": {"type": "linear", "factor": 2.0}}
+    three = replace(
+        BASE, n_layers=3, sliding_windows=[5, None, None], rope_local=local, rope_layers=[True, True, False]
+    )
+    tables = three.rope_tables()
+    assert tables.of_layer.tolist() == [1, 0, 2] and len(tables.inv_freq) == 3
+    assert np.array_equal(tables.inv_freq[1], 100.0 ** -(np.arange(4) / 4) / 2)
+    assert not tables.inv_freq[2].any() and (tables.amplitude == 1).all()
+    part = replace(BASE, rotary_dim=4, rope_scaling={**LONGROPE, "short_factors": [1, 1], "long_factors": [2, 2]})
+    assert np.array_equal(part.rope_tables().inv_freq, [[0.5, 500000.0**-0.5 / 2, 0, 0]])
+    assert np.array_equal(part.rope_tables().amplitude, [[1.2, 1.2, 1, 1]])
+    learned = replace(BASE, rope_theta=None, learned_positions=True).rope_tables()
+    assert not learned.inv_freq.any() and learned.of_layer.tolist() == [0, 0]
+
+
+def test_tensors_of_other_options():
+    gpt2 = replace(
+        BASE, n_layers=1, norm="layer", mlp_gated=False, learned_positions=True, rope_theta=None, mlp_bias=True
+    )
+    names = list(gpt2.tensor_shapes())
+    assert names[:2] == ["embed.weight", "positions.weight"] and names[-1] == "norm.bias"
+    assert "layers.0.mlp.gate.weight" not in names and "layers.0.attn.norm.bias" in names
+    both = replace(BASE, n_layers=1, post_norms=True, qk_norm="all", attention_bias=True, attention_out_bias=False)
+    shapes = both.tensor_shapes()
+    assert shapes["layers.0.attn.post_norm.weight"] == shapes["layers.0.mlp.post_norm.weight"] == (32,)
+    assert (shapes["layers.0.attn.q_norm.weight"], shapes["layers.0.attn.k_norm.weight"]) == ((32,), (16,))
+    assert "layers.0.attn.v.bias" in shapes and "layers.0.attn.o.bias" not in shapes
+    assert "layers.0.attn.norm.weight" not in replace(both, pre_norms=False).tensor_shapes()
 
 
 def test_tensors_in_file_order():
@@ -130,6 +196,23 @@ def test_no_sliding_windows():
         {"sliding_windows": ["3", None]},
         {"sliding_windows": [[3], None]},
         {"sliding_windows": [1 << 31, None]},
+        {"norm": "batch"},
+        {"qk_norm": "some"},
+        {"activation": "relu"},
+        {"rotary_dim": 8},
+        {"rotary_dim": 3},
+        {"rope_layers": [True]},
+        {"rope_layers": [1, 0]},
+        {"rope_local": {"theta": 1e4, "scaling": None}},
+        {"rope_local": {"theta": 1e4}, "sliding_windows": [3, None]},
+        {"rope_local": {"theta": 0, "scaling": None}, "sliding_windows": [3, None]},
+        {"rope_layers": [True, False], "rope_theta": None},
+        {"attention_softcap": 0},
+        {"logit_softcap": math.inf},
+        {"residual_scale": -1.0},
+        {"rope_scaling": {"type": "yarn", "factor": 4, "low": 3, "high": 3, "attention_factor": 1}},
+        {"rope_scaling": {**LONGROPE, "long_factors": [1, 2]}},
+        {"rope_scaling": {**LONGROPE, "long_factors": [1, 2, 0, 4]}},
         {"n_heads": 3},
         {"head_dim": 7},
         {"n_layers": 0},

@@ -452,9 +452,9 @@ def test_cache_options(model):
         "sinks": 0,
         "window": 0,
     }
-    model.description.context_length = 100_000
+    model.description.usual_context = 100_000
     assert model.session().cache.ctx == 8192
-    model.description.context_length = 64
+    model.description.usual_context = 64
     assert model.session().cache.ctx == 132
     assert model.session().kv_bytes == 1000
 
