@@ -28,6 +28,11 @@ ctypedef struct Norm:
     const float* weight
     const float* bias
 
+ctypedef struct Expert:
+    Matrix gate
+    Matrix up
+    Matrix down
+
 ctypedef struct Layer:
     Norm attn_norm
     Matrix qkv
@@ -39,15 +44,20 @@ ctypedef struct Layer:
     Matrix gate                 # no segments: up alone is activated
     Matrix up
     Matrix down
+    Matrix router               # without segments: one feed-forward step for all tokens, the one above
+    Expert* experts
+    bint experts_quantized      # some of them take int8 inputs
     Norm mlp_post_norm
 
 ctypedef struct Config:
     int64_t n_layers, hidden_size, intermediate_size, n_heads, n_kv_heads, head_dim, vocab_size
+    int64_t n_experts, experts_used, expert_size
     int64_t hidden_pad          # rounded up to 16, as every row of floats below
     float norm_eps, attention_scale, attention_softcap      # a soft cap of 0: none
     float embedding_scale, residual_scale, logit_scale, logit_softcap
     bint layer_norm             # LayerNorm, not RMSNorm
     bint norm_all_heads         # q_norm and k_norm are of all heads at once
+    bint normalize_experts      # the shares of a token's experts sum to 1
     bint branch                 # what a layer adds is normed or scaled first
     int activation
 
@@ -65,6 +75,23 @@ ctypedef struct RunState:
     float* gate                 # [n][gate.width]
     float* up                   # [n][gate.width]
     int64_t input_width
+    # Experts; a slot is a token's place with one of them, and slots are sorted by expert.
+    float* router               # [n][router.width] scores
+    int32_t* chosen             # [n][experts_used] and the share of each
+    float* share
+    int32_t* slot_of            # [n][experts_used] the slot of each choice
+    int32_t* slot_choice        # [slots] and back
+    int32_t* first              # [n_experts + 1] expert e has slots [first[e], first[e + 1])
+    int32_t* next               # [n_experts]
+    int32_t* active             # [n_active[0]] experts that have slots
+    int64_t* n_active
+    float* slot_input           # [slots][input_width]
+    int8_t* slot_q              # as q, q_scale and q_sum
+    float* slot_scale
+    int32_t* slot_sum
+    float* slot_gate            # [slots][width of an expert]
+    float* slot_up
+    float* slot_out             # [slots][hidden_pad]
 
 # All that the threads of one call share.
 ctypedef struct Call:

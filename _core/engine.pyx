@@ -5,6 +5,7 @@ Threads take work by number between barriers, so that every result is the same w
 
 import os
 
+from libc.math cimport INFINITY
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
@@ -19,6 +20,9 @@ from .kv cimport KVCache
 from .kernels import require_level
 from .kv import sliding_windows
 from .weights import packed_size, type_id
+
+cdef extern from "<math.h>" nogil:
+    float expf(float)
 
 MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
@@ -131,11 +135,17 @@ cdef void _add(const Call* call, kv_team* team, const Matrix* m, const kv_input*
                const Norm* norm) noexcept nogil:
     """x [n][hidden] += m x, at once or by way of a norm and a scale."""
     cdef const Config* c = call.config
+    _matmul(call, team, m, x, n, call.run.branch if c.branch else call.run.x, c.hidden_pad, not c.branch)
+    _add_branch(call, team, n, norm)
+
+
+cdef void _add_branch(const Call* call, kv_team* team, int64_t n, const Norm* norm) noexcept nogil:
+    """x [n][hidden] += what was put aside, normed and scaled; nothing where it is added at once."""
+    cdef const Config* c = call.config
     cdef int64_t t, i, end = 0
     cdef float scale = c.residual_scale
     cdef float* branch
     cdef float* stream
-    _matmul(call, team, m, x, n, call.run.branch if c.branch else call.run.x, c.hidden_pad, not c.branch)
     while c.branch:
         t = kv_team_take(team, n, 1, &end)
         if t < 0:
@@ -282,6 +292,9 @@ cdef void _attention(const Call* call, kv_team* team, int thread, const Layer* l
         kv_team_barrier(team)
 
 
+include "experts.pxi"
+
+
 cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
     """One thread's part of a chunk: embedding, layers, logits."""
     cdef const Call* call = <const Call*>arg
@@ -300,6 +313,9 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
         _attention(call, team, thread, layer, i)
         x = _input(call, team, thread, &layer.o, _attended, NULL, i, 0, n)        # [n][n_heads * head_dim]
         _add(call, team, &layer.o, &x, n, &layer.attn_post_norm)
+        if layer.router.n_segments:
+            _mixture(call, team, thread, layer, i, n)
+            continue
         x = _input(call, team, thread, _first_of_mlp(layer), _normed, &layer.mlp_norm, i, 0, n)
         _activated(call, team, layer, &x, n)                                      # [n][intermediate]
         x = _input(call, team, thread, &layer.down, NULL, NULL, i, 0, n)
@@ -386,7 +402,7 @@ cdef class Engine:
             raise MemoryError
         self._matrix(&self.embed, weights, vectors, ["embed"], d.hidden_size, [d.vocab_size], False)
         for i in range(d.n_layers):
-            self._layer(&self.layers[i], f"layers.{i}.", weights, vectors)
+            self._layer(&self.layers[i], f"layers.{i}.", weights, vectors, d.has_experts(i))
         if d.learned_positions:
             self._matrix(&self.positions, weights, vectors, ["positions"], d.hidden_size, [d.context_length], False)
         self._norm(&self.norm, vectors, "norm", True)
@@ -394,6 +410,10 @@ cdef class Engine:
         self._matrix(&self.head, weights, vectors, [head], d.hidden_size, [d.vocab_size], False)
 
     def __dealloc__(self):
+        cdef int64_t i
+        if self.layers != NULL:
+            for i in range(self.c.n_layers):
+                free(self.layers[i].experts)
         free(self.layers)
 
     cdef int _sizes(self) except -1:
@@ -404,6 +424,10 @@ cdef class Engine:
         c.norm_eps, c.attention_scale, c.attention_softcap = d.norm_eps, d.attention_scale, d.attention_softcap or 0
         c.embedding_scale, c.residual_scale, c.logit_scale = d.embedding_scale, d.residual_scale, d.logit_scale
         c.logit_softcap, c.layer_norm, c.norm_all_heads = d.logit_softcap or 0, d.norm == "layer", d.qk_norm == "all"
+        c.n_experts, c.experts_used, c.expert_size = d.n_experts or 0, d.experts_used or 0, d.expert_size or 0
+        c.normalize_experts = d.normalize_experts
+        if c.n_experts and not 0 < c.experts_used <= c.n_experts:
+            raise ValueError(f"{c.experts_used} of {c.n_experts} experts cannot be used")
         c.branch, c.activation = d.post_norms or d.residual_scale != 1, _ACTIVATIONS[d.activation]
         return 0
 
@@ -412,7 +436,23 @@ cdef class Engine:
         norm.bias = self._vector(vectors, name + ".bias", self.c.hidden_size) if there and self.c.layer_norm else NULL
         return 0
 
-    cdef int _layer(self, Layer* layer, str name, weights, vectors) except -1:
+    cdef int _experts(self, Layer* layer, str name, weights, vectors) except -1:
+        cdef Expert* expert
+        cdef int64_t e
+        hidden, inner = self.description.hidden_size, self.description.expert_size
+        self._matrix(&layer.router, weights, vectors, [name + "mlp.router"], hidden, [self.c.n_experts], False)
+        layer.experts = <Expert*>calloc(self.c.n_experts, sizeof(Expert))
+        if layer.experts == NULL:
+            raise MemoryError
+        for e in range(self.c.n_experts):
+            expert, stem = &layer.experts[e], f"{name}mlp.experts.{e}."
+            self._matrix(&expert.gate, weights, vectors, [stem + "gate"], hidden, [inner], False)
+            self._matrix(&expert.up, weights, vectors, [stem + "up"], hidden, [inner], False)
+            self._matrix(&expert.down, weights, vectors, [stem + "down"], inner, [hidden], False)
+            layer.experts_quantized |= expert.gate.quantized or expert.up.quantized or expert.down.quantized
+        return 0
+
+    cdef int _layer(self, Layer* layer, str name, weights, vectors, bint has_experts) except -1:
         d = self.description
         q, kv = d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim
         hidden, inner = d.hidden_size, d.intermediate_size
@@ -427,6 +467,8 @@ cdef class Engine:
                      [q, kv, kv], d.attention_bias)
         self._matrix(&layer.o, weights, vectors, [name + "attn.o"], q, [hidden],
                      d.attention_bias if d.attention_out_bias is None else d.attention_out_bias)
+        if has_experts:
+            return self._experts(layer, name, weights, vectors)
         self._matrix(&layer.up, weights, vectors, [name + "mlp.up"], hidden, [inner], d.mlp_bias)
         if d.mlp_gated:
             self._matrix(&layer.gate, weights, vectors, [name + "mlp.gate"], hidden, [inner], d.mlp_bias)
@@ -553,6 +595,7 @@ cdef class Engine:
         cdef const Cache* c = call.cache
         cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads)
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
+        cdef int64_t gates = _whole_panels(self.c.intermediate_size)
         cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK
         run.input_width, run.planes = _whole_panels(widest), 2 if self.precise else 1
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
@@ -561,7 +604,29 @@ cdef class Engine:
         run.q_scale = <float*>arena.take(8 * rows * blocks)
         run.q_sum = <int32_t*>arena.take(8 * rows * blocks)
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
-        run.gate = <float*>arena.take(4 * n * self.layers[0].up.width)
-        run.up = <float*>arena.take(4 * n * self.layers[0].gate.width)
+        run.gate = <float*>arena.take(4 * n * gates)
+        run.up = <float*>arena.take(4 * n * gates)
         run.branch = <float*>arena.take(4 * n * self.c.hidden_pad if self.c.branch else 0)
+        if self.c.n_experts:
+            self._expert_buffers(arena, run, n)
         plan_buffers(p, c, <uint8_t*>arena.take(plan_buffers(p, c, NULL)))
+
+    cdef void _expert_buffers(self, _Arena arena, RunState* run, int64_t n) noexcept:
+        cdef int64_t slots = n * self.c.experts_used, width = _whole_panels(self.c.expert_size)
+        cdef int64_t blocks = (max(self.c.hidden_size, self.c.expert_size) + KV_BLOCK - 1) // KV_BLOCK
+        run.router = <float*>arena.take(4 * n * _whole_panels(self.c.n_experts))
+        run.chosen = <int32_t*>arena.take(4 * slots)
+        run.share = <float*>arena.take(4 * slots)
+        run.slot_of = <int32_t*>arena.take(4 * slots)
+        run.slot_choice = <int32_t*>arena.take(4 * slots)
+        run.first = <int32_t*>arena.take(4 * (self.c.n_experts + 1))
+        run.next = <int32_t*>arena.take(4 * self.c.n_experts)
+        run.active = <int32_t*>arena.take(4 * self.c.n_experts)
+        run.n_active = <int64_t*>arena.take(8)
+        run.slot_input = <float*>arena.take(4 * slots * run.input_width)
+        run.slot_q = <int8_t*>arena.take(2 * slots * blocks * KV_BLOCK)
+        run.slot_scale = <float*>arena.take(8 * slots * blocks)
+        run.slot_sum = <int32_t*>arena.take(8 * slots * blocks)
+        run.slot_gate = <float*>arena.take(4 * slots * width)
+        run.slot_up = <float*>arena.take(4 * slots * width)
+        run.slot_out = <float*>arena.take(4 * slots * self.c.hidden_pad)

@@ -40,6 +40,20 @@ _POST_NORMS = {
     "layers.{i}.mlp.norm": ("layers.{i}.pre_feedforward_layernorm", "blk.{i}.ffn_norm"),
     "layers.{i}.mlp.post_norm": ("layers.{i}.post_feedforward_layernorm", "blk.{i}.post_ffw_norm"),
 }
+_EXPERTS = {
+    "layers.{i}.mlp.router": ("layers.{i}.mlp.gate", "blk.{i}.ffn_gate_inp"),
+    **{
+        f"layers.{{i}}.mlp.experts.{{e}}.{x}": (f"layers.{{i}}.mlp.experts.{{e}}.{x}_proj", f"blk.{{i}}.ffn_{x}_exps")
+        for x in ("gate", "up", "down")
+    },
+}
+_MIXTRAL = {
+    "layers.{i}.mlp.router": ("layers.{i}.block_sparse_moe.gate", "blk.{i}.ffn_gate_inp"),
+    **{
+        f"layers.{{i}}.mlp.experts.{{e}}.{x}": (f"layers.{{i}}.block_sparse_moe.experts.{{e}}.{w}", f"blk.{{i}}.ffn_{x}_exps")
+        for x, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    },
+}
 _PHI3 = {f"layers.{{i}}.attn.{x}": ("layers.{i}.self_attn.qkv_proj", "blk.{i}.attn_qkv") for x in "qkv"} | {
     f"layers.{{i}}.mlp.{x}": ("layers.{i}.mlp.gate_up_proj", "blk.{i}.ffn_up") for x in ("gate", "up")
 }
@@ -84,10 +98,15 @@ class Family:
         """(our name, the checkpoint's name) of every tensor, in file order; `kind` is HF or GGUF."""
         for name in description.tensor_shapes():
             stem, _, suffix = name.rpartition(".")
-            parts = stem.split(".")
-            layer = parts[1] if parts[0] == "layers" else ""
-            pattern = ".".join(["layers", "{i}", *parts[2:]]) if layer else stem
-            yield name, self.names[pattern][kind].replace("{i}", layer) + "." + suffix
+            parts, numbers = stem.split("."), {}
+            for before, key in (("layers", "{i}"), ("experts", "{e}")):
+                if before in parts:
+                    at = parts.index(before) + 1
+                    numbers[key], parts[at] = parts[at], key
+            theirs = self.names[".".join(parts)][kind]
+            for key, number in numbers.items():
+                theirs = theirs.replace(key, number)
+            yield name, f"{theirs}.{suffix}"
 
 
 _QK = ("attn.q", "attn.k")
@@ -99,6 +118,7 @@ FAMILIES = (
         "llama",
         family_config.llama,
         family_gguf.plain,
+        names=LLAMA_NAMES | _MIXTRAL,  # in GGUF, Mixtral is one of these
         gguf_permuted=_QK,
     ),
     Family(
@@ -167,6 +187,25 @@ FAMILIES = (
         family_config.granite,
         family_gguf.granite,
         gguf_permuted=_QK,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        "mixtral",
+        "llama",
+        family_config.mixtral,
+        family_gguf.plain,
+        names=LLAMA_NAMES | _MIXTRAL,
+        gguf_permuted=_QK,
+    ),
+    Family(
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        "qwen3moe",
+        family_config.qwen3_moe,
+        family_gguf.qwen3,
+        names=LLAMA_NAMES | _EXPERTS,
     ),
     Family(
         "gpt2",

@@ -104,6 +104,43 @@ def _qwen_windows(config: Fields, n_layers: int) -> list[int | None] | None:
     return windows_of(config, n_layers, default, None if config.given("sliding_window") else 4096)
 
 
+def mixtral(config: Fields) -> dict[str, Any]:
+    """Mistral with experts instead of the feed-forward step, and by default no window."""
+    values = llama_like(
+        config, rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, rope_theta=1e6
+    )
+    width = config.integer("sliding_window", None)
+    return values | {
+        "attention_bias": False,
+        "sliding_windows": [width] * values["n_layers"],
+        "n_experts": config.integer("num_local_experts", 8),
+        "experts_used": config.integer("num_experts_per_tok", 2),
+        "expert_size": values["intermediate_size"],
+    }
+
+
+def qwen3_moe(config: Fields) -> dict[str, Any]:
+    """Qwen 3 with experts in every decoder_sparse_step-th layer that mlp_only_layers does not name."""
+    values = llama_like(config, max_position_embeddings=32768, num_key_value_heads=4)
+    n = values["n_layers"]
+    step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        config.fail("mlp_only_layers", "not a list of numbers of layers")
+    width = None
+    if config.flag("use_sliding_window", False):
+        width = config.integer("sliding_window", None if config.given("sliding_window") else 4096)
+    count = "num_experts" if "num_experts" in config else "num_local_experts"
+    return values | {
+        "qk_norm": "head",
+        "sliding_windows": [width] * n,
+        "n_experts": config.integer(count, 128),
+        "experts_used": config.integer("num_experts_per_tok", 8),
+        "expert_size": config.integer("moe_intermediate_size", 768),
+        "normalize_experts": config.flag("norm_topk_prob", False),
+        "expert_layers": [i not in dense and (i + 1) % step == 0 for i in range(n)],
+    }
+
+
 def windows_of(config: Fields, n_layers: int, kinds: list[str], width: int | None) -> list[int | None]:
     """Sliding windows by layer, from layer_types or else `kinds`; `width`: the default of sliding_window."""
     kinds = config.get("layer_types", kinds)

@@ -30,7 +30,6 @@ class GgufFacts:
 
 def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     """Sizes and RoPE, as every architecture but GPT-2 has them."""
-    meta.refuse("expert_count", (0,), "mixture of experts is not supported yet")
     hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
     head_dim = meta.integer("attention.key_length", None)
     if head_dim is None:
@@ -39,7 +38,7 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     return {
         "vocab_size": meta.integer("vocab_size", facts.shapes.get("token_embd.weight", (0,))[0]),
         "hidden_size": hidden,
-        "intermediate_size": meta.integer("feed_forward_length"),
+        "intermediate_size": meta.integer("feed_forward_length", meta.integer("expert_feed_forward_length", None)),
         "n_layers": meta.integer("block_count"),
         "n_heads": heads,
         "n_kv_heads": meta.integer("attention.head_count_kv", heads),
@@ -61,7 +60,28 @@ def plain(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     for name in ("logit_scale", "embedding_scale", "residual_scale"):
         meta.refuse(name, (0.0, 1.0), "not supported for this architecture")
     values = _base(meta, facts)
-    return values | {"sliding_windows": _windows(meta, values["n_layers"], values["n_layers"] + 1, None)}
+    return {
+        **values,
+        "sliding_windows": _windows(meta, values["n_layers"], values["n_layers"] + 1, None),
+        **_experts(meta, facts, values),
+    }
+
+
+def _experts(meta: Fields, facts: GgufFacts, values: dict[str, Any]) -> dict[str, Any]:
+    """Of Mixtral and Qwen 3: shares that sum to 1, no expert that all tokens go through."""
+    count = meta.integer("expert_count", 0, minimum=0)
+    if not count:
+        return {}
+    meta.refuse("expert_shared_count", (0,), "not supported")
+    layers = [facts.has(f"blk.{i}.ffn_gate_inp.weight") for i in range(values["n_layers"])]
+    if not any(layers):
+        meta.fail("expert_count", f"{count}, but no layer has a ffn_gate_inp.weight")
+    return {
+        "n_experts": count,
+        "experts_used": meta.integer("expert_used_count"),
+        "expert_size": meta.integer("expert_feed_forward_length", values["intermediate_size"]),
+        "expert_layers": layers,
+    }
 
 
 def qwen3(meta: Fields, facts: GgufFacts) -> dict[str, Any]:

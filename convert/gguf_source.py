@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 
@@ -52,6 +53,9 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
     if (long is None) != (short is None):
         raise ConvertError(f"{path}: of {' and '.join(_ROPE_FACTORS[1:])} there is only one")
     _drop_copied_head(available)
+    for name, tensor in available.items():
+        if name.endswith("_exps.weight") and len(tensor.shape) == 3:  # [experts, rows, cols]
+            available[name] = replace(tensor, shape=(tensor.rows, tensor.shape[2]))
     shapes = {name: tensor.shape for name, tensor in available.items()}
     facts = GgufFacts(shapes, factors, None if long is None or short is None else (long, short))
     description = describe(

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
-from kvrun.convert.tensors import StoredTensor
+from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.errors import ConvertError, OptionError
 from kvrun.modelfile import ModelFile
 from kvrun.modelwriter import ModelFileWriter, check_output
@@ -106,6 +106,8 @@ def _check_not_source(output: str, source: Checkpoint) -> None:
 def _target_type(name: str, tensor: StoredTensor, asked: str) -> str:
     if asked == "same":
         return tensor.type if tensor.type in _core.WEIGHT_TYPES else "f16"
+    if name.endswith("mlp.router.weight") and asked not in PLAIN:  # small, and a choice may hang on its last digit
+        return tensor.type if tensor.type in PLAIN else "f16"
     if asked in ("q4_0", "q4_1") and name in _SENSITIVE and tensor.type != asked:
         return "q8_0"
     return asked

@@ -28,6 +28,8 @@ ARCHITECTURES = (
     "smollm3",
     "olmo2",
     "granite",
+    "mixtral",
+    "qwen3moe",
 )
 """Where a model comes from, for people: what it computes is all in the other fields."""
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -153,6 +155,11 @@ class ModelDescription:
     logit_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    n_experts: int | None = None
+    experts_used: int | None = None
+    expert_size: int | None = None
+    normalize_experts: bool = True
+    expert_layers: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -177,13 +184,14 @@ class ModelDescription:
         if self.sliding_windows is not None:
             object.__setattr__(self, "sliding_windows", _checked_windows(self.sliding_windows, self.n_layers))
         self._check_rope()
+        self._check_experts()
 
     def _check_rope(self) -> None:
         if self.rotary_dim is not None and not (0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0):
             _bad("rotary_dim", f"{self.rotary_dim} is not an even number below head_dim = {self.head_dim}")
         pairs = (self.rotary_dim or self.head_dim) // 2
         if self.rope_layers is not None:
-            object.__setattr__(self, "rope_layers", _checked_layers(self.rope_layers, self.n_layers))
+            object.__setattr__(self, "rope_layers", _checked_layers("rope_layers", self.rope_layers, self.n_layers))
         if self.rope_theta is None:
             for name in ("rope_scaling", "rope_local", "rope_layers", "rotary_dim"):
                 if getattr(self, name) is not None:
@@ -200,6 +208,26 @@ class ModelDescription:
             if scaling is not None:
                 scaling = checked_scaling("rope_local", scaling, pairs)
             object.__setattr__(self, "rope_local", {"theta": float(local["theta"]), "scaling": scaling})
+
+    def _check_experts(self) -> None:
+        if self.n_experts is None:
+            for name in ("experts_used", "expert_size", "expert_layers"):
+                if getattr(self, name) is not None:
+                    _bad(name, "there is no n_experts")
+            return
+        for name, limit in (("n_experts", 1 << 12), ("experts_used", self.n_experts), ("expert_size", 1 << 22)):
+            value = getattr(self, name)
+            if value is None or not 1 <= value <= limit:
+                _bad(name, f"{value} is not between 1 and {limit}")
+        if self.mlp_bias or not self.mlp_gated:
+            _bad("n_experts", "experts have a gate and no biases")
+        if self.expert_layers is not None:
+            layers = _checked_layers("expert_layers", self.expert_layers, self.n_layers)
+            object.__setattr__(self, "expert_layers", layers)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward step of a layer is a mixture of experts."""
+        return self.n_experts is not None and (self.expert_layers is None or self.expert_layers[layer])
 
     def to_json(self) -> str:
         """The description as one line of JSON, fields in the order of the class."""
@@ -269,16 +297,16 @@ class ModelDescription:
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, self.hidden_size)}
         if self.learned_positions:
             shapes["positions.weight"] = (self.context_length, self.hidden_size)
-        matrices, norms = self._layer_matrices(), self._layer_norms()
+        norms = self._layer_norms()
         for i in range(self.n_layers):
-            for name, shape in matrices.items():
+            for name, shape in self._layer_matrices(i).items():
                 shapes[f"layers.{i}.{name}.weight"] = shape
         if not self.tie_embeddings:
             shapes["head.weight"] = (self.vocab_size, self.hidden_size)
         for i in range(self.n_layers):
             for name, size in norms.items():
                 shapes[f"layers.{i}.{name}"] = (size,)
-            for name, (rows, _) in matrices.items():
+            for name, (rows, _) in self._layer_matrices(i).items():
                 if self._has_bias(name):
                     shapes[f"layers.{i}.{name}.bias"] = (rows,)
         shapes["norm.weight"] = (self.hidden_size,)
@@ -286,19 +314,23 @@ class ModelDescription:
             shapes["norm.bias"] = (self.hidden_size,)
         return shapes
 
-    def _layer_matrices(self) -> dict[str, tuple[int, int]]:
+    def _layer_matrices(self, layer: int) -> dict[str, tuple[int, int]]:
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         matrices = {
             "attn.q": (queries, self.hidden_size),
             "attn.k": (keys, self.hidden_size),
             "attn.v": (keys, self.hidden_size),
             "attn.o": (self.hidden_size, queries),
-            "mlp.gate": (self.intermediate_size, self.hidden_size),
-            "mlp.up": (self.intermediate_size, self.hidden_size),
-            "mlp.down": (self.hidden_size, self.intermediate_size),
         }
-        if not self.mlp_gated:
-            del matrices["mlp.gate"]
+        stems, inner = ["mlp."], self.intermediate_size
+        if self.has_experts(layer):
+            matrices["mlp.router"] = (self.n_experts or 0, self.hidden_size)
+            stems, inner = [f"mlp.experts.{e}." for e in range(self.n_experts or 0)], self.expert_size or 0
+        for stem in stems:
+            if self.mlp_gated:
+                matrices[f"{stem}gate"] = (inner, self.hidden_size)
+            matrices[f"{stem}up"] = (inner, self.hidden_size)
+            matrices[f"{stem}down"] = (self.hidden_size, inner)
         return matrices
 
     def _layer_norms(self) -> dict[str, int]:
@@ -380,10 +412,10 @@ def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None,
     return tuple(windows) if any(windows) else None
 
 
-def _checked_layers(layers: Sequence[Any], n_layers: int) -> tuple[bool, ...] | None:
+def _checked_layers(field: str, layers: Sequence[Any], n_layers: int) -> tuple[bool, ...] | None:
     """One truth value a layer as a tuple, None if all are true."""
     if len(layers) != n_layers or not all(isinstance(layer, bool) for layer in layers):
-        _bad("rope_layers", f"{_shortened(layers)} is not a truth value for each of {n_layers} layers")
+        _bad(field, f"{_shortened(layers)} is not a truth value for each of {n_layers} layers")
     return None if all(layers) else tuple(layers)
 
 

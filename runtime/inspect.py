@@ -126,7 +126,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         (
             "layers",
             f"{model['n_layers']}, hidden size {model['hidden_size']}, "
-            f"feed-forward {model['intermediate_size']}, {model['activation']}",
+            f"feed-forward {model['intermediate_size']}, {model['activation']}" + _experts(model),
         ),
         ("attention", heads + (", biases" if model["attention_bias"] else "") + _sliding(model)),
         ("rope", _rope(model)),
@@ -168,6 +168,14 @@ def _sliding(model: dict[str, Any]) -> str:
         return ""
     sizes = ", ".join(map(str, sorted(set(windows))))
     return f", sliding window of {sizes} tokens in {len(windows)} of {model['n_layers']} layers"
+
+
+def _experts(model: dict[str, Any]) -> str:
+    if model["n_experts"] is None:
+        return ""
+    layers = model["expert_layers"]
+    where = "" if layers is None else f" in {sum(layers)} layers"
+    return f"; {model['experts_used']} of {model['n_experts']} experts of {model['expert_size']}{where}"
 
 
 def _rope(model: dict[str, Any]) -> str:

@@ -355,12 +355,18 @@ class Bench:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of weights that a decode step reads: every matrix, but of the embedding one row, unless it is the
-    head as well."""
-    weights = model.file.weights
-    embed = weights["embed.weight"]
-    matrices = sum(weight.data.nbytes for name, weight in weights.items() if name != "embed.weight")
-    return matrices + embed.data.nbytes // embed.rows + model.description.tie_embeddings * embed.data.nbytes
+    """Bytes of weights that a decode step reads: every matrix, but of experts those that a token goes through, and of
+    the embeddings one row, unless that of tokens is the head as well."""
+    weights, d = model.file.weights, model.description
+    total = 0
+    for name, weight in weights.items():
+        if name in ("embed.weight", "positions.weight"):
+            total += weight.data.nbytes // weight.rows
+        elif ".experts." in name:
+            total += weight.data.nbytes * d.experts_used // d.n_experts
+        else:
+            total += weight.data.nbytes
+    return total + d.tie_embeddings * weights["embed.weight"].data.nbytes
 
 
 def physical_memory() -> int | None:

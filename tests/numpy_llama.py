@@ -96,10 +96,23 @@ class NumpyLlama:
         return self.linear(out.reshape(n, -1), f"{layer}.attn.o")
 
     def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
-        up, activation = self.linear(x, f"{layer}.mlp.up"), ACTIVATIONS[self.d.activation]
+        d = self.d
+        if not d.has_experts(int(layer.split(".")[1])):
+            return self.feed_forward(x, f"{layer}.mlp")
+        scores = self.linear(x, f"{layer}.mlp.router")
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        kept = np.where(shares >= np.sort(shares, -1)[:, [-d.experts_used]], shares, 0)
+        if d.normalize_experts:
+            kept /= kept.sum(-1, keepdims=True)
+        outputs = [self.feed_forward(x, f"{layer}.mlp.experts.{e}") for e in range(d.n_experts)]
+        return sum(kept[:, [e]] * outputs[e] for e in range(d.n_experts))
+
+    def feed_forward(self, x: np.ndarray, step: str) -> np.ndarray:
+        up, activation = self.linear(x, f"{step}.up"), ACTIVATIONS[self.d.activation]
         if self.d.mlp_gated:
-            return self.linear(activation(self.linear(x, f"{layer}.mlp.gate")) * up, f"{layer}.mlp.down")
-        return self.linear(activation(up), f"{layer}.mlp.down")
+            return self.linear(activation(self.linear(x, f"{step}.gate")) * up, f"{step}.down")
+        return self.linear(activation(up), f"{step}.down")
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """float64 [n, vocab]"""

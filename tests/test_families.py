@@ -130,6 +130,20 @@ def test_threads_do_not_change_a_bit(name, family):
         np.testing.assert_array_equal(one, three)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
+@pytest.mark.parametrize("type", ["q8_0", "q4_1"])
+def test_quantised_experts(name, type, family):
+    """Block types with activations of 16 bits: the float64 model with the same weights, token by token and in chunks."""
+    file = read_model_file(family(name, type))
+    d, tokens = file.description, expected_of(name).tokens
+    assert file.weights["layers.0.mlp.experts.1.down.weight"].type == type
+    assert file.weights["layers.0.mlp.router.weight"].type == "bf16"
+    expected = NumpyLlama(file).logits(tokens)
+    engine = _core.Engine(d, file.weights, file.vectors, d.rope_tables, 2, precise=True)
+    for chunks in CHUNKS.values():
+        assert np.abs(run(engine, tokens, chunks) - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("kv, limit", [("f16", 0.01), ("q8", 0.03), ("q4", 0.6)])
 @pytest.mark.parametrize("name", ["gemma3", "phi3", "smollm3", "olmo2"])
 def test_cache_formats(name, kv, limit, family):
@@ -190,9 +204,13 @@ def test_descriptions(family):
     assert description("phi3", family).rotary_dim == 12
     assert description("phi3", family).rope_scaling["original_context_length"] == 128
     assert description("qwen2", family).rope_scaling["type"] == "yarn"
+    assert description("qwen3moe", family).expert_layers == (True, False, True)
+    assert description("qwen3moe-shares", family).expert_layers == (False, True)
+    assert not description("qwen3moe-shares", family).normalize_experts
     architectures = {description(name, family).architecture for name in NAMES}
     assert architectures == {
-        *("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite")
+        *("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"),
+        *("mixtral", "qwen3moe"),
     }
 
 
@@ -231,6 +249,10 @@ def describe(tmp_path, name, **changes):
         ("granite", {"mlp_bias": False}, r"down_proj.bias and \d+ more: not part of a granite model"),
         ("qwen3", {"head_dim": 24}, r"q_proj.weight has shape \[80, 36\], but the config says \[96, 36\]"),
         ("olmo2", {"architectures": ["LlamaForCausalLM"]}, "input_layernorm.weight is missing"),
+        ("mixtral", {"num_experts_per_tok": 6}, "experts_used: 6 is not between 1 and 5"),
+        ("mixtral", {"num_local_experts": 4}, r"gate.weight has shape \[5, 36\], but the config says \[4, 36\]"),
+        ("mixtral", {"num_local_experts": 6}, "experts.5.w1.weight is missing"),
+        ("qwen3moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers: not a list of numbers of layers"),
         ("gemma3-images", {"text_config": None}, "text_config: missing; Gemma3ForConditionalGeneration has one"),
         ("gemma3-images", {"text_config": {"model_type": "mamba"}}, "Gemma3ForConditionalGeneration of mamba"),
     ],
@@ -287,6 +309,7 @@ def test_inspect_shows_what_is_particular(family):
     assert line("gemma3", "rope") == "base 100000, linear scaling by 8; base 100 where a window slides"
     assert line("phi3", "rope") == "base 10000, longrope scaling; 12 of 24 channels"
     assert line("smollm3", "rope") == "base 2e+06; in 3 of 4 layers"
+    assert line("qwen3moe", "layers").endswith("silu; 3 of 7 experts of 18 in 2 layers")
     assert "sliding window of 70 tokens in 2 of 3 layers" in line("gemma3", "attention")
 
 

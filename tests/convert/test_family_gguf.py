@@ -5,6 +5,7 @@ Gemma's norms with the 1 that the model adds, GPT-2's matrices the right way rou
 """
 
 import json
+import re
 
 import gguf
 import numpy as np
@@ -19,7 +20,7 @@ from kvrun.errors import ConvertError
 
 INTERLEAVED = ("llama", "granite", "smollm3")
 ARCHITECTURES = {"gemma3-images": "gemma3", "mistral": "llama", "gpt2-gelu": None, "dynamic-rope": None}
-ARCHITECTURES |= {"phi3-window": "phi3", "partial-rope": None}  # None: GGUF cannot say it
+ARCHITECTURES |= {"mixtral": "llama", "qwen3moe-shares": None, "phi3-window": "phi3", "partial-rope": None}  # None: GGUF cannot say it
 NAMES = [p.name for p in sorted(FAMILIES.iterdir()) if ARCHITECTURES.get(p.name, p.name)]
 
 
@@ -54,6 +55,9 @@ def metadata(arch, c):
         "attention.scale": c.get("attention_multiplier")
         or (c["query_pre_attn_scalar"] ** -0.5 if "query_pre_attn_scalar" in c else None),
         "embedding_scale": c.get("embedding_multiplier"),
+        "expert_count": c.get("num_local_experts"),
+        "expert_used_count": c.get("num_experts_per_tok"),
+        "expert_feed_forward_length": c.get("moe_intermediate_size"),
         "residual_scale": c.get("residual_multiplier"),
         "logit_scale": c.get("logits_scaling"),
     }
@@ -69,6 +73,7 @@ def metadata(arch, c):
 
 def tensors(folder, arch, c):
     """(name in GGUF, float32 values) of the text model's tensors."""
+    experts, dense = {}, get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
     names = get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), 8)
     for name, tensor in read_safetensors_header(str(folder / "model.safetensors")).items():
         if "vision" in name or "projector" in name:
@@ -84,7 +89,13 @@ def tensors(folder, arch, c):
         if arch == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             value = value.T
         stem, _, suffix = name.rpartition(".")
-        yield f"{names.get_name(stem)}.{suffix}", value
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)", stem):
+            merged = "layers.{}.feed_forward.experts.{}" if arch == "llama" else "model.layers.{}.mlp.experts.{}"
+            experts.setdefault(f"{names.get_name(merged.format(*match.groups()))}.weight", []).append(value)
+        else:
+            yield f"{names.get_name(stem) or dense.get_name(stem)}.{suffix}", value
+    for name, values in experts.items():
+        yield name, np.stack(values)
 
 
 def write(path, folder, extra=(), changes=None):
@@ -150,6 +161,9 @@ def test_what_a_file_does_not_say(tmp_path):
 @pytest.mark.parametrize(
     "name, changes, says",
     [
+        ("qwen3moe", {"qwen3moe__expert_used_count": 8}, "experts_used: 8 is not between 1 and 7"),
+        ("qwen3moe", {"qwen3moe__expert_count": 6}, r"ffn_gate_inp.weight has shape \[7, 36\], but the config"),
+        ("qwen3moe", {"qwen3moe__expert_shared_count": 1}, "expert_shared_count: 1: not supported"),
         ("gemma3", {"gemma3__attention__sliding_window_pattern": [True]}, "sliding_window_pattern: not a truth value"),
         ("phi3", {"phi3__rope__dimension_count": 14}, "6 short_factors where the rotary width needs 7"),
         ("phi3", {"phi3__rope__dimension_count": 26}, "rope.dimension_count: 26 is not an even number"),
