@@ -43,14 +43,20 @@ _POST_NORMS = {
 _EXPERTS = {
     "layers.{i}.mlp.router": ("layers.{i}.mlp.gate", "blk.{i}.ffn_gate_inp"),
     **{
-        f"layers.{{i}}.mlp.experts.{{e}}.{x}": (f"layers.{{i}}.mlp.experts.{{e}}.{x}_proj", f"blk.{{i}}.ffn_{x}_exps")
+        f"layers.{{i}}.mlp.experts.{{e}}.{x}": (
+            f"layers.{{i}}.mlp.experts.{{e}}.{x}_proj",
+            f"blk.{{i}}.ffn_{x}_exps",
+        )
         for x in ("gate", "up", "down")
     },
 }
 _MIXTRAL = {
     "layers.{i}.mlp.router": ("layers.{i}.block_sparse_moe.gate", "blk.{i}.ffn_gate_inp"),
     **{
-        f"layers.{{i}}.mlp.experts.{{e}}.{x}": (f"layers.{{i}}.block_sparse_moe.experts.{{e}}.{w}", f"blk.{{i}}.ffn_{x}_exps")
+        f"layers.{{i}}.mlp.experts.{{e}}.{x}": (
+            f"layers.{{i}}.block_sparse_moe.experts.{{e}}.{w}",
+            f"blk.{{i}}.ffn_{x}_exps",
+        )
         for x, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
     },
 }

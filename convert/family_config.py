@@ -48,7 +48,9 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
         "n_heads": heads,
         "n_kv_heads": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
         "head_dim": head_dim,
-        "context_length": config.integer("max_position_embeddings", defaults.get("max_position_embeddings", 2048)),
+        "context_length": config.integer(
+            "max_position_embeddings", defaults.get("max_position_embeddings", 2048)
+        ),
         "norm_eps": config.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
         "attention_scale": head_dim**-0.5,
         "tie_embeddings": config.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
@@ -76,7 +78,9 @@ def llama(config: Fields) -> dict[str, Any]:
 
 def mistral(config: Fields) -> dict[str, Any]:
     """An absent sliding_window means 4096 tokens, null none."""
-    values = llama_like(config, max_position_embeddings=131072, num_key_value_heads=8) | {"attention_bias": False}
+    values = llama_like(config, max_position_embeddings=131072, num_key_value_heads=8) | {
+        "attention_bias": False
+    }
     width = config.integer("sliding_window", None if config.given("sliding_window") else 4096)
     return values | {"sliding_windows": [width] * values["n_layers"]}
 
@@ -161,7 +165,9 @@ def smollm3(config: Fields) -> dict[str, Any]:
     )
     n = values["n_layers"]
     step = config.integer("no_rope_layer_interval", 4)
-    layers = config.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(n)])  # 1 where there is RoPE
+    layers = config.get(
+        "no_rope_layers", [int((i + 1) % step != 0) for i in range(n)]
+    )  # 1 where there is RoPE
     if not isinstance(layers, list) or len(layers) != n or not set(layers) <= {0, 1}:
         config.fail("no_rope_layers", f"not 0 or 1 for each of {n} layers")
     windows = None

@@ -33,7 +33,11 @@ class Fields:
 
     def or_else(self, name: str, value: Any) -> Fields:
         """The same fields, with a value for a name that has none."""
-        return self if name in self else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
+        return (
+            self
+            if name in self
+            else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
+        )
 
     def fail(self, name: str, reason: str) -> Any:
         raise ConvertError(f"{self.where}: field {self._prefix}{name}: {reason}")

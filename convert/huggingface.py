@@ -75,7 +75,9 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         description=description,
         tensors=tensors,
         vocabulary=vocabulary,
-        stop_ids=_stop_ids((generation, config) if text is config else (generation, config, text), vocabulary),
+        stop_ids=_stop_ids(
+            (generation, config) if text is config else (generation, config, text), vocabulary
+        ),
         chat_template=_chat_template(folder),
         sampling=sampling_defaults(
             generation,
@@ -234,7 +236,9 @@ def _text_only(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor
     others = {name: match[2] for name in tensors if (match := _NOT_TEXT.match(name))}
     kept = {name: tensor for name, tensor in tensors.items() if name not in others}
     parts = ", ".join(sorted(set(others.values())))
-    return kept, [f"left out: {len(others)} tensors that are not of the text model ({parts})"] if others else []
+    return kept, [
+        f"left out: {len(others)} tensors that are not of the text model ({parts})"
+    ] if others else []
 
 
 def _without_prefix(

@@ -106,7 +106,9 @@ def _check_not_source(output: str, source: Checkpoint) -> None:
 def _target_type(name: str, tensor: StoredTensor, asked: str) -> str:
     if asked == "same":
         return tensor.type if tensor.type in _core.WEIGHT_TYPES else "f16"
-    if name.endswith("mlp.router.weight") and asked not in PLAIN:  # small, and a choice may hang on its last digit
+    if (
+        name.endswith("mlp.router.weight") and asked not in PLAIN
+    ):  # small, and a choice may hang on its last digit
         return tensor.type if tensor.type in PLAIN else "f16"
     if asked in ("q4_0", "q4_1") and name in _SENSITIVE and tensor.type != asked:
         return "q8_0"

@@ -29,19 +29,28 @@ def rope_from_config(
     width = int(head_dim * partial)
     if not 2 <= width <= head_dim or width % 2:
         (rope if rope is not None and "partial_rotary_factor" in rope else config).fail(
-            "partial_rotary_factor", f"{partial} of a head_dim of {head_dim} is not an even number of channels"
+            "partial_rotary_factor",
+            f"{partial} of a head_dim of {head_dim} is not an even number of channels",
         )
     context = config.integer("max_position_embeddings", context)
     original = config.integer("original_max_position_embeddings", original)
     return {
         "rope_theta": theta,
-        "rope_scaling": None if rope is None else scaling_of(config, name, rope, theta, width, context, original),
+        "rope_scaling": None
+        if rope is None
+        else scaling_of(config, name, rope, theta, width, context, original),
         "rotary_dim": None if width == head_dim else width,
     }
 
 
 def scaling_of(
-    config: Fields, name: str, rope: Fields, theta: float, width: int, context: int, original: int | None = None
+    config: Fields,
+    name: str,
+    rope: Fields,
+    theta: float,
+    width: int,
+    context: int,
+    original: int | None = None,
 ) -> dict[str, Any] | None:
     """The description's rope_scaling from the object `rope`, which is `config`'s field `name`.
 
@@ -84,7 +93,14 @@ def _yarn_amplitude(factor: float, m: float = 1.0) -> float:
 
 
 def yarn(
-    theta: float, width: int, factor: float, original: int, fast: float, slow: float, m: float, whole: bool = True
+    theta: float,
+    width: int,
+    factor: float,
+    original: int,
+    fast: float,
+    slow: float,
+    m: float,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """YaRN (Peng et al. 2023): pairs that make more than `fast` turns in the original context are kept, those with
     fewer than `slow` are slowed by the factor. `whole`: the two ends of the ramp between are whole pairs."""
@@ -135,10 +151,14 @@ def rope_from_gguf(
     factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
     if kind == "yarn" and factors is None:
         m = meta.number("rope.scaling.attn_factor", 1.0) * _yarn_amplitude(factor)
-        turns = [meta.number(f"rope.scaling.yarn_beta_{key}", n) for key, n in (("fast", 32.0), ("slow", 1.0))]
+        turns = [
+            meta.number(f"rope.scaling.yarn_beta_{key}", n) for key, n in (("fast", 32.0), ("slow", 1.0))
+        ]
         return fields | {"rope_scaling": yarn(theta, width, factor, original, *turns, m)}
     if kind not in ("none", "linear") and not (kind == "longrope" and long_short):
-        meta.fail("rope.scaling.type", f"{kind!r} is not supported yet (supported: none, linear, yarn, longrope)")
+        meta.fail(
+            "rope.scaling.type", f"{kind!r} is not supported yet (supported: none, linear, yarn, longrope)"
+        )
     if long_short is not None:
         return fields | {
             "rope_scaling": {
@@ -153,5 +173,7 @@ def rope_from_gguf(
         }
     factor = factor if kind == "linear" else 1.0
     if factors is not None:
-        return fields | {"rope_scaling": {"type": "factors", "factors": [value * factor for value in factors]}}
+        return fields | {
+            "rope_scaling": {"type": "factors", "factors": [value * factor for value in factors]}
+        }
     return fields | {"rope_scaling": {"type": "linear", "factor": factor} if factor != 1.0 else None}

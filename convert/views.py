@@ -15,7 +15,10 @@ def rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
     if len(tensor.shape) == 1:
         width = tensor.row_bytes // tensor.shape[0]
         return replace(
-            tensor, offset=tensor.offset + start * width, shape=(stop - start,), row_bytes=(stop - start) * width
+            tensor,
+            offset=tensor.offset + start * width,
+            shape=(stop - start,),
+            row_bytes=(stop - start) * width,
         )
     shape = (stop - start, *tensor.shape[1:])
     if isinstance(tensor, TransposedTensor):
@@ -50,9 +53,7 @@ class TransposedTensor(StoredTensor):
         cols = self.shape[1]
         width = self.row_bytes // cols
         try:
-            stored = np.memmap(
-                self.path, np.uint8, "r", self.offset, shape=(cols, self.stored_cols, width)
-            )
+            stored = np.memmap(self.path, np.uint8, "r", self.offset, shape=(cols, self.stored_cols, width))
         except (OSError, ValueError) as error:
             raise ConvertError(f"{self.path}: cannot read tensor {self.name}: {error}") from None
         part = stored[:, self.first + start : self.first + stop]

@@ -50,6 +50,8 @@ _LIMITS = {
     "head_dim": 1 << 10,
     "context_length": 1 << 30,
 }
+
+
 def strict_json(text: str | bytes) -> Any:
     """Parse JSON that this package wrote itself: no repeated keys, no NaN. Any fault is a ValueError."""
 
@@ -187,17 +189,23 @@ class ModelDescription:
         self._check_experts()
 
     def _check_rope(self) -> None:
-        if self.rotary_dim is not None and not (0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0):
+        if self.rotary_dim is not None and not (
+            0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0
+        ):
             _bad("rotary_dim", f"{self.rotary_dim} is not an even number below head_dim = {self.head_dim}")
         pairs = (self.rotary_dim or self.head_dim) // 2
         if self.rope_layers is not None:
-            object.__setattr__(self, "rope_layers", _checked_layers("rope_layers", self.rope_layers, self.n_layers))
+            object.__setattr__(
+                self, "rope_layers", _checked_layers("rope_layers", self.rope_layers, self.n_layers)
+            )
         if self.rope_theta is None:
             for name in ("rope_scaling", "rope_local", "rope_layers", "rotary_dim"):
                 if getattr(self, name) is not None:
                     _bad(name, "there is no rope_theta")
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", checked_scaling("rope_scaling", self.rope_scaling, pairs))
+            object.__setattr__(
+                self, "rope_scaling", checked_scaling("rope_scaling", self.rope_scaling, pairs)
+            )
         local = self.rope_local
         if local is not None:
             if self.sliding_windows is None:
@@ -215,7 +223,11 @@ class ModelDescription:
                 if getattr(self, name) is not None:
                     _bad(name, "there is no n_experts")
             return
-        for name, limit in (("n_experts", 1 << 12), ("experts_used", self.n_experts), ("expert_size", 1 << 22)):
+        for name, limit in (
+            ("n_experts", 1 << 12),
+            ("experts_used", self.n_experts),
+            ("expert_size", 1 << 22),
+        ):
             value = getattr(self, name)
             if value is None or not 1 <= value <= limit:
                 _bad(name, f"{value} is not between 1 and {limit}")
@@ -275,13 +287,19 @@ class ModelDescription:
         if self.rope_local is not None:
             ropes.append((self.rope_local["theta"], self.rope_local["scaling"]))
         ropes.append(None)
-        inv_freq, amplitude = np.zeros((len(ropes), self.head_dim // 2)), np.ones((len(ropes), self.head_dim // 2))
+        inv_freq, amplitude = (
+            np.zeros((len(ropes), self.head_dim // 2)),
+            np.ones((len(ropes), self.head_dim // 2)),
+        )
         for i, rope in enumerate(ropes):
             if rope is not None:
-                inv_freq[i, :pairs], amplitude[i, :pairs] = frequencies(*rope, pairs, ctx or self.context_length)
+                inv_freq[i, :pairs], amplitude[i, :pairs] = frequencies(
+                    *rope, pairs, ctx or self.context_length
+                )
         none, windows = len(ropes) - 1, self.sliding_windows or (None,) * self.n_layers
         of_layer = [
-            none if self.rope_theta is None or (self.rope_layers and not self.rope_layers[i])
+            none
+            if self.rope_theta is None or (self.rope_layers and not self.rope_layers[i])
             else int(self.rope_local is not None and windows[i] is not None)
             for i in range(self.n_layers)
         ]
@@ -338,7 +356,10 @@ class ModelDescription:
         parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
         kinds = [kind for kind, there in (("norm", self.pre_norms), ("post_norm", self.post_norms)) if there]
         norms = {
-            f"{step}.{kind}.{part}": self.hidden_size for kind in kinds for step in ("attn", "mlp") for part in parts
+            f"{step}.{kind}.{part}": self.hidden_size
+            for kind in kinds
+            for step in ("attn", "mlp")
+            for part in parts
         }
         if self.qk_norm is not None:
             heads = (1, 1) if self.qk_norm == "head" else (self.n_heads, self.n_kv_heads)

@@ -149,6 +149,6 @@ def hadamard(n):
         block = np.ones((1, 1))
         while 2 * len(block) <= n - at:
             block = np.block([[block, block], [block, -block]])
-        matrix[at:at + len(block), at:at + len(block)] = block / np.sqrt(len(block))
+        matrix[at : at + len(block), at : at + len(block)] = block / np.sqrt(len(block))
         at += len(block)
     return matrix

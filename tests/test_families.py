@@ -87,7 +87,9 @@ def test_logits_with_weights_as_in_the_checkpoint(name, family):
     assert expected.error(logits) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "ring" in np.load(FAMILIES / name / "logits.npz")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "ring" in np.load(FAMILIES / name / "logits.npz")]
+)
 def test_after_two_turns_of_the_ring(name, family):
     """What transformers computes when queries see what the cache has left: a tile and the window."""
     expected, engine = expected_of(name), engine_of(family(name))
@@ -107,7 +109,9 @@ def test_float64_numpy_agrees_with_transformers(name, family):
     assert expected.error(logits) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [dict(ctx=150, sinks=4, window=64), dict(ctx=90, sinks=20, window=1)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(ctx=150, sinks=4, window=64), dict(ctx=90, sinks=20, window=1)], ids=str
+)
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gpt2")])
 def test_sinks_of_every_kind_of_layer(name, options, family):
     """Past several turns: sinks move up in layers that see everything, and turn as the layer does: with the table that
@@ -152,7 +156,9 @@ def test_cache_formats(name, kv, limit, family):
     rows = run(engine, expected.tokens, CHUNKS["one by one"], kv, ctx=200, window=0, sinks=0)
     error = np.sqrt(((rows - run(engine, expected.tokens, [200])) ** 2).mean()) / rows.std()
     assert error <= limit
-    np.testing.assert_array_equal(rows[-1], run(engine, expected.tokens, [199, 1], kv, ctx=200, window=0, sinks=0)[-1])
+    np.testing.assert_array_equal(
+        rows[-1], run(engine, expected.tokens, [199, 1], kv, ctx=200, window=0, sinks=0)[-1]
+    )
 
 
 @pytest.mark.parametrize("level", _core.isa_available())
@@ -209,7 +215,19 @@ def test_descriptions(family):
     assert not description("qwen3moe-shares", family).normalize_experts
     architectures = {description(name, family).architecture for name in NAMES}
     assert architectures == {
-        *("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"),
+        *(
+            "llama",
+            "gpt2",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma2",
+            "gemma3",
+            "phi3",
+            "smollm3",
+            "olmo2",
+            "granite",
+        ),
         *("mixtral", "qwen3moe"),
     }
 
@@ -233,28 +251,60 @@ def describe(tmp_path, name, **changes):
     [
         ("mistral", {"sliding_window": 0}, "sliding_window: 0 is not an integer from 1 up"),
         ("gpt2", {"n_head": 5}, "n_head: 5 does not divide the hidden size 36"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True: not supported"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx: True: not supported",
+        ),
         ("gpt2", {"n_positions": 201}, r"wpe.weight has shape \[200, 36\], but the config says \[201, 36\]"),
         ("gpt2", {"n_embd": 30}, r"has shape \[67, 36\], but the config says \[67, 30\]"),
-        ("gemma3", {"layer_types": ["full_attention"] * 2}, "layer_types: not full_attention or sliding_attention for"),
-        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layer_types: not full_attention or sliding_attention"),
+        (
+            "gemma3",
+            {"layer_types": ["full_attention"] * 2},
+            "layer_types: not full_attention or sliding_attention for",
+        ),
+        (
+            "gemma3",
+            {"layer_types": ["chunked_attention"] * 3},
+            "layer_types: not full_attention or sliding_attention",
+        ),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation: 'relu' is not supported yet"),
         ("gemma2", {"attn_logit_softcapping": -2.0}, "attn_logit_softcapping: -2.0 is not a positive number"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: not 0 or 1 for each of 4 layers"),
-        ("phi3", {"num_key_value_heads": 2}, r"qkv_proj.weight has shape \[96, 48\], but the config says \[144, 48\]"),
+        (
+            "phi3",
+            {"num_key_value_heads": 2},
+            r"qkv_proj.weight has shape \[96, 48\], but the config says \[144, 48\]",
+        ),
         ("phi3", {"intermediate_size": 45}, r"shape \[88, 48\], but the config says \[90, 48\]"),
-        ("phi3", {"rope_parameters": {"type": "yarn"}}, "rope_parameters: rope type 'yarn' of an early Phi-3"),
+        (
+            "phi3",
+            {"rope_parameters": {"type": "yarn"}},
+            "rope_parameters: rope type 'yarn' of an early Phi-3",
+        ),
         ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
         ("granite", {"mlp_bias": False}, r"down_proj.bias and \d+ more: not part of a granite model"),
         ("qwen3", {"head_dim": 24}, r"q_proj.weight has shape \[80, 36\], but the config says \[96, 36\]"),
         ("olmo2", {"architectures": ["LlamaForCausalLM"]}, "input_layernorm.weight is missing"),
         ("mixtral", {"num_experts_per_tok": 6}, "experts_used: 6 is not between 1 and 5"),
-        ("mixtral", {"num_local_experts": 4}, r"gate.weight has shape \[5, 36\], but the config says \[4, 36\]"),
+        (
+            "mixtral",
+            {"num_local_experts": 4},
+            r"gate.weight has shape \[5, 36\], but the config says \[4, 36\]",
+        ),
         ("mixtral", {"num_local_experts": 6}, "experts.5.w1.weight is missing"),
         ("qwen3moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers: not a list of numbers of layers"),
-        ("gemma3-images", {"text_config": None}, "text_config: missing; Gemma3ForConditionalGeneration has one"),
-        ("gemma3-images", {"text_config": {"model_type": "mamba"}}, "Gemma3ForConditionalGeneration of mamba"),
+        (
+            "gemma3-images",
+            {"text_config": None},
+            "text_config: missing; Gemma3ForConditionalGeneration has one",
+        ),
+        (
+            "gemma3-images",
+            {"text_config": {"model_type": "mamba"}},
+            "Gemma3ForConditionalGeneration of mamba",
+        ),
     ],
 )
 def test_contradictions_are_named(name, changes, says, tmp_path):
@@ -276,7 +326,11 @@ def test_older_ways_to_say_the_same(tmp_path, family):
         sliding_window_pattern=2,
     )
     assert old == description("gemma3", family)
-    rope = {"type": "su", "short_factor": [1.0, 1.05, 1.1, 1.3, 1.5, 1.9], "long_factor": [1.1, 1.4, 2.0, 3.5, 6.0, 7.5]}
+    rope = {
+        "type": "su",
+        "short_factor": [1.0, 1.05, 1.1, 1.3, 1.5, 1.9],
+        "long_factor": [1.1, 1.4, 2.0, 3.5, 6.0, 7.5],
+    }
     old = describe(tmp_path, "phi3", rope_parameters=None, rope_scaling=rope, partial_rotary_factor=0.5)
     assert old == description("phi3", family)
     old = describe(tmp_path, "smollm3", no_rope_layers=None, rope_parameters=None, rope_theta=None)
@@ -317,7 +371,9 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
     """A line says what was left out."""
     result = convert(FAMILIES / "gemma3-images", tmp_path / "model.bin")
     assert len(result.notes) == 1 and result.notes[0].startswith("left out: ")
-    assert result.notes[0].endswith("tensors that are not of the text model (multi_modal_projector, vision_tower)")
+    assert result.notes[0].endswith(
+        "tensors that are not of the text model (multi_modal_projector, vision_tower)"
+    )
     assert result.model.description.architecture == "gemma3" and result.model.description.tie_embeddings
 
 

@@ -20,7 +20,12 @@ from kvrun.errors import ConvertError
 
 INTERLEAVED = ("llama", "granite", "smollm3")
 ARCHITECTURES = {"gemma3-images": "gemma3", "mistral": "llama", "gpt2-gelu": None, "dynamic-rope": None}
-ARCHITECTURES |= {"mixtral": "llama", "qwen3moe-shares": None, "phi3-window": "phi3", "partial-rope": None}  # None: GGUF cannot say it
+ARCHITECTURES |= {
+    "mixtral": "llama",
+    "qwen3moe-shares": None,
+    "phi3-window": "phi3",
+    "partial-rope": None,
+}  # None: GGUF cannot say it
 NAMES = [p.name for p in sorted(FAMILIES.iterdir()) if ARCHITECTURES.get(p.name, p.name)]
 
 
@@ -62,7 +67,9 @@ def metadata(arch, c):
         "logit_scale": c.get("logits_scaling"),
     }
     if arch in ("gemma3", "qwen2"):
-        values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in c["layer_types"]]
+        values["attention.sliding_window_pattern"] = [
+            kind == "sliding_attention" for kind in c["layer_types"]
+        ]
     kind = rope.get("rope_type", "default")
     if kind != "default":
         values |= {"rope.scaling.type": kind, "rope.scaling.factor": rope.get("factor")}
@@ -89,8 +96,12 @@ def tensors(folder, arch, c):
         if arch == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             value = value.T
         stem, _, suffix = name.rpartition(".")
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)", stem):
-            merged = "layers.{}.feed_forward.experts.{}" if arch == "llama" else "model.layers.{}.mlp.experts.{}"
+        if match := re.fullmatch(
+            r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)", stem
+        ):
+            merged = (
+                "layers.{}.feed_forward.experts.{}" if arch == "llama" else "model.layers.{}.mlp.experts.{}"
+            )
             experts.setdefault(f"{names.get_name(merged.format(*match.groups()))}.weight", []).append(value)
         else:
             yield f"{names.get_name(stem) or dense.get_name(stem)}.{suffix}", value
@@ -111,7 +122,9 @@ def write(path, folder, extra=(), changes=None):
             add.get(type(value), writer.add_float32)(key, value)
     pairs = [*tensors(folder, arch, config), *extra]
     if "long_factor" in rope:
-        pairs += [(f"rope_factors_{x}.weight", np.array(rope[f"{x}_factor"], np.float32)) for x in ("long", "short")]
+        pairs += [
+            (f"rope_factors_{x}.weight", np.array(rope[f"{x}_factor"], np.float32)) for x in ("long", "short")
+        ]
     for name, value in pairs:
         writer.add_tensor(name, np.ascontiguousarray(value))
     writer.write_header_to_file()
@@ -133,7 +146,9 @@ def test_logits(name, tmp_path):
 
 
 def described(tmp_path, name, extra=(), **changes):
-    source = write(tmp_path / "model.gguf", FAMILIES / name, extra, {k.replace("__", "."): v for k, v in changes.items()})
+    source = write(
+        tmp_path / "model.gguf", FAMILIES / name, extra, {k.replace("__", "."): v for k, v in changes.items()}
+    )
     return open_checkpoint(str(source), tokenizer=False).description
 
 
@@ -146,7 +161,9 @@ def test_a_copied_head_is_dropped(tmp_path):
 
 def test_what_a_file_does_not_say(tmp_path):
     """Defaults of an architecture, from before there was metadata for it."""
-    gone = dict.fromkeys(("gemma3__attention__scale", "gemma3__rope__freq_base_swa", "gemma3__rope__freq_base"))
+    gone = dict.fromkeys(
+        ("gemma3__attention__scale", "gemma3__rope__freq_base_swa", "gemma3__rope__freq_base")
+    )
     found = described(tmp_path, "gemma3", **gone, gemma3__attention__sliding_window_pattern=None)
     assert (found.attention_scale, found.rope_theta, found.rope_local["theta"]) == (12**-0.5, 1e6, 1e4)
     assert found.sliding_windows == (70, 70, 70)  # the sixth layer would be the first to see everything
@@ -162,15 +179,31 @@ def test_what_a_file_does_not_say(tmp_path):
     "name, changes, says",
     [
         ("qwen3moe", {"qwen3moe__expert_used_count": 8}, "experts_used: 8 is not between 1 and 7"),
-        ("qwen3moe", {"qwen3moe__expert_count": 6}, r"ffn_gate_inp.weight has shape \[7, 36\], but the config"),
+        (
+            "qwen3moe",
+            {"qwen3moe__expert_count": 6},
+            r"ffn_gate_inp.weight has shape \[7, 36\], but the config",
+        ),
         ("qwen3moe", {"qwen3moe__expert_shared_count": 1}, "expert_shared_count: 1: not supported"),
-        ("gemma3", {"gemma3__attention__sliding_window_pattern": [True]}, "sliding_window_pattern: not a truth value"),
+        (
+            "gemma3",
+            {"gemma3__attention__sliding_window_pattern": [True]},
+            "sliding_window_pattern: not a truth value",
+        ),
         ("phi3", {"phi3__rope__dimension_count": 14}, "6 short_factors where the rotary width needs 7"),
         ("phi3", {"phi3__rope__dimension_count": 26}, "rope.dimension_count: 26 is not an even number"),
         ("granite", {"granite__logit_scale": -1.0}, "granite.logit_scale: -1.0 is not a positive number"),
         ("gpt2", {"gpt2__attention__layer_norm_epsilon": None}, "gpt2.attention.layer_norm_epsilon: missing"),
-        ("gpt2", {"gpt2__context_length": 100}, r"position_embd.weight has shape \[200, 36\], but the config"),
-        ("qwen2", {"qwen2__rope__scaling__type": "spiral"}, "rope.scaling.type: 'spiral' is not supported yet"),
+        (
+            "gpt2",
+            {"gpt2__context_length": 100},
+            r"position_embd.weight has shape \[200, 36\], but the config",
+        ),
+        (
+            "qwen2",
+            {"qwen2__rope__scaling__type": "spiral"},
+            "rope.scaling.type: 'spiral' is not supported yet",
+        ),
         ("phi3", {"phi3__attention__head_count": 4}, r"attn_qkv.weight has shape \[96, 48\], but the config"),
     ],
 )
@@ -181,5 +214,7 @@ def test_contradictions_are_named(name, changes, says, tmp_path):
 
 def test_half_of_the_rope_factors(tmp_path):
     extra = [("rope_factors_long.weight", np.ones(6, np.float32))]
-    with pytest.raises(ConvertError, match="rope_factors_long.weight and rope_factors_short.weight there is only one"):
+    with pytest.raises(
+        ConvertError, match="rope_factors_long.weight and rope_factors_short.weight there is only one"
+    ):
         described(tmp_path, "qwen3", extra)

@@ -133,7 +133,6 @@ def test_an_output_tensor_unties(tmp_path):
         ({"llama.block_count": None}, "llama.block_count: missing"),
         ({"llama.block_count": "2"}, "llama.block_count"),
         ({"llama.block_count": 3}, "blk.2.attn_q.weight is missing"),
-        ({"llama.expert_count": 8}, "expert_used_count: missing"),
         ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "expert_count: 8, but no layer has a ffn_gate_inp"),
         ({"llama.rope.dimension_count": 18}, "rope.dimension_count: 18 is not an even number up to the head's 16"),
         ({"llama.rope.dimension_count": 7}, "rope.dimension_count"),
