@@ -256,7 +256,7 @@ def meta_changes():
         ("hidden_size", "32"),
         ("architecture", "other"),
         ("norm_eps", 0),
-        ("activation", "gelu"),
+        ("activation", "relu"),
         ("rope_theta", -1.0),
         ("rope_theta", 10**400),
         ("name", 7),
