@@ -30,8 +30,9 @@ LEVELS = {
                      "-mavx512vnni", "-mprefer-vector-width=512"]),
     "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
 }
-LEVEL_SOURCES = [f"{KERNELS}/{name}.c" for name in ("vector", "matmul", "attention", "tile", "quantized", "table")]
-BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("pack", "team", "levels")]
+LEVEL_SOURCES = [f"{KERNELS}/{name}.c"
+                 for name in ("vector", "matmul", "kquants", "attention", "tile", "quantized", "table")]
+BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("pack", "kpack", "team", "levels")]
 
 
 def accepts(compiler, source, flags, link=()):

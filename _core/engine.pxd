@@ -71,6 +71,7 @@ ctypedef struct RunState:
     int8_t* q                   # [rows][2 planes][blocks of the widest input * 32]
     float* q_scale              # [rows][2][blocks]
     int32_t* q_sum              # [rows][2][blocks]
+    int32_t* q_offset           # [rows][2][2 blocks]
     float* qkv                  # [n][qkv.width]
     float* gate                 # [n][gate.width]
     float* up                   # [n][gate.width]

@@ -244,13 +244,14 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
             if m.quantized:
                 call.kern.quantize(floats + floats_at + row * x.ld, m.cols, planes,
                                    run.q + (own + row) * blocks * KV_BLOCK, run.q_scale + (own + row) * blocks,
-                                   run.q_sum + (own + row) * blocks)
+                                   run.q_sum + (own + row) * blocks, run.q_offset + (own + row) * 2 * blocks)
         if n == 1:
             break
     if n > 1:
         kv_team_barrier(team)
     x.f, x.blocks, x.planes = floats + floats_at, blocks // planes, planes
     x.q, x.scale, x.sum = run.q + own * blocks * KV_BLOCK, run.q_scale + own * blocks, run.q_sum + own * blocks
+    x.offset = run.q_offset + own * 2 * blocks
     return x
 
 
@@ -603,6 +604,7 @@ cdef class Engine:
         run.q = <int8_t*>arena.take(2 * rows * blocks * KV_BLOCK)
         run.q_scale = <float*>arena.take(8 * rows * blocks)
         run.q_sum = <int32_t*>arena.take(8 * rows * blocks)
+        run.q_offset = <int32_t*>arena.take(16 * rows * blocks)
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
         run.gate = <float*>arena.take(4 * n * gates)
         run.up = <float*>arena.take(4 * n * gates)

@@ -4,6 +4,7 @@ cdef extern from "kernels.h":
     enum:
         KV_PANEL
         KV_BLOCK
+        KV_SUPER
         KV_TILE
         KV_MAX_HEAD_DIM
         KV_FORMATS
@@ -24,6 +25,7 @@ cdef extern from "kernels.h":
         int64_t ld
         int64_t blocks
         int64_t planes
+        const int32_t* offset
 
     ctypedef void (*kv_matmul_fn)(const uint8_t*, int64_t, int64_t, const kv_input*, int64_t, float*, int64_t,
                                   int) noexcept nogil
@@ -50,7 +52,7 @@ cdef extern from "kernels.h":
         kv_matmul_fn* matmul
         kv_format* format
         void (*rms_norm)(const float*, const float*, int64_t, float, float*) noexcept nogil
-        void (*quantize)(const float*, int64_t, int64_t, int8_t*, float*, int32_t*) noexcept nogil
+        void (*quantize)(const float*, int64_t, int64_t, int8_t*, float*, int32_t*, int32_t*) noexcept nogil
         void (*rope)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil
         void (*hadamard)(float*, int64_t) noexcept nogil
         void (*layer_norm)(const float*, const float*, const float*, int64_t, float, float*) noexcept nogil

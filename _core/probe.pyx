@@ -87,7 +87,7 @@ def quantize(x, planes=1, level=None):
     cdef int8_t[:, ::1] q = np.empty((planes, blocks * KV_BLOCK), np.int8)
     cdef float[:, ::1] scale = np.empty((planes, blocks), np.float32)
     cdef int32_t[:, ::1] sums = np.empty((planes, blocks), np.int32)
-    _level(level).quantize(&a[0], a.shape[0], planes, &q[0, 0], &scale[0, 0], &sums[0, 0])
+    _level(level).quantize(&a[0], a.shape[0], planes, &q[0, 0], &scale[0, 0], &sums[0, 0], NULL)
     return np.asarray(q), np.asarray(scale), np.asarray(sums)
 
 
@@ -112,12 +112,13 @@ def matmul(str type, packed, rows, x, out=None, planes=1, repeat=1, level=None):
     cdef int8_t[:, ::1] q = np.zeros((n, planes * blocks * KV_BLOCK), np.int8)
     cdef float[:, ::1] scale = np.zeros((n, planes * blocks), np.float32)
     cdef int32_t[:, ::1] sums = np.zeros((n, planes * blocks), np.int32)
+    cdef int32_t[:, ::1] offsets = np.zeros((n, planes * blocks * 2), np.int32)
     if id >= KV_Q8_0:
         for t in range(n):
-            kern.quantize(&a[t, 0], cols, planes, &q[t, 0], &scale[t, 0], &sums[t, 0])
+            kern.quantize(&a[t, 0], cols, planes, &q[t, 0], &scale[t, 0], &sums[t, 0], &offsets[t, 0])
     cdef kv_input input
     input.f, input.ld, input.blocks, input.planes = &a[0, 0], cols, blocks, planes
-    input.q, input.scale, input.sum = &q[0, 0], &scale[0, 0], &sums[0, 0]
+    input.q, input.scale, input.sum, input.offset = &q[0, 0], &scale[0, 0], &sums[0, 0], &offsets[0, 0]
     with nogil:
         for i in range(times):
             kern.matmul[id](&w[0], panels, cols, &input, n, &to[0, 0], panels * KV_PANEL, add)

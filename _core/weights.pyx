@@ -5,11 +5,12 @@ from libc.stdlib cimport free, malloc
 
 import numpy as np
 
-from .kernels cimport KV_PANEL, kv_pack_panel, kv_packed_bytes, kv_quantize_row, kv_raw_row_bytes, kv_unpack_row
+from .kernels cimport (KV_PANEL, KV_SUPER, kv_pack_panel, kv_packed_bytes, kv_quantize_row, kv_raw_row_bytes,
+                       kv_unpack_row)
 
 # In the order of enum kv_weight_type.
-_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0")
-WEIGHT_TYPES = dict(zip(_NAMES, (32.0, 16.0, 16.0, 8.5, 5.0, 4.5)))
+_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q6_k")
+WEIGHT_TYPES = dict(zip(_NAMES, (32.0, 16.0, 16.0, 8.5, 5.0, 4.5, 4.5, 6.5625)))
 """Weight types and their bits per weight, scales included."""
 
 _LARGEST = 1 << 48  # elements; keeps every size below far from overflow
@@ -23,12 +24,19 @@ cpdef int type_id(str type) except -1:
         raise ValueError(f"weight type {type!r} is not one of {', '.join(_NAMES)}") from None
 
 
+def column_multiple(str type):
+    """What the columns of a matrix of this type must be a multiple of: 256 for those with super-blocks, else 1."""
+    return KV_SUPER if type_id(type) >= type_id("q4_k") else 1
+
+
 def packed_size(str type, rows, cols):
     """Bytes of a packed matrix [rows, cols], a multiple of 64.
 
-    Raises ValueError for an unknown type or an impossible shape.
+    Raises ValueError for an unknown type, an impossible shape, or one that the type cannot have.
     """
     id = type_id(type)
+    if cols % column_multiple(type):
+        raise ValueError(f"{type} takes a multiple of {column_multiple(type)} columns, not {cols}")
     if rows < 1 or cols < 1 or rows * cols > _LARGEST:
         raise ValueError(f"a matrix cannot have the shape [{rows}, {cols}]")
     return kv_packed_bytes(id, rows, cols)
@@ -43,7 +51,7 @@ def raw_size(str type, rows, cols):
 def pack_raw(str type, raw, rows, cols):
     """Interleaves a matrix given row by row, changing no value.
 
-    raw: uint8 [raw_size(type, rows, cols)], GGML blocks (q8_0, q4_1, q4_0) or little-endian elements.
+    raw: uint8 [raw_size(type, rows, cols)], GGML blocks or little-endian elements.
     Returns uint8 [packed_size(type, rows, cols)]. Raises ValueError when raw has another size.
     """
     cdef const uint8_t[::1] source = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
@@ -64,10 +72,11 @@ def pack_raw(str type, raw, rows, cols):
 
 
 def pack(str type, a):
-    """Quantises (GGML's reference arithmetic) or converts (to nearest even) and interleaves a matrix.
+    """Quantises or converts (to nearest even) and interleaves a matrix.
 
-    a: float32 [rows, cols]; for block types cols is padded with zeros to a multiple of 32.
-    Returns uint8 [packed_size(type, rows, cols)].
+    a: float32 [rows, cols]; for block types cols is padded with zeros to a multiple of 32. q8_0, q4_1 and q4_0 are
+    rounded as GGML's reference does; q4_k and q6_k search for the least squared error.
+    Returns uint8 [packed_size(type, rows, cols)]. Raises ValueError as that does.
     """
     cdef const float[:, ::1] source = np.ascontiguousarray(a, np.float32)
     out = np.empty(packed_size(type, source.shape[0], source.shape[1]), np.uint8)

@@ -13,6 +13,19 @@
  *     q8_0      8 lines a block, line l: uint8 [16 rows][4 channels 4l..4l+3], code + 128
  *     q4_0/1    4 lines a block, line l: [16 rows][4], low nibble channel 4l+c, high nibble channel 16+4l+c
  *
+ * and with super-blocks of 256 channels, of which a row has a whole number:
+ *
+ *   q4_k        1 line   float16 d [16 rows], float16 dmin [16 rows]
+ *               4 lines  in three (below): uint8 [16 rows][4], scales of blocks 0-3 and 4-7 of 32, minimums of the same
+ *               32 lines codes of the eight blocks as in q4_0
+ *   q6_k        pairs of super-blocks: 1 line float16 d [2 super-blocks][16 rows], then for each (the second is absent
+ *               when their number is odd)
+ *               4 lines  [16 rows][4], int8 scales of blocks of 16, plus 128
+ *               64 lines in 48, four to a block of 16, line l: [16 rows][4 channels 4l..4l+3], code + 32
+ *
+ * Four lines of six-bit numbers take three: the first three have them in their low bits, and the two high bits of each,
+ * the lowest first, are the fourth.
+ *
  * Cached keys and values come in tiles of KV_TILE = 64 tokens of one KV head; `head_pad` is head_dim rounded up
  * to 16. In f32 and f16 K is channel-major [head_dim][64], V is token-major [64][head_pad]; the quantised formats are
  * described in tile.h.
@@ -25,6 +38,7 @@
 
 #define KV_PANEL 16
 #define KV_BLOCK 32
+#define KV_SUPER 256
 #define KV_TILE 64
 #define KV_MAX_HEAD_DIM 1024 /* what kernels have room for on the stack */
 
@@ -38,7 +52,7 @@ static inline void kv_prefetch(const void *data, int64_t bytes)
         __builtin_prefetch((const char *)data + i);
 }
 
-enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_WEIGHT_TYPES };
+enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_Q4_K, KV_Q6_K, KV_WEIGHT_TYPES };
 enum kv_activation { KV_SILU, KV_GELU, KV_GELU_TANH, KV_ACTIVATIONS };
 enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };
 
@@ -53,6 +67,7 @@ typedef struct {
     int64_t ld;           /* floats between tokens */
     int64_t blocks;       /* blocks of 32 in a token */
     int64_t planes;       /* 1 or 2 */
+    const int32_t *offset; /* [tokens][planes][2 blocks] -32 times the sum of each 16 codes: what q6_k starts from */
 } kv_input;
 
 /* out[t * ld_out + 16 * p + r] = (or +=, with `add`) row 16 p + r of the panels times input t. */
@@ -91,8 +106,9 @@ typedef struct {
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
     /* out = (x - mean) / sqrt(variance + eps) * weight + bias */
     void (*layer_norm)(const float *x, const float *weight, const float *bias, int64_t n, float eps, float *out);
-    /* One token of a kv_input: int8 codes in blocks of 32, scale = max|x| / 127; the last block is padded with zeros */
-    void (*quantize)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
+    /* One token of a kv_input: int8 codes in blocks of 32, scale = max|x| / 127; the last block is padded with zeros.
+     * offset may be NULL. */
+    void (*quantize)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum, int32_t *offset);
     /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
      * [head_dim/2], times `scale`. in and out may be the same. */
     void (*rope)(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out);
@@ -114,7 +130,8 @@ typedef struct {
  * CPU lacks it. */
 int kv_kernels_find(const char *level, kv_kernels *table);
 
-/* pack.c: portable, used by conversion and by row look-ups. Raw rows are GGML blocks or plain elements. */
+/* pack.c: portable, used by conversion and by row look-ups. Raw rows are GGML blocks or plain elements. The columns of
+ * q4_k and q6_k must be a multiple of KV_SUPER; the others take any number. */
 int64_t kv_raw_row_bytes(int type, int64_t cols);
 int64_t kv_packed_bytes(int type, int64_t rows, int64_t cols);
 void kv_quantize_row(int type, const float *x, int64_t cols, uint8_t *raw);

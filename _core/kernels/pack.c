@@ -6,6 +6,7 @@
 
 #include "f16.h"
 #include "kernels.h"
+#include "kpack.h"
 
 /* GGML's block layouts: fp16 scale, fp16 minimum for q4_1, then codes (nibble j: low channel j, high channel j+16). */
 enum { Q8_0_BYTES = 34, Q4_1_BYTES = 20, Q4_0_BYTES = 18 };
@@ -25,6 +26,8 @@ int64_t kv_raw_row_bytes(int type, int64_t cols)
         return 4 * cols;
     if (type == KV_F16 || type == KV_BF16)
         return 2 * cols;
+    if (kv_is_super(type))
+        return cols / KV_SUPER * (type == KV_Q4_K ? Q4_K_BYTES : Q6_K_BYTES);
     return n_blocks(cols) * block_bytes(type);
 }
 
@@ -34,6 +37,8 @@ static int64_t panel_bytes(int type, int64_t cols)
         return 64 * cols;
     if (type == KV_F16 || type == KV_BF16)
         return 64 * ((cols + 1) / 2);
+    if (kv_is_super(type))
+        return kv_super_panel_bytes(type, cols / KV_SUPER);
     int64_t blocks = n_blocks(cols);
     return (blocks + 1) / 2 * pair_head_bytes(type) + blocks * block_code_bytes(type);
 }
@@ -114,6 +119,8 @@ void kv_quantize_row(int type, const float *x, int64_t cols, uint8_t *raw)
             uint16_t h = type == KV_F16 ? kv_float_f16(x[i]) : kv_float_bf16(x[i]);
             memcpy(raw + 2 * i, &h, 2);
         }
+    } else if (kv_is_super(type)) {
+        kv_quantize_super_row(type, x, cols / KV_SUPER, raw);
     } else {
         quantize_blocks(type, x, cols, raw);
     }
@@ -173,6 +180,8 @@ void kv_pack_panel(int type, const uint8_t *raw, int64_t rows, int64_t cols, uin
         else if (type == KV_BF16)
             for (int64_t c = 0; c < cols; c++)
                 memcpy(panel + 64 * (c / 2) + 4 * r + 2 * (c % 2), raw + 2 * c, 2);
+        else if (kv_is_super(type))
+            kv_pack_super_row(type, raw, cols / KV_SUPER, r, panel);
         else
             for (int64_t b = 0; b < n_blocks(cols); b++)
                 pack_block(type, raw + b * block_bytes(type), b, r, panel);
@@ -212,6 +221,8 @@ void kv_unpack_row(int type, const uint8_t *packed, int64_t cols, int64_t row, f
             memcpy(&h, panel + 64 * (c / 2) + 4 * r + 2 * (c % 2), 2);
             x[c] = kv_bf16_float(h);
         }
+    else if (kv_is_super(type))
+        kv_unpack_super_row(type, panel, cols / KV_SUPER, r, x);
     else
         for (int64_t b = 0; b < n_blocks(cols); b++)
             unpack_block(type, panel, b, r, cols - b * KV_BLOCK < KV_BLOCK ? cols - b * KV_BLOCK : KV_BLOCK,

@@ -13,6 +13,7 @@
  *                                    byte), vw_fill (int8 of a vf, four times a lane), vw_count (n + (x > than), int8)
  *   vs   sums over the four bytes of a lane: vs_dot (n * x, n a few small counts, x int8; at most 32), vs_float
  *   d4   dot products of codes 0..15 with int8 inputs; at most 8 d4_dot between d4_zero and d4_float
+ *   d6   the same for codes 0..63, with a start; d6_dot takes two lines, so 8 inputs
  *   d8   the same for bytes storing code + 128; `sum` is that of the inputs since d8_zero
  */
 #ifndef KVRUN_SIMD_H

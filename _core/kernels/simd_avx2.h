@@ -208,6 +208,24 @@ KV_INLINE vf d4_two(d4 a, d4 b)
                         _mm256_add_epi32(_mm256_madd_epi16(a.b, high), _mm256_madd_epi16(b.b, ones)));
 }
 
+typedef struct { __m256i a, b; } d6; /* int32, since but two sums of 2 * 63 * 127 fit into int16 */
+KV_INLINE d6 d6_start(int32_t s) { __m256i v = _mm256_set1_epi32(s); return (d6){v, v}; }
+KV_INLINE __m256i kv_dot6(__m256i s, __m256i w, __m256i v, __m256i q, __m256i p)
+{
+    __m256i two = _mm256_add_epi16(_mm256_maddubs_epi16(w, q), _mm256_maddubs_epi16(v, p));
+    return _mm256_add_epi32(s, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
+}
+KV_INLINE d6 d6_dot(d6 s, vw w, vw v, const int8_t *x)
+{
+    __m256i q = kv_quad(x), p = kv_quad(x + 4);
+    return (d6){kv_dot6(s.a, w.a, v.a, q, p), kv_dot6(s.b, w.b, v.b, q, p)};
+}
+KV_INLINE vf d6_float(d6 s) { return kv_i32_float(s.a, s.b); }
+KV_INLINE vf d6_two(d6 a, d6 b)
+{
+    return kv_i32_float(_mm256_add_epi32(_mm256_slli_epi32(a.a, 8), b.a), _mm256_add_epi32(_mm256_slli_epi32(a.b, 8), b.b));
+}
+
 /* |w| * (x with the sign of w): the unsigned operand of vpmaddubsw stays at or below 128, so no sum saturates. */
 KV_INLINE __m256i kv_dot8(__m256i s, __m256i w, __m256i q)
 {

@@ -95,6 +95,15 @@ KV_INLINE d4 d4_dot(d4 s, vw w, const int8_t *x) { return _mm512_dpbusd_epi32(s,
 KV_INLINE vf d4_float(d4 s) { return _mm512_cvtepi32_ps(s); }
 KV_INLINE vf d4_two(d4 a, d4 b) { return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(a, 8), b)); }
 
+typedef __m512i d6;
+KV_INLINE d6 d6_start(int32_t s) { return _mm512_set1_epi32(s); }
+KV_INLINE d6 d6_dot(d6 s, vw w, vw v, const int8_t *x)
+{
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(s, w, kv_quad(x)), v, kv_quad(x + 4));
+}
+KV_INLINE vf d6_float(d6 s) { return _mm512_cvtepi32_ps(s); }
+KV_INLINE vf d6_two(d6 a, d6 b) { return d4_two(a, b); }
+
 KV_INLINE d8 d8_zero(void) { return _mm512_setzero_si512(); }
 KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) { return _mm512_dpbusd_epi32(s, w, kv_quad(x)); }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))); }

@@ -167,6 +167,12 @@ KV_INLINE d4 d4_dot(d4 s, vw w, const int8_t *x)
 KV_INLINE vf d4_float(d4 s) { KV_EACH(vf, vcvtq_f32_s32(s.val[i])); }
 KV_INLINE vf d4_two(d4 a, d4 b) { KV_EACH(vf, vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(a.val[i], 8), b.val[i]))); }
 
+typedef d4 d6;
+KV_INLINE d6 d6_start(int32_t s) { KV_EACH(d6, vdupq_n_s32(s)); }
+KV_INLINE d6 d6_dot(d6 s, vw w, vw v, const int8_t *x) { return d4_dot(d4_dot(s, w, x), v, x + 4); }
+KV_INLINE vf d6_float(d6 s) { return d4_float(s); }
+KV_INLINE vf d6_two(d6 a, d6 b) { return d4_two(a, b); }
+
 KV_INLINE d8 d8_zero(void) { return d4_zero(); }
 KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) /* the stored byte without its offset is the signed code */
 {

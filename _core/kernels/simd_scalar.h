@@ -122,6 +122,12 @@ KV_INLINE d4 d4_dot(d4 a, vw w, const int8_t *x)
 KV_INLINE vf d4_float(d4 a) { KV_EACH(vf, (float)a.v[i]); }
 KV_INLINE vf d4_two(d4 a, d4 b) { KV_EACH(vf, (float)(256 * a.v[i] + b.v[i])); }
 
+typedef d4 d6;
+KV_INLINE d6 d6_start(int32_t s) { KV_EACH(d6, s); }
+KV_INLINE d6 d6_dot(d6 a, vw w, vw v, const int8_t *x) { return d4_dot(d4_dot(a, w, x), v, x + 4); }
+KV_INLINE vf d6_float(d6 a) { return d4_float(a); }
+KV_INLINE vf d6_two(d6 a, d6 b) { return d4_two(a, b); }
+
 KV_INLINE d8 d8_zero(void) { return d4_zero(); }
 KV_INLINE d8 d8_dot(d8 a, vw w, const int8_t *x) { return d4_dot(a, w, x); }
 KV_INLINE vf d8_float(d8 a, int32_t sum) { KV_EACH(vf, (float)(a.v[i] - 128 * sum)); }

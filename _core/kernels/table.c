@@ -3,6 +3,7 @@
 
 void KV_NAME(kv_fill_vector)(kv_kernels *table);
 void KV_NAME(kv_fill_matmul)(kv_kernels *table);
+void KV_NAME(kv_fill_kquants)(kv_kernels *table);
 void KV_NAME(kv_fill_attention)(kv_kernels *table);
 void KV_NAME(kv_fill_quantized)(kv_kernels *table);
 void KV_NAME(kv_fill)(kv_kernels *table);
@@ -12,6 +13,7 @@ void KV_NAME(kv_fill)(kv_kernels *table)
     table->name = KV_STRING(KV_LEVEL);
     KV_NAME(kv_fill_vector)(table);
     KV_NAME(kv_fill_matmul)(table);
+    KV_NAME(kv_fill_kquants)(table);
     KV_NAME(kv_fill_attention)(table);
     KV_NAME(kv_fill_quantized)(table);
 }

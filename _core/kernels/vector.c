@@ -52,8 +52,21 @@ KV_INLINE vf rounded_away(vf x)
     return vf_max(vf_min(rest, vf_set1(127)), vf_set1(-127));
 }
 
-void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum);
-void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum)
+/* Codes of a block of 32, their sum, and what 6-bit codes start from. */
+KV_INLINE void put_codes(vf low, vf high, int8_t *q, int32_t *sum, int32_t *offset)
+{
+    int32_t first = vf_store_i8(q, low), second = vf_store_i8(q + 16, high);
+    *sum = first + second;
+    if (offset) {
+        offset[0] = -32 * first;
+        offset[1] = -32 * second;
+    }
+}
+
+void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                                int32_t *offset);
+void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                                int32_t *offset)
 {
     const int64_t blocks = (n + KV_BLOCK - 1) / KV_BLOCK;
     for (int64_t b = 0; b < blocks; b++, q += KV_BLOCK) {
@@ -72,13 +85,12 @@ void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_
         low = vf_mul(low, inverse);
         high = vf_mul(high, inverse);
         scale[b] = largest / 127;
-        sum[b] = vf_store_i8(q, low) + vf_store_i8(q + 16, high);
+        put_codes(low, high, q, sum + b, offset ? offset + 2 * b : NULL);
         if (planes == 2) {
             low = rounded_away(low);
             high = rounded_away(high);
-            int8_t *second = q + blocks * KV_BLOCK;
             scale[blocks + b] = scale[b] / 256;
-            sum[blocks + b] = vf_store_i8(second, low) + vf_store_i8(second + 16, high);
+            put_codes(low, high, q + blocks * KV_BLOCK, sum + blocks + b, offset ? offset + 2 * (blocks + b) : NULL);
         }
     }
 }
