@@ -6,6 +6,7 @@
 A model family is a row of the table in `kvrun.convert.families`; both kinds of checkpoint use it.
 """
 
-from kvrun.convert.pipeline import TYPES, ConvertResult, convert
+from kvrun.convert.pipeline import ConvertResult, convert
+from kvrun.convert.types import TYPES
 
 __all__ = ["TYPES", "ConvertResult", "convert"]

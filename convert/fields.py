@@ -24,6 +24,11 @@ class Fields:
         """The same values, seen through names that start with `prefix`."""
         return Fields(self._values, self.where, prefix)
 
+    def without(self, name: str) -> Fields:
+        """The others."""
+        others = {key: value for key, value in self._values.items() if key != self._prefix + name}
+        return Fields(others, self.where, self._prefix)
+
     def __contains__(self, name: str) -> bool:
         return self._values.get(self._prefix + name) is not None
 

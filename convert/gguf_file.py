@@ -31,7 +31,7 @@ _SCALARS = {
 }
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_DEPTH = 4
-_TENSOR_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
+_TENSOR_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 12: "q4_k", 14: "q6_k", 30: "bf16"}
 
 
 class GgufFile:
@@ -135,7 +135,7 @@ def _stored_tensor(path: str, name: str, shape: tuple[int, ...], number: int, of
     if kind in PLAIN:
         block, width = 1, PLAIN[kind]
     elif kind in BLOCKS:
-        block, width = 32, BLOCKS[kind]
+        block, width = BLOCKS[kind]
     else:
         kind, block, width = _other_type(path, name, number)
     if shape[-1] % block or math.prod(shape) > 1 << 48:

@@ -21,6 +21,7 @@ from kvrun.convert.checkpoint import (
 )
 from kvrun.convert.families import HF, Family, family_of_config, text_config
 from kvrun.convert.fields import Fields, read_json
+from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
@@ -38,7 +39,7 @@ _SETTINGS = (
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
-_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8_e4m3"}
 _MAX_HEADER = 100_000_000
 # Buffers that old versions of transformers saved; they are computed from the config.
 _LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias")
@@ -53,12 +54,14 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     config = read_json(folder, "config.json")
     if config is None:
         raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint{_gguf_hint(folder)}")
+    fp8_block = block_shape(config)
+    config = without_quantization(config)
     family, text = family_of_config(config), text_config(config)
     name = _model_name(folder)
     description = describe(
         text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)}
     )
-    stored, notes = _read_headers(folder), []
+    stored, notes = with_factors(_read_headers(folder), fp8_block), []
     if text is not config:
         stored, notes = _text_only(stored)
     prefixes = (family.hf_prefix,) if text is config else _TEXT_PREFIXES
@@ -221,7 +224,7 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     if dtype not in _DTYPES:
         # It is refused only if the model needs it: checkpoints carry integer buffers.
         return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
-    width = PLAIN[_DTYPES[dtype]]
+    width = PLAIN.get(_DTYPES[dtype], 1)
     row_bytes = width * (shape[-1] if shape else 1)
     count = int(np.prod(shape[:-1], dtype=object)) if shape else 1
     if count * row_bytes != end - start:
@@ -279,7 +282,7 @@ def _check_types_and_head(
 ) -> None:
     """Check the tensors' types; remove an output head that only repeats the embedding."""
     for tensor in available.values():
-        if tensor.type not in PLAIN:
+        if tensor.type not in _DTYPES.values():
             raise ConvertError(
                 f"{tensor.path}: tensor {tensor.name} has type {tensor.type}, which is not supported "
                 f"yet (supported: {', '.join(_DTYPES)})"

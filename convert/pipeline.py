@@ -15,13 +15,10 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
-from kvrun.convert.tensors import PLAIN, StoredTensor
+from kvrun.convert.types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError
 from kvrun.modelfile import ModelFile
 from kvrun.modelwriter import ModelFileWriter, check_output
-
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "same")
-_SENSITIVE = ("embed.weight", "positions.weight", "head.weight")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, and the bytes done and in all."""
@@ -29,8 +26,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """The finished, checked file. `notes`: one line for every quantised type that was dequantised, and for what was
-    left out."""
+    """The finished, checked file. `notes`: one line for what was left out, for every quantised type that was dequantised,
+    and for every one that the shape of a tensor did not allow."""
 
     model: ModelFile
     seconds: float
@@ -55,8 +52,7 @@ def convert(
 ) -> ConvertResult:
     """Convert a Hugging Face folder or a GGUF file to a model file.
 
-    `type` is one of `TYPES`; "same" keeps the type of every tensor where that is lossless. With q4_0 and
-    q4_1, embedding and output head become q8_0, unless the source has them in the type asked for.
+    `type` is one of `TYPES` (see `kvrun.convert.types`); "same" keeps the type of every tensor that is one of ours.
     `tokenizer=False` leaves the tokenizer out. The file appears under its name only when it is complete and
     its checksums match. ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be
     written.
@@ -69,14 +65,14 @@ def convert(
     source = open_checkpoint(checkpoint, tokenizer)
     _check_not_source(output, source)
     types = {
-        name: _target_type(name, tensor, type)
+        name: target_type(name, tensor, type, source.description)
         for name, tensor in source.tensors.items()
         if not name.endswith((".bias", "norm.weight"))
     }
     with _writer(checkpoint, output, source, types) as writer:
         _write_tensors(writer, source, types, progress or _silent)
         model = writer.finish(_counted("checking", writer.nbytes, progress or _silent))
-    return ConvertResult(model, time.monotonic() - started, _notes(source, types))
+    return ConvertResult(model, time.monotonic() - started, _notes(source, types, type))
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -101,18 +97,6 @@ def _check_not_source(output: str, source: Checkpoint) -> None:
             raise ConvertError(
                 f"{output}: the model would overwrite the checkpoint it comes from; use another name"
             )
-
-
-def _target_type(name: str, tensor: StoredTensor, asked: str) -> str:
-    if asked == "same":
-        return tensor.type if tensor.type in _core.WEIGHT_TYPES else "f16"
-    if (
-        name.endswith("mlp.router.weight") and asked not in PLAIN
-    ):  # small, and a choice may hang on its last digit
-        return tensor.type if tensor.type in PLAIN else "f16"
-    if asked in ("q4_0", "q4_1") and name in _SENSITIVE and tensor.type != asked:
-        return "q8_0"
-    return asked
 
 
 def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, str]) -> ModelFileWriter:
@@ -177,14 +161,25 @@ def _write_tensors(
             raise
 
 
-def _notes(source: Checkpoint, types: dict[str, str]) -> list[str]:
-    """One line for what was left out and for each quantised type that was dequantised."""
+def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
+    """One line for what was left out, for each quantised type that was dequantised, and for each that shapes did not
+    allow."""
     changed = Counter((source.tensors[name].type, type) for name, type in types.items())
+    wanted = ((wanted_type(name, source.tensors[name], asked, source.description), type) for name, type in types.items())
     return [
         *source.notes,
         *(
-            f"{count} tensor{'s' * (count > 1)} of type {theirs.upper()} dequantised and stored as {ours}"
+            f"{_tensors(count)} of type {theirs.upper()} dequantised and stored as {ours}"
             for (theirs, ours), count in sorted(changed.items())
             if theirs != ours and theirs not in ("f32", "f16", "bf16")
         ),
+        *(
+            f"{_tensors(count)} stored as {ours}: {kind} takes a multiple of {_core.column_multiple(kind)} columns"
+            for (kind, ours), count in sorted(Counter(wanted).items())
+            if kind != ours
+        ),
     ]
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count > 1)}"

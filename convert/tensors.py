@@ -16,8 +16,8 @@ SLAB = 16 << 20
 """About so many bytes of float32 values are in work at once."""
 
 PLAIN = {"f32": 4, "f16": 2, "bf16": 2}
-BLOCKS = {"q8_0": 34, "q4_1": 20, "q4_0": 18}
-"""Bytes of a block of 32 values."""
+BLOCKS = {"q8_0": (32, 34), "q4_1": (32, 20), "q4_0": (32, 18), "q4_k": (256, 144), "q6_k": (256, 210)}
+"""Values in a block and its bytes, in GGML's layout."""
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ def _dequantized(name: str, type: str, raw: np.ndarray) -> np.ndarray:
         return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]).astype(
             np.float32, copy=False
         )
-    except NotImplementedError:
+    except (KeyError, NotImplementedError):
         raise ConvertError(f"tensor {name} has type {type.upper()}, which is not supported yet") from None

@@ -293,6 +293,8 @@ class _Metadata:
                 self._fail("weights", f"{name} has shape {str(entry['shape'])[:60]}, not {list(shape)}")
             if not isinstance(entry["type"], str) or entry["type"] not in _core.WEIGHT_TYPES:
                 self._fail("weights", f"{name} has the unknown type {str(entry['type'])[:60]}")
+            if shape[1] % _core.column_multiple(entry["type"]):
+                self._fail("weights", f"{name} has {shape[1]} columns, which is impossible for {entry['type']}")
             types[name] = entry["type"]
         return types
 

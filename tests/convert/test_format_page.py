@@ -29,7 +29,7 @@ def test_the_worked_example():
     assert np.array_equal(numpy_reader.unpack("q4_0", packed.tobytes(), 2, 32), matrix)
 
 
-@pytest.mark.parametrize("cols", [1, 31, 32, 33, 64, 65, 96, 250])
+@pytest.mark.parametrize("cols", [1, 31, 32, 33, 64, 65, 96, 250, 256, 512, 768])
 def test_the_sizes(cols):
     blocks = -(-cols // 32)
     pairs, even = -(-blocks // 2), cols + cols % 2
@@ -41,7 +41,11 @@ def test_the_sizes(cols):
         "q4_0": 64 * pairs + 256 * blocks,
         "q4_1": 128 * pairs + 256 * blocks,
     }
-    assert {kind: _core.packed_size(kind, 33, cols) // 3 for kind in _core.WEIGHT_TYPES} == sizes
+    if cols % 256 == 0:
+        supers = cols // 256
+        sizes |= {"q4_k": 2304 * supers, "q6_k": 64 * -(-supers // 2) + 3328 * supers}
+    kinds = [kind for kind in _core.WEIGHT_TYPES if cols % _core.column_multiple(kind) == 0]
+    assert {kind: _core.packed_size(kind, 33, cols) // 3 for kind in kinds} == sizes
 
 
 def test_the_tables_are_complete(tmp_path):
@@ -66,7 +70,10 @@ def test_the_tables_are_complete(tmp_path):
 @pytest.mark.parametrize("kind", _core.WEIGHT_TYPES)
 def test_the_reader(tmp_path, kind):
     config = {**CONFIG, "vocab_size": 37, "intermediate_size": 53}
+    if _core.column_multiple(kind) > 1:
+        config |= {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768}
     model = convert(hf_folder(tmp_path / "hf", config), tmp_path / "model.bin", kind).model
+    assert kind in {weight.type for weight in model.weights.values()}
     _, matrices, vectors, tokenizer = numpy_reader.load(tmp_path / "model.bin")
     assert tokenizer == model.tokenizer_bytes() and list(matrices) == list(model.weights)
     for name, weight in model.weights.items():

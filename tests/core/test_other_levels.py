@@ -15,7 +15,7 @@ from kvrun import _core
 
 HERE = Path(__file__).parent / "levels"
 KERNELS = Path(__file__).parents[2] / "_core" / "kernels"
-SOURCES = ("vector", "matmul", "attention", "tile", "quantized", "table")
+SOURCES = ("vector", "matmul", "kquants", "attention", "tile", "quantized", "table")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # level: (compiler, its flags, how the program is run)
@@ -34,8 +34,8 @@ def build(level, compiler, flags, folder):
             subprocess.run([*common, *extra, f"-DKV_LEVEL={name}", f"-DKV_LEVEL_{name.upper()}", "-c",
                             str(KERNELS / f"{source}.c"), "-o", objects[-1]], check=True)
     program = folder / "check"
-    subprocess.run([*common, f"-DCHECKED={level}", "-static", str(HERE / "check.c"), str(KERNELS / "pack.c"), *objects,
-                    "-lm", "-o", str(program)], check=True)
+    subprocess.run([*common, f"-DCHECKED={level}", "-static", str(HERE / "check.c"), str(KERNELS / "pack.c"),
+                    str(KERNELS / "kpack.c"), *objects, "-lm", "-o", str(program)], check=True)
     return program
 
 

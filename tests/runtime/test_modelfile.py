@@ -51,7 +51,8 @@ INFO = {
 
 def types(description=DESCRIPTION):
     matrices = [name for name, shape in description.tensor_shapes().items() if len(shape) == 2]
-    return {name: list(_core.WEIGHT_TYPES)[i % len(_core.WEIGHT_TYPES)] for i, name in enumerate(matrices)}
+    kinds = [kind for kind in _core.WEIGHT_TYPES if _core.column_multiple(kind) == 1]
+    return {name: kinds[i % len(kinds)] for i, name in enumerate(matrices)}
 
 
 def values(description=DESCRIPTION):

@@ -54,7 +54,7 @@ static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n, int64_
     uint8_t *raw = bytes(16 * row_bytes), *packed = aligned_alloc(64, (size_t)kv_packed_bytes(type, rows, cols));
     int8_t *q = bytes(n * planes * blocks * 32);
     float *scale = bytes(n * planes * blocks * 4);
-    int32_t *sum = bytes(n * planes * blocks * 4);
+    int32_t *sum = bytes(n * planes * blocks * 4), *offset = bytes(n * planes * blocks * 8);
     for (int64_t p = 0; p < panels; p++) {
         int64_t some = rows - 16 * p < 16 ? rows - 16 * p : 16;
         for (int64_t r = 0; r < some; r++)
@@ -63,15 +63,15 @@ static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n, int64_
     }
     for (int64_t t = 0; t < n; t++)
         reference.quantize(x + t * cols, cols, planes, q + t * planes * blocks * 32, scale + t * planes * blocks,
-                           sum + t * planes * blocks);
-    kv_input in = {x, q, scale, sum, cols, blocks, planes};
+                           sum + t * planes * blocks, offset + t * planes * blocks * 2);
+    kv_input in = {x, q, scale, sum, cols, blocks, planes, offset};
     for (int add = 0; add < 2; add++) {
         memcpy(b, a, (size_t)(n * panels * 64));
         reference.matmul[type](packed, panels, cols, &in, n, a, panels * 16, add);
         checked.matmul[type](packed, panels, cols, &in, n, b, panels * 16, add);
         compare("matmul", type, cols, a, b, n * panels * 16, 1e-5);
     }
-    free(w), free(x), free(a), free(b), free(raw), free(packed), free(q), free(scale), free(sum);
+    free(w), free(x), free(a), free(b), free(raw), free(packed), free(q), free(scale), free(sum), free(offset);
 }
 
 static void check_vectors(int64_t n)
@@ -79,12 +79,12 @@ static void check_vectors(int64_t n)
     int64_t blocks = (n + 31) / 32;
     float *x = floats(n), *y = floats(n), *a = bytes(n * 4), *b = bytes(n * 4), s[2][128];
     int8_t *q = bytes(blocks * 64), *p = bytes(blocks * 64);
-    int32_t sum[2][128];
+    int32_t sum[2][128], offset[2][256];
     reference.rms_norm(x, y, n, 1e-5f, a), checked.rms_norm(x, y, n, 1e-5f, b);
     compare("rms_norm", n, 0, a, b, n, 1e-5);
     reference.rope(x, y, y + n / 2, n / 2 * 2, 0.5f, a), checked.rope(x, y, y + n / 2, n / 2 * 2, 0.5f, b);
     compare("rope", n, 0, a, b, n / 2 * 2, 1e-6);
-    reference.quantize(x, n, 2, q, s[0], sum[0]), checked.quantize(x, n, 2, p, s[1], sum[1]);
+    reference.quantize(x, n, 2, q, s[0], sum[0], offset[0]), checked.quantize(x, n, 2, p, s[1], sum[1], offset[1]);
     compare("quantize scale", n, 0, s[0], s[1], 2 * blocks, 1e-6);
     for (int64_t i = 0; i < blocks * 32; i++)
         if (abs(q[i] - p[i]) > 1) /* ties may fall to either side */
@@ -95,6 +95,8 @@ static void check_vectors(int64_t n)
             total += p[i * 32 + j];
         if (total != sum[1][i])
             failures++, printf("quantize (%lld): a wrong sum\n", (long long)n);
+        if (offset[1][2 * i] + offset[1][2 * i + 1] != -32 * total)
+            failures++, printf("quantize (%lld): a wrong offset\n", (long long)n);
     }
     for (int64_t i = 0; i < n; i++)
         x[i] *= 50;
@@ -190,9 +192,10 @@ int main(int argc, char **argv)
     kv_fill_scalar(&reference);
     PASTE(kv_fill_, CHECKED)(&checked);
     for (int type = 0; type < KV_WEIGHT_TYPES; type++) {
-        check_matmul(type, 48, 96, 1, 2);
-        check_matmul(type, 33, 577, 11, 1);
-        check_matmul(type, 16, 100, 23, 2);
+        int super = type == KV_Q4_K || type == KV_Q6_K;
+        check_matmul(type, 48, super ? 512 : 96, 1, 2);
+        check_matmul(type, 33, super ? 768 : 577, 11, 1);
+        check_matmul(type, 16, super ? 256 : 100, 23, 2);
     }
     for (int i = 0; i < 7; i++)
         check_vectors(lengths[i]);
