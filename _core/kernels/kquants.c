@@ -74,20 +74,29 @@ KV_INLINE void super_q4_k(const int rows, const int planes, const uint8_t *p, in
 /* One token in two planes, put together as integers (dot_two). */
 KV_INLINE vf token_q4_k(const uint8_t *p, int64_t s, const some_inputs *in, vf sum)
 {
-    vf scale[8], minimum[8];
-    scales_q4_k(p + s * Q4_K_PACKED, scale, minimum);
-    p += s * Q4_K_PACKED + 256;
-    const int8_t *x = in->q + s * KV_SUPER;
+    vf products = vf_zero(), minimums = vf_zero();
+    vw line[4];
+    p += s * Q4_K_PACKED;
+    const uint16_t *d = (const uint16_t *)p;
+    six_bits(p + 64, line);
+    KV_UNROLL
+    for (int i = 0; i < 4; i++)
+        kv_ahead(p + 64 * i);
+    p += 256;
     KV_NO_UNROLL
-    for (int i = 0; i < 8; i++, p += 256, x += KV_BLOCK) {
-        const int64_t b = 8 * s + i;
-        const int32_t codes = 256 * in->sum[b] + in->sum[in->blocks + b];
-        const float d = in->scale[in->blocks + b];
-        vf dot = dot_two(4, p, x, x + in->ld, codes);
-        sum = vf_fma(minimum[i], vf_set1(d * (float)codes), sum);
-        sum = vf_fma(dot, vf_mul(scale[i], vf_set1(d)), sum);
-    }
-    return sum;
+    for (int half = 0; half < 2; half++)
+        KV_UNROLL
+        for (int i = 0; i < 4; i++, p += 256) {
+            const int64_t b = 8 * s + 4 * half + i;
+            const int8_t *x = in->q + b * KV_BLOCK;
+            const int32_t codes = 256 * in->sum[b] + in->sum[in->blocks + b];
+            const float step = in->scale[in->blocks + b];
+            vf dot = dot_two(4, p, x, x + in->ld, codes);
+            minimums = vf_fma(vw_code(line[2 + half], i, 0, 63), vf_set1(step * (float)codes), minimums);
+            products = vf_fma(dot, vf_mul(vw_code(line[half], i, 0, 63), vf_set1(step)), products);
+        }
+    sum = vf_fma(products, vf_load_f16(d), sum);
+    return vf_sub(sum, vf_mul(minimums, vf_load_f16(d + 16)));
 }
 
 /* Scales of the sixteen blocks of a super-block, stored plus 128. */

@@ -156,6 +156,23 @@ def gguf_shapes(hidden=64, inner=96, heads=4, kv_heads=2, layers=2, vocab=40):
     return shapes
 
 
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
+"""Types that the gguf package reads but cannot make, and where the float16 numbers of their blocks are."""
+
+
+def random_blocks(kind, shape):
+    """uint8 [rows, bytes]: random blocks of a type in `HALVES`, with scales that are small numbers."""
+    import gguf
+
+    rng = np.random.default_rng(shape[0])
+    values, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (shape[0] * shape[1] // values, width)).astype(np.uint8)
+    for at in HALVES[kind]:
+        scales = rng.uniform(0.01, 0.02, (len(blocks), 1)).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
 def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="smollm", **sizes):
     """Write a Llama GGUF file. `types`: GGML type by tensor name or part of it; `metadata` replaces or, with
     None, removes keys. Returns {name: float32 values as gguf dequantises them}."""
@@ -189,7 +206,7 @@ def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="s
         kind = gguf.GGMLQuantizationType[
             next((t for part, t in types.items() if part in name), "F32").upper()
         ]
-        data = gguf.quants.quantize(a, kind)
+        data = random_blocks(kind.name, a.shape) if kind.name in HALVES else gguf.quants.quantize(a, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
         stored[name] = gguf.quants.dequantize(data, kind)
     writer.write_header_to_file()

@@ -77,7 +77,7 @@ def test_the_summary(tmp_path):
     result = run("convert", tmp_path / "m.gguf", "-o", tmp_path / "model.bin", "-v")
     assert (result.returncode, result.stderr) == (0, "")
     for text in (
-        "2 tensors of type Q5_0 dequantised and stored as f16",
+        "2 tensors of type Q5_0 dequantised and stored as q8_0",
         "bits",
         "checksums match",
         "MB",
@@ -110,7 +110,7 @@ def test_usage(hf, tmp_path):
     for args in (["--type", "q9_9"], ["--frobnicate"]):
         result = run("convert", hf, "-o", tmp_path / "out.bin", *args)
         assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "f32, f16, bf16, q8_0, q4_1, q4_0, same" in run("convert", hf, "-o", "x", "--type", "q9_9").stderr
+    assert "f32, f16, bf16, q8_0, q6_k, q4_k_m, q4_k, q4_1, q4_0, same" in run("convert", hf, "-o", "x", "--type", "q9_9").stderr
     assert run("convert", hf).returncode == 2 and run("inspect").returncode == 2
     assert not (tmp_path / "out.bin").exists()
     assert run("convert", "--help").returncode == 0 and "q8_0" in run("convert", "--help").stdout

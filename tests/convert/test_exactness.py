@@ -104,11 +104,12 @@ def test_other_gguf_types_are_dequantised_with_a_note(tmp_path):
     stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_0", "ffn_gate": "Q5_1"})
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
     assert result.notes == [
-        "2 tensors of type Q5_0 dequantised and stored as f16",
-        "2 tensors of type Q5_1 dequantised and stored as f16",
+        "2 tensors of type Q5_0 dequantised and stored as q8_0",
+        "2 tensors of type Q5_1 dequantised and stored as q8_0",
     ]
     found, _ = read_named(tmp_path / "model.bin", GGUF)
-    expected = stored["blk.0.ffn_up.weight"].astype(np.float16).astype(np.float32)
+    raw = gguf.quants.quantize(stored["blk.0.ffn_up.weight"], gguf.GGMLQuantizationType.Q8_0)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0)
     assert np.array_equal(found["blk.0.ffn_up.weight"], expected)
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin", "f32")
     found, _ = read_named(tmp_path / "model.bin", GGUF)

@@ -1,0 +1,140 @@
+"""Which weight type each tensor gets, and what becomes of its values."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import numpy_reader
+import pytest
+from make_checkpoint import CONFIG, gguf_shapes, hf_folder, random_tensors, save_gguf, straight
+
+from kvrun import _core
+from kvrun.convert import TYPES, convert
+from kvrun.convert.families import FAMILIES, GGUF
+from kvrun.convert.types import target_type
+from kvrun.description import ModelDescription
+
+SIZES = {"hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2}
+MIXED = {
+    "attn_q": "Q4_K",
+    "attn_k": "Q6_K",
+    "attn_v": "Q2_K",
+    "attn_output": "Q3_K",
+    "ffn_gate": "Q5_K",
+    "ffn_up": "IQ4_NL",
+    "ffn_down": "Q5_1",
+    "token_embd": "Q5_0",
+}
+
+
+def read_named(path):
+    """The matrices of a model file under their GGUF names."""
+    metadata, matrices, vectors, _ = numpy_reader.load(path)
+    description = ModelDescription.from_json(metadata["model"])
+    ours = matrices | vectors
+    return {theirs: ours[name] for name, theirs in FAMILIES[0].source_names(description, GGUF)}
+
+
+def save(path):
+    stored = save_gguf(path, MIXED, **SIZES)
+    for name in stored:
+        if "attn_q" in name or "attn_k" in name:
+            stored[name] = straight(stored[name], 4 if "attn_q" in name else 2)
+    return stored
+
+
+def test_every_type_of_gguf_keeps_its_quality(tmp_path):
+    stored = save(tmp_path / "m.gguf")
+    result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+    found = read_named(tmp_path / "model.bin")
+    kinds = [weight.type for name, weight in result.model.weights.items() if name.startswith("layers.1.")]
+    assert kinds == ["q4_k", "q6_k", "q6_k", "q6_k", "q8_0", "q8_0", "q8_0"]
+    assert result.notes == [
+        "2 tensors of type IQ4_NL dequantised and stored as q8_0",
+        "2 tensors of type Q2_K dequantised and stored as q6_k",
+        "2 tensors of type Q3_K dequantised and stored as q6_k",
+        "1 tensor of type Q5_0 dequantised and stored as q8_0",
+        "2 tensors of type Q5_1 dequantised and stored as q8_0",
+        "2 tensors of type Q5_K dequantised and stored as q8_0",
+    ]
+    for name, expected in stored.items():
+        error = np.sqrt(((found[name] - expected) ** 2).mean() / (expected**2).mean())
+        if "attn_q" in name or "attn_k" in name or "norm" in name:
+            assert np.array_equal(found[name], expected.reshape(found[name].shape)), name
+        else:
+            assert error < (0.02 if "attn" in name else 0.008), name
+
+
+def test_every_type_of_gguf_exactly_as_f32(tmp_path):
+    stored = save(tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "model.bin", "f32")
+    found = read_named(tmp_path / "model.bin")
+    for name, expected in stored.items():
+        assert np.array_equal(found[name], expected.reshape(found[name].shape)), name
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_a_tensor_that_has_the_type_keeps_its_values(tmp_path, kind):
+    stored = save_gguf(tmp_path / "m.gguf", {"blk.0": kind.upper(), "blk.1": "F16", "token_embd": kind.upper()}, **SIZES)
+    result = convert(tmp_path / "m.gguf", tmp_path / "model.bin", kind)
+    found = read_named(tmp_path / "model.bin")
+    assert {weight.type for weight in result.model.weights.values()} == {kind} and result.notes == []
+    for name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.0.attn_v.weight"):
+        assert np.array_equal(found[name], stored[name])
+    packed = _core.pack(kind, stored["blk.1.ffn_up.weight"])
+    assert np.array_equal(found["blk.1.ffn_up.weight"], _core.unpack(kind, packed, 512, 256))
+
+
+@pytest.mark.parametrize("kind, instead", [("q4_k", "q4_1"), ("q6_k", "q8_0")])
+def test_columns_that_are_no_whole_super_blocks(tmp_path, kind, instead):
+    config = {**CONFIG, "intermediate_size": 256, "tie_word_embeddings": False}
+    result = convert(hf_folder(tmp_path / "hf", config), tmp_path / "model.bin", kind)
+    types = {name: weight.type for name, weight in result.model.weights.items()}
+    assert types["layers.0.mlp.down.weight"] == kind and types["layers.0.attn.q.weight"] == instead
+    assert types["embed.weight"] == types["head.weight"] == "q8_0"
+    assert result.notes[0] in (
+        "12 tensors stored as q4_1: q4_k takes a multiple of 256 columns",
+        "14 tensors stored as q8_0: q6_k takes a multiple of 256 columns",
+    )
+    assert result.notes[1:] == ["2 tensors stored as q8_0: q6_k takes a multiple of 256 columns"] * (kind == "q4_k")
+
+
+def kind_in_mix(name, n_layers, tied=False, kv_heads=8, cols=4096):
+    description = SimpleNamespace(n_layers=n_layers, tie_embeddings=tied, n_heads=64, n_kv_heads=kv_heads)
+    return target_type(name, SimpleNamespace(type="f16", shape=(512, cols)), "q4_k_m", description)
+
+
+def test_the_mix():
+    """Llama 3.1 8B in Q4_K_M, as its published GGUF files have it; and the cases that differ."""
+    finer = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    for i in range(32):
+        for part in ("attn.q", "attn.k", "attn.o", "mlp.gate", "mlp.up"):
+            assert kind_in_mix(f"layers.{i}.{part}.weight", 32) == "q4_k"
+        for part in ("attn.v", "mlp.down"):
+            assert kind_in_mix(f"layers.{i}.{part}.weight", 32) == ("q6_k" if i in finer else "q4_k")
+    assert kind_in_mix("embed.weight", 32) == "q4_k" and kind_in_mix("embed.weight", 32, tied=True) == "q6_k"
+    assert kind_in_mix("head.weight", 32) == "q6_k" and kind_in_mix("head.weight", 32, cols=640) == "q8_0"
+    assert kind_in_mix("layers.11.attn.v.weight", 80) == "q6_k"
+    assert kind_in_mix("layers.11.attn.v.weight", 80, kv_heads=64) == "q4_k"
+    assert kind_in_mix("layers.11.mlp.down.weight", 80) == "q4_k"
+    assert kind_in_mix("layers.5.attn.v.weight", 32, cols=640) == "q4_1"
+
+
+def test_every_type_converts(tmp_path):
+    config = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
+    folder = hf_folder(tmp_path / "hf", config)
+    found = {kind: convert(folder, tmp_path / f"{kind}.bin", kind) for kind in TYPES}
+    assert found["same"].bits_per_weight == found["f32"].bits_per_weight == 32
+    assert 4.5 < found["q4_k"].bits_per_weight < found["q4_k_m"].bits_per_weight < found["q6_k"].bits_per_weight == 6.5625
+    assert all(result.notes == [] for result in found.values())
+    assert {w.type for w in found["q4_k_m"].model.weights.values()} == {"q4_k", "q6_k"}
+    assert found["q4_k"].model.weights["embed.weight"].type == "q6_k"
+
+
+def test_rows_are_put_back_in_every_type(tmp_path):
+    """Q and K of GGUF in super-blocks: rows move, blocks stay whole."""
+    tensors = random_tensors(gguf_shapes(**SIZES))
+    stored = save_gguf(tmp_path / "m.gguf", {"attn_q": "Q6_K", "attn_k": "Q4_K"}, tensors=tensors, **SIZES)
+    convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+    found = read_named(tmp_path / "model.bin")
+    assert np.array_equal(found["blk.1.attn_q.weight"], straight(stored["blk.1.attn_q.weight"], 4))
+    assert np.array_equal(found["blk.1.attn_k.weight"], straight(stored["blk.1.attn_k.weight"], 2))
