@@ -77,7 +77,8 @@ def with_factors(tensors: dict[str, StoredTensor], block: tuple[int, int] | None
             continue
         if block is None:
             raise ConvertError(
-                f"{tensor.path}: tensor {name} has type F8_E4M3, but config.json has no {_FIELD} to say how it is scaled"
+                f"{tensor.path}: tensor {name} has type F8_E4M3, but config.json has no {_FIELD} "
+                "to say how it is scaled"
             )
         factors = result.pop(name + _SUFFIX, None)
         if factors is None:

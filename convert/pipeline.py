@@ -165,7 +165,9 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
     """One line for what was left out, for each quantised type that was dequantised, and for each that shapes did not
     allow."""
     changed = Counter((source.tensors[name].type, type) for name, type in types.items())
-    wanted = ((wanted_type(name, source.tensors[name], asked, source.description), type) for name, type in types.items())
+    wanted = Counter(
+        (wanted_type(name, source.tensors[name], asked, source.description), type) for name, type in types.items()
+    )
     return [
         *source.notes,
         *(
@@ -175,7 +177,7 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
         ),
         *(
             f"{_tensors(count)} stored as {ours}: {kind} takes a multiple of {_core.column_multiple(kind)} columns"
-            for (kind, ours), count in sorted(Counter(wanted).items())
+            for (kind, ours), count in sorted(wanted.items())
             if kind != ours
         ),
     ]

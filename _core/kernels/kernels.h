@@ -108,7 +108,8 @@ typedef struct {
     void (*layer_norm)(const float *x, const float *weight, const float *bias, int64_t n, float eps, float *out);
     /* One token of a kv_input: int8 codes in blocks of 32, scale = max|x| / 127; the last block is padded with zeros.
      * offset may be NULL. */
-    void (*quantize)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum, int32_t *offset);
+    void (*quantize)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                     int32_t *offset);
     /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
      * [head_dim/2], times `scale`. in and out may be the same. */
     void (*rope)(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out);

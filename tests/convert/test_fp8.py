@@ -80,7 +80,12 @@ def matrices(path):
     return found
 
 
-OURS = {"self_attn.q_proj": "attn.q", "self_attn.v_proj": "attn.v", "mlp.gate_proj": "mlp.gate", "mlp.down_proj": "mlp.down"}
+OURS = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.v_proj": "attn.v",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.down_proj": "mlp.down",
+}
 
 
 def assert_values(found, expected, rounded=lambda a: a):
@@ -171,7 +176,8 @@ def test_other_quantisations_are_refused(folder, tmp_path, settings, says):
 def test_damaged_checkpoints_are_refused(folder, tmp_path):
     stored, _ = checkpoint()
     name = "model.layers.1.mlp.up_proj.weight"
-    refused(folder, tmp_path, f"{name}_scale_inv is missing", tensors={k: v for k, v in stored.items() if k != name + "_scale_inv"})
+    without = {key: value for key, value in stored.items() if key != name + "_scale_inv"}
+    refused(folder, tmp_path, f"{name}_scale_inv is missing", tensors=without)
     bad = {**stored, name + "_scale_inv": ("F32", np.ones((3, 1), np.float32))}
     refused(folder, tmp_path, "takes one float for each block", tensors=bad)
     codes = stored[name][1].copy()

@@ -74,7 +74,8 @@ def test_every_type_of_gguf_exactly_as_f32(tmp_path):
 
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
 def test_a_tensor_that_has_the_type_keeps_its_values(tmp_path, kind):
-    stored = save_gguf(tmp_path / "m.gguf", {"blk.0": kind.upper(), "blk.1": "F16", "token_embd": kind.upper()}, **SIZES)
+    types = {"blk.0": kind, "blk.1": "F16", "token_embd": kind}
+    stored = save_gguf(tmp_path / "m.gguf", types, **SIZES)
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin", kind)
     found = read_named(tmp_path / "model.bin")
     assert {weight.type for weight in result.model.weights.values()} == {kind} and result.notes == []
@@ -124,7 +125,8 @@ def test_every_type_converts(tmp_path):
     folder = hf_folder(tmp_path / "hf", config)
     found = {kind: convert(folder, tmp_path / f"{kind}.bin", kind) for kind in TYPES}
     assert found["same"].bits_per_weight == found["f32"].bits_per_weight == 32
-    assert 4.5 < found["q4_k"].bits_per_weight < found["q4_k_m"].bits_per_weight < found["q6_k"].bits_per_weight == 6.5625
+    bits = [found[kind].bits_per_weight for kind in ("q4_k", "q4_k_m", "q6_k")]
+    assert 4.5 < bits[0] < bits[1] < bits[2] == 6.5625
     assert all(result.notes == [] for result in found.values())
     assert {w.type for w in found["q4_k_m"].model.weights.values()} == {"q4_k", "q6_k"}
     assert found["q4_k"].model.weights["embed.weight"].type == "q6_k"

@@ -103,8 +103,8 @@ DRAWS = {
     "uniform": lambda rng, shape: rng.uniform(-1, 1, shape),
     "offset": lambda rng, shape: rng.standard_normal(shape) + 2,
 }
-# Root of the mean squared error relative to that of the values, by GGML's quantize_row_q4_K_ref and quantize_row_q6_K_ref
-# on the same numbers.
+# Root of the mean squared error relative to that of the values, by GGML's quantize_row_q4_K_ref and
+# quantize_row_q6_K_ref on the same numbers.
 GGML = {
     "q4_k": {"normal": 0.07210, "laplace": 0.08552, "student": 0.09654, "uniform": 0.05482, "offset": 0.03320},
     "q6_k": {"normal": 0.01762, "laplace": 0.02142, "student": 0.02576, "uniform": 0.01340, "offset": 0.01352},
@@ -132,7 +132,8 @@ def test_values_that_have_the_type_come_back(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 6e4, -6e4, 1e-6, 1e-30, np.nan, np.inf, -np.inf])
 def test_one_value(kind, value):
-    """Constant rows, values that float16 scales cannot hold, and what is no number: no crash, and what can be is close."""
+    """Constant rows, values that float16 scales cannot hold, and what is no number: no crash, and close where it can be.
+    """
     x = np.full((3, 512), value, np.float32)
     got = _core.unpack(kind, _core.pack(kind, x), 3, 512)
     if value == 0 or 1e-6 < abs(value) < 65504:
