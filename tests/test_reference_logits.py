@@ -63,11 +63,13 @@ def test_logits(name, chunks, converted, reference):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_with_weights_as_in_the_checkpoint(name, converted, reference):
     """f16 and bf16 weights are exact. With block types the activations are rounded too: little in decode, to
-    8 bits in chunks, which these models' sharp attention makes visible."""
+    8 bits in chunks, which these models' sharp attention makes visible. gguf-mixed has Q5_0 and Q5_1 too, which become
+    q8_0."""
     expected = reference(name)
     engine = engine_of(converted(name, "same"))
     blocks = name.startswith("gguf-") and name != "gguf-f16"
-    assert expected.error(run(engine, expected.tokens, CHUNKS["one by one"])) <= (1e-3 if blocks else TOLERANCE)
+    one_by_one = expected.error(run(engine, expected.tokens, CHUNKS["one by one"]))
+    assert one_by_one <= (0.03 if name == "gguf-mixed" else 1e-3 if blocks else TOLERANCE)
     assert expected.error(run(engine, expected.tokens, [133, 67])) <= (0.1 if blocks else TOLERANCE)
 
 

@@ -206,6 +206,8 @@ def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="s
         kind = gguf.GGMLQuantizationType[
             next((t for part, t in types.items() if part in name), "F32").upper()
         ]
+        if kind.name in HALVES and a.ndim == 1:
+            kind = gguf.GGMLQuantizationType.F32
         data = random_blocks(kind.name, a.shape) if kind.name in HALVES else gguf.quants.quantize(a, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
         stored[name] = gguf.quants.dequantize(data, kind)
