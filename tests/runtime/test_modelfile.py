@@ -289,6 +289,17 @@ def test_metadata_is_not_believed(path, field, value, says):
         read_model_file(path)
 
 
+def test_a_type_that_the_shape_does_not_allow(path):
+    header, data = split(path)
+    weights = json.loads(header["__metadata__"]["weights"])
+    name = next(iter(weights))
+    weights[name]["type"] = "q4_k"
+    header["__metadata__"]["weights"] = json.dumps(weights)
+    join(path, header, data)
+    with pytest.raises(ModelFileError, match=f"weights: {name} has .* columns, which is impossible for q4_k"):
+        read_model_file(path)
+
+
 def entry_changes():
     yield from [
         ("dtype", "F32"),
