@@ -21,9 +21,9 @@ types:
           plain numbers
   q8_0, q6_k, q4_1, q4_k, q4_0
           8.5, 6.6, 5.0, 4.5 and 4.5 bits per weight, GGML's arithmetic; q4_k is better than q4_1 and q4_0.
-          All matrices but routers of experts are quantised, and with q4_1 and q4_0 embedding and output head become q8_0, with q4_k
-          q6_k (a GGUF file that has them in the type asked for keeps them). A tensor that already has its
-          type keeps every value.
+          All matrices are quantised but routers of experts; with q4_1 and q4_0 embedding and output head
+          become q8_0, with q4_k q6_k (a GGUF file that has them in the type asked for keeps them). A tensor
+          that already has its type keeps every value.
   q4_k_m  q4_k, but q6_k for the output head and, in half of the layers, V and down: llama.cpp's Q4_K_M
 
 q4_k and q6_k take a multiple of 256 columns; a tensor with another number becomes q4_1 or q8_0.

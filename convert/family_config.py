@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kvrun.convert.fields import REQUIRED, Fields
+from kvrun.convert.fields import MAX_LAYERS, REQUIRED, Fields
 from kvrun.convert.rope import rope_from_config, scaling_of
 
 ACTIVATIONS = {
@@ -44,7 +44,7 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": integer("intermediate_size"),
-        "n_layers": integer("num_hidden_layers"),
+        "n_layers": config.integer("num_hidden_layers", defaults.get("num_hidden_layers", REQUIRED), maximum=MAX_LAYERS),
         "n_heads": heads,
         "n_kv_heads": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
         "head_dim": head_dim,
@@ -306,7 +306,7 @@ def gpt2(config: Fields) -> dict[str, Any]:
         "vocab_size": config.integer("vocab_size", 50257),
         "hidden_size": hidden,
         "intermediate_size": config.integer("n_inner", 4 * hidden),
-        "n_layers": config.integer("n_layer", 12),
+        "n_layers": config.integer("n_layer", 12, maximum=MAX_LAYERS),
         "n_heads": heads,
         "n_kv_heads": heads,
         "head_dim": head_dim,

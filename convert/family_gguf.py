@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrun.convert.family_config import head_dim_of
-from kvrun.convert.fields import Fields
+from kvrun.convert.fields import MAX_LAYERS, Fields
 from kvrun.convert.rope import rope_from_gguf
 
 
@@ -41,7 +41,7 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
         "intermediate_size": meta.integer(
             "feed_forward_length", meta.integer("expert_feed_forward_length", None)
         ),
-        "n_layers": meta.integer("block_count"),
+        "n_layers": meta.integer("block_count", maximum=MAX_LAYERS),
         "n_heads": heads,
         "n_kv_heads": meta.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -167,7 +167,7 @@ def gpt2(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
         "vocab_size": meta.integer("vocab_size", facts.shapes.get("token_embd.weight", (0,))[0]),
         "hidden_size": hidden,
         "intermediate_size": meta.integer("feed_forward_length", 4 * hidden),
-        "n_layers": meta.integer("block_count"),
+        "n_layers": meta.integer("block_count", maximum=MAX_LAYERS),
         "n_heads": heads,
         "n_kv_heads": heads,
         "head_dim": head_dim,

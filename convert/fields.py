@@ -12,6 +12,8 @@ from kvrun.errors import ConvertError
 
 REQUIRED: Any = object()
 _MAX_JSON = 1 << 28
+MAX_LAYERS = 1 << 12
+"""More are refused before anything is made for each of them."""
 
 
 class Fields:
@@ -53,7 +55,9 @@ class Fields:
             return value
         return self.fail(name, "missing") if default is REQUIRED else default
 
-    def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1) -> Any:
+    def integer(
+        self, name: str, default: Any = REQUIRED, minimum: int = 1, maximum: int = (1 << 31) - 1
+    ) -> Any:
         value = self.get(name, default)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # GGUF may give one number per layer
@@ -61,8 +65,9 @@ class Fields:
             return self.fail(name, "different values per layer are not supported yet")
         if value is default and name not in self:
             return value
-        if type(value) is not int or not minimum <= value < 1 << 31:
-            return self.fail(name, f"{value!r} is not an integer from {minimum} up".replace("\n", " "))
+        if type(value) is not int or not minimum <= value <= maximum:
+            limit = f"to {maximum}" if type(value) is int and value > maximum else "up"
+            return self.fail(name, f"{value!r} is not an integer from {minimum} {limit}".replace("\n", " "))
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:

@@ -132,6 +132,7 @@ def test_an_output_tensor_unties(tmp_path):
         ({"general.architecture": "mamba"}, r"not supported yet: mamba \(supported: llama, qwen2, "),
         ({"llama.block_count": None}, "llama.block_count: missing"),
         ({"llama.block_count": "2"}, "llama.block_count"),
+        ({"llama.block_count": 1 << 30}, "llama.block_count: 1073741824 is not an integer from 1 to 4096"),
         ({"llama.block_count": 3}, "blk.2.attn_q.weight is missing"),
         ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "expert_count: 8, but no layer has a ffn_gate_inp"),
         ({"llama.rope.dimension_count": 18}, "rope.dimension_count: 18 is not an even number up to the head's 16"),

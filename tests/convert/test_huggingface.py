@@ -148,6 +148,7 @@ def test_rope(tmp_path, changes, theta, scaling):
         ({"hidden_size": "64"}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": 1 << 30}, "num_hidden_layers: 1073741824 is not an integer from 1 to 4096"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"head_dim": 7}, "head_dim"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),

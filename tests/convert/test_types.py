@@ -100,8 +100,10 @@ def test_columns_that_are_no_whole_super_blocks(tmp_path, kind, instead):
     assert result.notes[1:] == ["2 tensors stored as q8_0: q6_k takes a multiple of 256 columns"] * (kind == "q4_k")
 
 
-def kind_in_mix(name, n_layers, tied=False, kv_heads=8, cols=4096):
-    description = SimpleNamespace(n_layers=n_layers, tie_embeddings=tied, n_heads=64, n_kv_heads=kv_heads)
+def kind_in_mix(name, n_layers, tied=False, kv_heads=8, cols=4096, experts=None):
+    description = SimpleNamespace(
+        n_layers=n_layers, tie_embeddings=tied, n_heads=64, n_kv_heads=kv_heads, n_experts=experts
+    )
     return target_type(name, SimpleNamespace(type="f16", shape=(512, cols)), "q4_k_m", description)
 
 
@@ -119,6 +121,14 @@ def test_the_mix():
     assert kind_in_mix("layers.11.attn.v.weight", 80, kv_heads=64) == "q4_k"
     assert kind_in_mix("layers.11.mlp.down.weight", 80) == "q4_k"
     assert kind_in_mix("layers.5.attn.v.weight", 32, cols=640) == "q4_1"
+
+
+def test_the_mix_with_experts():
+    names = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.router", "mlp.experts.3.up", "mlp.experts.3.down"]
+    kinds = [kind_in_mix(f"layers.4.{name}.weight", 32, experts=8) for name in names]
+    assert kinds == ["q4_k", "q8_0", "q8_0", "q6_k", "f16", "q4_k", "q4_k"]
+    assert kind_in_mix("layers.3.mlp.experts.7.down.weight", 32, experts=8) == "q6_k"
+    assert kind_in_mix("layers.4.attn.k.weight", 32, experts=128) == "q4_k"
 
 
 def test_every_type_converts(tmp_path):
@@ -141,7 +151,7 @@ def test_the_engine_computes_with_the_values_of_the_file(tmp_path, kind):
     tokens = np.random.default_rng(2).integers(0, 40, 70).astype(np.int32)
     expected = NumpyLlama(model).logits(tokens)
     description = model.description
-    engine = _core.Engine(description, model.weights, model.vectors, description.rope_inv_freq(), 2, precise=True)
+    engine = _core.Engine(description, model.weights, model.vectors, description.rope_tables, 2, precise=True)
     for chunks in ([1] * 70, [1, 2, 3, 17, 47], [70]):
         cache = _core.KVCache(engine, k="f32", v="f32", ctx=256, sinks=4, window=64)
         at, rows = 0, []
