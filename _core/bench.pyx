@@ -151,10 +151,13 @@ def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=
     cdef int8_t[::1] q = np.zeros(tokens * planes * p.x.blocks * KV_BLOCK, np.int8)
     cdef float[::1] scale = np.zeros(tokens * planes * p.x.blocks, np.float32)
     cdef int32_t[::1] sums = np.zeros(tokens * planes * p.x.blocks, np.int32)
+    cdef int32_t[::1] offsets = np.zeros(2 * tokens * planes * p.x.blocks, np.int32)
     for t in range(p.n):
         kernels().quantize(&x[t, 0], p.cols, planes, &q[t * planes * p.x.blocks * KV_BLOCK],
-                           &scale[t * planes * p.x.blocks], &sums[t * planes * p.x.blocks])
+                           &scale[t * planes * p.x.blocks], &sums[t * planes * p.x.blocks],
+                           &offsets[2 * t * planes * p.x.blocks])
     p.panels, p.out, p.x.f, p.x.q, p.x.scale, p.x.sum = &panels[0], &out[0], &x[0, 0], &q[0], &scale[0], &sums[0]
+    p.x.offset = &offsets[0]
     times, start = [], time.perf_counter()
     while len(times) < 3 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()

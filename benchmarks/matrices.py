@@ -46,6 +46,8 @@ def main() -> None:
     for shape in args.shape:
         rows, cols = (int(n) for n in shape.split("x"))
         for weight_type in args.type:
+            if cols % _core.column_multiple(weight_type):
+                continue
             bits = 8 * _core.packed_size(weight_type, rows, cols) / rows / cols
             cached, memory, share, prompt = measure(weight_type, rows, cols, args.threads, args.runs)
             print(f"{weight_type:5} {shape:12} {bits:4.1f} {cached:12.1f} {memory:12.1f} {share:9.0%} {prompt:14.0f}")

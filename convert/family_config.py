@@ -33,8 +33,8 @@ def head_dim_of(fields: Fields, name: str, hidden: int, heads: int) -> int:
 
 
 def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    def integer(name: str) -> int:
-        return config.integer(name, defaults.get(name, REQUIRED))
+    def integer(name: str, maximum: int = (1 << 31) - 1) -> int:
+        return config.integer(name, defaults.get(name, REQUIRED), maximum=maximum)
 
     hidden, heads = integer("hidden_size"), integer("num_attention_heads")
     head_dim = config.integer("head_dim", defaults.get("head_dim"))
@@ -44,7 +44,7 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": integer("intermediate_size"),
-        "n_layers": config.integer("num_hidden_layers", defaults.get("num_hidden_layers", REQUIRED), maximum=MAX_LAYERS),
+        "n_layers": integer("num_hidden_layers", MAX_LAYERS),
         "n_heads": heads,
         "n_kv_heads": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
         "head_dim": head_dim,

@@ -26,8 +26,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """The finished, checked file. `notes`: one line for what was left out, for every quantised type that was dequantised,
-    and for every one that the shape of a tensor did not allow."""
+    """The finished, checked file. `notes`: one line for what was left out, for every quantised type that was
+    dequantised, and for every one that the shape of a tensor did not allow."""
 
     model: ModelFile
     seconds: float
