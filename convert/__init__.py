@@ -7,6 +7,6 @@ A model family is a row of the table in `kvrun.convert.families`; both kinds of 
 """
 
 from kvrun.convert.pipeline import ConvertResult, convert
-from kvrun.convert.types import TYPES
+from kvrun.convert.weight_types import TYPES
 
 __all__ = ["TYPES", "ConvertResult", "convert"]

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _weight_type(value: str) -> str:
-    from kvrun.convert.types import TYPES
+    from kvrun.convert.weight_types import TYPES
 
     if value not in TYPES:
         raise argparse.ArgumentTypeError(f"unknown type {value!r} (choose from {', '.join(TYPES)})")

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
-from kvrun.convert.types import TYPES, target_type, wanted_type
+from kvrun.convert.weight_types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError
 from kvrun.modelfile import ModelFile
 from kvrun.modelwriter import ModelFileWriter, check_output
@@ -52,7 +52,7 @@ def convert(
 ) -> ConvertResult:
     """Convert a Hugging Face folder or a GGUF file to a model file.
 
-    `type` is one of `TYPES` (see `kvrun.convert.types`); "same" keeps the type of every tensor that is one of ours.
+    `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" keeps the type of every tensor that is one of ours.
     `tokenizer=False` leaves the tokenizer out. The file appears under its name only when it is complete and
     its checksums match. ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be
     written.

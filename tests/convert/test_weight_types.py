@@ -11,7 +11,7 @@ from numpy_llama import NumpyLlama
 from kvrun import _core
 from kvrun.convert import TYPES, convert
 from kvrun.convert.families import FAMILIES, GGUF
-from kvrun.convert.types import target_type
+from kvrun.convert.weight_types import target_type
 from kvrun.description import ModelDescription
 
 SIZES = {"hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2}
