@@ -52,7 +52,8 @@ def convert(
 ) -> ConvertResult:
     """Convert a Hugging Face folder or a GGUF file to a model file.
 
-    `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" keeps the type of every tensor that is one of ours.
+    `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" keeps the type of every tensor that has one
+    of ours.
     `tokenizer=False` leaves the tokenizer out. The file appears under its name only when it is complete and
     its checksums match. ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be
     written.
