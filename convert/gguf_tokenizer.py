@@ -1,4 +1,8 @@
-"""A tokenizer.json rebuilt from the vocabulary and merges in GGUF metadata (byte-level BPE)."""
+"""Tokenizers rebuilt from GGUF metadata.
+
+"gpt2" is byte-level BPE: a tokenizer.json, from vocabulary and merges. "llama" (BPE by scores) and "t5"
+(Unigram) are SentencePiece's: a tokenizer.model, from its pieces.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,31 @@ from typing import Any
 
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+from kvrun.convert.sentencepiece_model import (
+    BPE,
+    BYTE,
+    BYTE_PIECES,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Normalizer,
+    model_bytes,
+)
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -31,23 +52,40 @@ def _steps(*steps: dict[str, Any]) -> dict[str, Any]:
 
 _GPT2 = {"pre_tokenizer": _byte_level(True)}
 _SMOLLM = {"pre_tokenizer": _steps({"type": "Digits", "individual_digits": True}, _byte_level(True))}
-_LLAMA3 = {
-    "pre_tokenizer": _steps(_split(_LLAMA3_WORDS), _byte_level(False)),
+_LLAMA3_SPLIT = {"pre_tokenizer": _steps(_split(_LLAMA3_WORDS), _byte_level(False))}
+_LLAMA3 = {**_LLAMA3_SPLIT, "ignore_merges": True, "add_bos": True}
+_QWEN2_SPLIT = {"pre_tokenizer": _steps(_split(_QWEN2_WORDS), _byte_level(False))}
+_QWEN2 = {**_QWEN2_SPLIT, "normalizer": {"type": "NFC"}}
+_TEKKEN = {
+    "pre_tokenizer": _steps(_split(_TEKKEN_WORDS), _byte_level(False)),
     "ignore_merges": True,
     "add_bos": True,
 }
-_QWEN2 = {"pre_tokenizer": _steps(_split(_QWEN2_WORDS), _byte_level(False)), "normalizer": {"type": "NFC"}}
 
 # tokenizer.ggml.pre -> how text is cut into words, and what the metadata leaves to that name.
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "granite-docling": _GPT2,
     "smollm": _SMOLLM,
+    "starcoder": _SMOLLM,
+    "refact": _SMOLLM,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "dbrx": _LLAMA3_SPLIT,
+    "smaug-bpe": _LLAMA3_SPLIT,
     "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2_SPLIT,
+    "tekken": _TEKKEN,
 }
+# tokenizer.ggml.model -> SentencePiece's kind, and what it does unless the metadata say otherwise:
+# put a space before a text, BOS before it, EOS after it.
+_SENTENCEPIECE = {"llama": (BPE, True, True, False), "t5": (UNIGRAM, True, False, True)}
+# Tokens of Phi-3's that do not take the white space after them; the metadata cannot say that.
+_PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def read_tokenizer(meta: Fields) -> Vocabulary:
@@ -56,31 +94,117 @@ def read_tokenizer(meta: Fields) -> Vocabulary:
     kind = ggml.text("model", None)
     if kind is None:
         ggml.fail("model", "missing: the file has no tokenizer")
+    if kind in _SENTENCEPIECE:
+        return _sentencepiece(ggml, kind, strips=meta.text("general.architecture", "") == "phi3")
     if kind != "gpt2":
-        ggml.fail("model", f"not supported yet: tokenizer {kind!r} (supported: gpt2, byte-level BPE)")
+        known = ", ".join(("gpt2", *_SENTENCEPIECE))
+        ggml.fail("model", f"not supported yet: tokenizer {kind!r} (supported: {known})")
     pre = ggml.text("pre", "default")
     if pre not in PRE_TOKENIZERS:
         ggml.fail("pre", f"not supported yet: pre-tokenizer {pre!r} (supported: {', '.join(PRE_TOKENIZERS)})")
     tokens = _texts(ggml, "tokens")
-    types = ggml.get("token_type", [_NORMAL] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        ggml.fail("token_type", "not as many as tokens")
+    types = _types(ggml, len(tokens))
     rules = PRE_TOKENIZERS[pre]
+    info = _info(ggml, len(tokens), rules.get("add_bos", False), False)
+    names = _unique(tokens)
+    text = json.dumps(
+        _tokenizer_json(names, types, _merges(ggml, names), rules, info),
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )
+    special = {names[i]: i for i, type in enumerate(types) if type in (CONTROL, UNKNOWN)}
+    return Vocabulary("tokenizer.json", _encoded(ggml, text), info, special)
+
+
+def _info(ggml: Fields, size: int, add_bos: bool, add_eos: bool) -> dict[str, Any]:
+    """Ids of named tokens, and whether BOS and EOS are put around a text (if the metadata do not say)."""
     info: dict[str, Any] = {
-        "add_bos": ggml.flag("add_bos_token", rules.get("add_bos", False)),
-        "add_eos": ggml.flag("add_eos_token", False),
-        "bos_id": _id(ggml, "bos_token_id", len(tokens)),
-        "eos_id": _id(ggml, "eos_token_id", len(tokens)),
-        "pad_id": _id(ggml, "padding_token_id", len(tokens)),
-        "unk_id": _id(ggml, "unknown_token_id", len(tokens)),
+        "add_bos": ggml.flag("add_bos_token", add_bos),
+        "add_eos": ggml.flag("add_eos_token", add_eos),
+        "bos_id": _id(ggml, "bos_token_id", size),
+        "eos_id": _id(ggml, "eos_token_id", size),
+        "pad_id": _id(ggml, "padding_token_id", size),
+        "unk_id": _id(ggml, "unknown_token_id", size),
     }
     for name in ("bos", "eos"):
         if info[f"{name}_id"] is None:
             info[f"add_{name}"] = False
-    names = _unique(tokens)
-    text = json.dumps(_tokenizer_json(names, types, _merges(ggml, names), rules, info), ensure_ascii=False)
-    special = {names[i]: i for i, type in enumerate(types) if type in (_CONTROL, _UNKNOWN)}
-    return Vocabulary("tokenizer.json", _encoded(ggml, text), info, special)
+    return info
+
+
+def _types(ggml: Fields, size: int) -> list[int]:
+    types = ggml.get("token_type", [NORMAL] * size)
+    if not isinstance(types, list) or len(types) != size:
+        ggml.fail("token_type", "not as many as tokens")
+    return types
+
+
+# --- SentencePiece
+
+
+def _sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
+    kind, dummy_prefix, add_bos, add_eos = _SENTENCEPIECE[name]
+    tokens = _texts(ggml, "tokens")
+    scores = ggml.get("scores")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(type(score) in (int, float) for score in scores)
+    ):
+        ggml.fail("scores", "missing, or not one number for each token")
+    info = _info(ggml, len(tokens), add_bos, add_eos)
+    types = _piece_types(ggml, tokens, info)
+    texts = [
+        # A token without text of its own cannot be met in a text, but keeps its id.
+        (text or f"[EMPTY {i}]").replace(" ", SPACE) if type == USER_DEFINED else text or f"[EMPTY {i}]"
+        for i, (text, type) in enumerate(zip(tokens, types))
+    ]
+    names = _unique(texts)
+    types = [type if new == old else UNUSED for type, new, old in zip(types, names, texts)]
+    ids = {key: info[f"{key}_id"] for key in ("unk", "bos", "eos", "pad")}
+    normalizer = Normalizer(
+        ggml.flag("add_space_prefix", dummy_prefix),
+        ggml.flag("remove_extra_whitespaces", False),
+        _charsmap(ggml),
+    )
+    try:
+        data = model_bytes(list(zip(names, scores, types)), kind, ids, normalizer)
+    except UnicodeEncodeError:
+        return ggml.fail("tokens", "not valid UTF-8")
+    special = {names[i]: i for i, type in enumerate(types) if type in (CONTROL, UNKNOWN)}
+    info |= {"added_tokens": {}, "legacy": True}
+    if strips:
+        info["rstrip"] = [i for text, i in special.items() if text not in _PHI3_KEEPS]
+    return Vocabulary("tokenizer.model", data, info, special)
+
+
+def _piece_types(ggml: Fields, tokens: list[str], info: dict[str, Any]) -> list[int]:
+    """Types as SentencePiece wants them: one unknown token, and byte pieces all or none."""
+    types = _types(ggml, len(tokens))
+    if not all(type in range(NORMAL, BYTE + 1) for type in types):
+        ggml.fail("token_type", f"not all are from {NORMAL} to {BYTE}")
+    unknown = info["unk_id"]
+    if unknown is None:
+        unknown = next((i for i, type in enumerate(types) if type == UNKNOWN), None)
+    if unknown is None:
+        return ggml.fail("unknown_token_id", "missing, and no token is of the unknown type")
+    info["unk_id"] = unknown
+    found = {text for text, type in zip(tokens, types) if type == BYTE}
+    if found and found != BYTE_PIECES:
+        ggml.fail("tokens", f"{len(found & BYTE_PIECES)} of the 256 byte tokens (<0x00> to <0xFF>)")
+    types = [CONTROL if type == UNKNOWN else type for type in types]
+    types[unknown] = UNKNOWN
+    return types
+
+
+def _charsmap(ggml: Fields) -> bytes:
+    values = ggml.get("precompiled_charsmap", [])
+    if not isinstance(values, list) or not all(type(v) is int and -128 <= v < 256 for v in values):
+        return ggml.fail("precompiled_charsmap", "not a list of bytes")
+    return bytes(value & 0xFF for value in values)
+
+
+# --- byte-level BPE
 
 
 def _texts(ggml: Fields, name: str) -> list[str]:
@@ -103,8 +227,8 @@ def _unique(tokens: list[str]) -> list[str]:
     return [token if first[token] == i else f"[DUPLICATE {i}]" for i, token in enumerate(tokens)]
 
 
-def _merges(ggml: Fields, names: list[str]) -> list[list[str]]:
-    known, merges = set(names), []
+def _merges(ggml: Fields, names: list[str]) -> list[str] | list[list[str]]:
+    known, merges, plain = set(names), [], True
     for merge in _texts(ggml, "merges"):
         # The second part begins after the first space that is not the first character.
         cut = merge.find(" ", 1)
@@ -112,7 +236,9 @@ def _merges(ggml: Fields, names: list[str]) -> list[list[str]]:
         if cut < 0 or any(part not in known for part in (*pair, "".join(pair))):
             return ggml.fail("merges", f"{merge[:60]!r} joins tokens that the vocabulary does not have")
         merges.append(pair)
-    return merges
+        plain = plain and " " not in pair[0] and " " not in pair[1]
+    # One text for a pair is read faster, where it says the same.
+    return [" ".join(pair) for pair in merges] if plain else merges
 
 
 def _encoded(ggml: Fields, text: str) -> bytes:
@@ -123,7 +249,7 @@ def _encoded(ggml: Fields, text: str) -> bytes:
 
 
 def _tokenizer_json(
-    names: list[str], types: list[int], merges: list[list[str]], rules: dict[str, Any], info: dict[str, Any]
+    names: list[str], types: list[int], merges: list[Any], rules: dict[str, Any], info: dict[str, Any]
 ) -> dict[str, Any]:
     added = [
         {
@@ -133,10 +259,10 @@ def _tokenizer_json(
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": type != _USER_DEFINED,
+            "special": type != USER_DEFINED,
         }
         for i, type in enumerate(types)
-        if type in (_CONTROL, _UNKNOWN, _USER_DEFINED) and names[i]
+        if type in (CONTROL, UNKNOWN, USER_DEFINED) and names[i]
     ]
     return {
         "version": "1.0",

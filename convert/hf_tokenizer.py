@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import string
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from kvrun.convert.checkpoint import Vocabulary
@@ -77,13 +78,16 @@ def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     size = processor.get_piece_size()
-    added = _added_tokens(settings, size)
+    added = _added_tokens(settings)
     special = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
-    special |= {text: number for text, (number, is_special) in added.items() if is_special}
+    special |= {text: token.id for text, token in added.items() if token.special}
+    # What the model has as a piece of its own it finds by itself.
+    own = {t for t, token in added.items() if token.id < size and processor.id_to_piece(token.id) == t}
+    new = {text: token for text, token in added.items() if token.special or text not in own}
 
     def lookup(text: str) -> int | None:
         if text in added:
-            return added[text][0]
+            return added[text].id
         number = processor.piece_to_id(text)
         return number if number != processor.unk_id() or text == processor.id_to_piece(number) else None
 
@@ -94,20 +98,37 @@ def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
         "unk": processor.unk_id(),
     }
     info: dict[str, Any] = {f"{name}_id": number if number >= 0 else None for name, number in ids.items()}
-    info["added_tokens"] = {text: number for text, (number, _) in added.items()}
+    info["added_tokens"] = {text: token.id for text, token in new.items()}
+    for name in ("visible", "lstrip", "rstrip"):
+        info[name] = [token.id for token in new.values() if getattr(token, name)]
     info["legacy"] = settings.flag("legacy", True)
     return lookup, special, info
 
 
-def _added_tokens(settings: Fields, size: int) -> dict[str, tuple[int, bool]]:
-    """{text: (id, special)} of the tokens that tokenizer_config.json adds to a SentencePiece model."""
+@dataclass(frozen=True)
+class _Added:
+    """A token of tokenizer_config.json; one that is not special is shown as text."""
+
+    id: int
+    special: bool
+    lstrip: bool
+    rstrip: bool
+
+    @property
+    def visible(self) -> bool:
+        return not self.special
+
+
+def _added_tokens(settings: Fields) -> dict[str, _Added]:
+    """The tokens, by text, that tokenizer_config.json adds to a SentencePiece model."""
     entries = settings.get("added_tokens_decoder", {})
-    result: dict[str, tuple[int, bool]] = {}
+    result: dict[str, _Added] = {}
     for key, entry in entries.items() if isinstance(entries, dict) else ():
         content = entry.get("content") if isinstance(entry, dict) else None
         if not key.isdecimal() or not isinstance(content, str):
             settings.fail("added_tokens_decoder", f"entry {key[:40]!r} is not a token")
-        result[content] = (int(key), entry.get("special") is True)
+        flags = (entry.get(name) is True for name in ("special", "lstrip", "rstrip"))
+        result[content] = _Added(int(key), *flags)
     return result
 
 

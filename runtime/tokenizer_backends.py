@@ -14,11 +14,12 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from kvrun.errors import TokenizerError
 from kvrun.text import PER_BYTE, StreamDecoder
-from kvrun.tokenizer import CONTINUED, INNER, START, SpecialTokens
+from kvrun.tokenizer import CONTINUED, ESCAPE, INNER, START, SpecialTokens
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -224,32 +225,46 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceBackend(_Backend):
-    """`tokenizer.model`. Control, unknown and added tokens are special; the library gets the text between."""
+    """`tokenizer.model`. Control, unknown and added tokens are special; the library gets the text between.
+
+    Added tokens that are `visible` are not special: they are found in any text, also in ordinary text.
+    """
 
     errors = PER_BYTE
 
     def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int]) -> None:
+        self._data = data
         self._model = self._load(data)
-        self._unprefixed = self._load(data + _NO_DUMMY_PREFIX)
         size = self._model.get_piece_size()
         added = _added_tokens(info)
+        strips = [_token_ids(info, name) for name in ("lstrip", "rstrip")]
+        shown = _token_ids(info, "visible") - set(stop_ids)
         self.size = max([size, *(i + 1 for i in added.values())])
         special = {
             self._model.id_to_piece(i): i
             for i in range(size)
             if self._model.is_control(i) or self._model.is_unknown(i) or i in stop_ids
         }
-        self.special = SpecialTokens(special | added)
-        self._texts = {i: text.encode("utf-8") for text, i in self.special.ids.items()}
-        self.dummy_space = self._model.encode("a") != self._unprefixed.encode("a")
+        special |= {text: i for text, i in added.items() if i not in shown}
+        self.special = SpecialTokens(special, *strips)
+        self._visible = SpecialTokens({text: i for text, i in added.items() if i in shown}, *strips)
+        self._texts = {i: text.encode("utf-8") for text, i in (special | added).items()}
+        self.dummy_space = self._model.normalize("a") != "a"
         self._drops_dummy = self._model.decode_pieces([_SPACE + "a"]) == "a"
         self._prefix_inside = bool(info.get("legacy", True))
+
+    @cached_property
+    def _unprefixed(self) -> Any:
+        """The same model without the dummy space."""
+        return self._load(self._data + _NO_DUMMY_PREFIX) if self.dummy_space else self._model
 
     @staticmethod
     def _load(data: bytes) -> Any:
         import sentencepiece
 
         try:
+            if not data:
+                raise ValueError("it is empty")
             return sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:
             raise TokenizerError(f"the model's tokenizer.model cannot be used: {_refusal(error)}") from None
@@ -258,6 +273,15 @@ class SentencePieceBackend(_Backend):
         return None
 
     def encode_run(self, text: str, where: str, literal: bool) -> list[int]:
+        if not self._visible.found_in(text):
+            return self._encode(text, where)
+        ids: list[int] = []
+        for part in self._visible.split(text.replace(ESCAPE, ESCAPE + ESCAPE)):
+            ids += [part] if isinstance(part, int) else self._encode(part, where)
+            where = INNER
+        return ids
+
+    def _encode(self, text: str, where: str) -> list[int]:
         prefix = where == START or (where == INNER and self._prefix_inside)
         return (self._model if prefix else self._unprefixed).encode(text)
 
@@ -283,3 +307,10 @@ def _added_tokens(info: Mapping[str, Any]) -> dict[str, int]:
     if not isinstance(added, dict) or not all(type(i) is int and i >= 0 for i in added.values()):
         raise TokenizerError("the model file's added_tokens are not a table of text and token ids")
     return added
+
+
+def _token_ids(info: Mapping[str, Any], name: str) -> frozenset[int]:
+    ids = info.get(name) or []
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise TokenizerError(f"the model file's {name} is not a list of token ids")
+    return frozenset(ids)
