@@ -15,11 +15,13 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from kvrun.errors import TokenizerError
 from kvrun.text import PER_BYTE, StreamDecoder
 from kvrun.tokenizer import CONTINUED, ESCAPE, INNER, START, SpecialTokens
+from kvrun.tokenizer_pruned import LONGEST, PrunedBpe, byte_characters, read_prunable
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -53,22 +55,57 @@ class JsonBackend(_Backend):
     def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int]) -> None:
         self._data = data
         self._stop_ids = stop_ids
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._variants: dict[tuple[str, bool], Any] = {}
-        self._main = self._build(data)
-        self.size = self._main.get_vocab_size(with_added_tokens=True)
-        added = self._main.get_added_tokens_decoder()
-        self.size = max([self.size, *(i + 1 for i in added)])
-        special = {i: t for i, t in added.items() if t.special or i in stop_ids}
+        try:
+            spec = read_prunable(data)
+        except ValueError as error:
+            raise TokenizerError(f"the model's tokenizer.json cannot be used: {error}") from None
+        self._pruned = PrunedBpe(spec, self._build) if spec else None
+        self._texts: dict[int, str] | None = None
+        if spec:
+            vocab: dict[str, int] = spec["model"]["vocab"]
+            added = {t["id"]: SimpleNamespace(**t) for t in spec.get("added_tokens") or []}
+            self._texts = dict(zip(vocab.values(), vocab)) | {i: t.content for i, t in added.items()}
+            self._describe(added, max(self._texts, default=-1) + 1, spec)
+        else:
+            main = self._main
+            parts = {part: _state(getattr(main, part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
+            size = main.get_vocab_size(with_added_tokens=True)
+            self._describe(main.get_added_tokens_decoder(), size, parts)
+
+    def _describe(self, added: Mapping[int, Any], size: int, parts: Mapping[str, Any]) -> None:
+        self.size = max([size, *(i + 1 for i in added)])
+        special = {i: t for i, t in added.items() if t.special or i in self._stop_ids}
         self.special = SpecialTokens(
             {t.content: i for i, t in special.items()},
             (i for i, t in special.items() if t.lstrip),
             (i for i, t in special.items() if t.rstrip),
         )
-        front = [_state(self._main.normalizer), _state(self._main.pre_tokenizer)]
+        front = [parts.get("normalizer"), parts.get("pre_tokenizer")]
         self.dummy_space = front != [_dummy_space(part, CONTINUED) for part in front]
-        self._decoder = _Decoder(_state(self._main.decoder))
+        self._decoder = _Decoder(parts.get("decoder"))
         self.strip, self.errors = self._decoder.strip, self._decoder.errors
+
+    @property
+    def _main(self) -> Any:
+        """The whole tokenizer, built when first needed."""
+        with self._lock:
+            if ("", False) not in self._variants:
+                self._variants["", False] = self._build(self._data)
+                self._pruned = self._texts = None
+            return self._variants["", False]
+
+    def _first_text(self, text: str) -> list[int] | None:
+        """Ids of the first text if it is short: many programs have no other one."""
+        with self._lock:
+            pruned, self._pruned = self._pruned, None
+        if pruned is None or len(text) > LONGEST:
+            return None
+        try:
+            return pruned.ids(text)
+        except BaseException as error:
+            raise TokenizerError(f"this text cannot be tokenised: {_refusal(error)}") from None
 
     @staticmethod
     def _build(data: bytes) -> Any:
@@ -104,7 +141,8 @@ class JsonBackend(_Backend):
         return tokenizer
 
     def encode_parsed(self, text: str) -> list[int]:
-        return _encode(self._main, text)
+        ids = self._first_text(text)
+        return _encode(self._main, text) if ids is None else ids
 
     def encode_run(self, text: str, where: str, literal: bool) -> list[int]:
         return _encode(self._variant(where, literal), text)
@@ -113,7 +151,8 @@ class JsonBackend(_Backend):
         return self._main.decode(ids, skip_special_tokens=skip_special)
 
     def piece(self, token: int, first: bool) -> bytes:
-        text = self._main.id_to_token(token)
+        texts = self._texts
+        text = self._main.id_to_token(token) if texts is None else texts.get(token)
         return b"" if text is None else self._decoder.piece(text, first)
 
 
@@ -157,13 +196,6 @@ def _dummy_space(component: Any, where: str) -> Any:
     return component
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's map: printable Latin-1 characters are their own byte, the other bytes U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
 class _Decoder:
     """Bytes of a token's text, by the decoder that tokenizer.json names, as the library decodes."""
 
@@ -174,7 +206,7 @@ class _Decoder:
         if unknown or not kinds:
             name = ", ".join(map(str, sorted(unknown, key=str))) or "none"
             raise TokenizerError(f"the model's tokenizer.json has a decoder that is not supported: {name}")
-        self._bytes = _byte_of_character() if "ByteLevel" in kinds else None
+        self._bytes = byte_characters() if "ByteLevel" in kinds else None
         self._fallback = "ByteFallback" in kinds
         self._metaspace = [
             (s["replacement"], s.get("prepend_scheme", "always") != "never")

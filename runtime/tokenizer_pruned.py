@@ -1,0 +1,106 @@
+"""The ids of one short text from byte-level BPE, without building the whole tokenizer.
+
+Building it takes most of the time to a first token: every merge of the vocabulary is looked up and stored.
+But a token can come out of a text only if its own text is in there, so a tokenizer with just these tokens,
+and the merges that make them, gives the same ids. For a short prompt that is a few hundred of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+LONGEST = 2000
+"""Characters of a text for which this is still faster."""
+
+_KEPT_APART = "\0"  # no character of a byte-level token
+
+
+class PrunedBpe:
+    """Byte-level BPE of a parsed tokenizer.json, cut down for each text. `build` makes a tokenizer of JSON."""
+
+    def __init__(self, spec: dict[str, Any], build: Callable[[bytes], Any]) -> None:
+        self._head, self._model, self._build = spec, spec["model"], build
+        self._vocab: dict[str, int] = self._model["vocab"]
+        self._added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        alphabet = byte_characters()
+        self._characters = self._tokenizer({c: i for i, c in enumerate(alphabet)}, [], unk_token=None)
+
+    def ids(self, text: str) -> list[int]:
+        tokens = self._within(text)
+        unknown = self._model.get("unk_token")
+        if unknown is not None and unknown in self._vocab:
+            tokens.add(unknown)
+        numbered = {token: i for i, token in enumerate(tokens)}
+        small = self._tokenizer(numbered, self._merges(tokens))
+        original = {i: self._vocab[token] for token, i in numbered.items()}
+        original |= {small.token_to_id(token): i for token, i in self._added.items()}
+        return [original[i] for i in small.encode(text, add_special_tokens=False).ids]
+
+    def _within(self, text: str) -> set[str]:
+        """The tokens whose text occurs in `text`, as it is when normalised and cut into words."""
+        encoding = self._characters.encode(text, add_special_tokens=False)
+        added = self._added
+        mapped = "".join(_KEPT_APART if token in added else token for token in encoding.tokens)
+        return {token for token in self._vocab if token in mapped}
+
+    def _merges(self, tokens: set[str]) -> list[Any]:
+        """The merges that make one of these tokens out of two others, in their order."""
+        merges = self._model["merges"]
+        if merges and not isinstance(merges[0], str):
+            return [m for m in merges if m[0] + m[1] in tokens and m[0] in tokens and m[1] in tokens]
+        wanted = {
+            f"{token[:i]} {token[i:]}"
+            for token in tokens
+            for i in range(1, len(token))
+            if token[:i] in tokens and token[i:] in tokens
+        }
+        return [merge for merge in merges if merge in wanted]
+
+    def _tokenizer(self, vocab: dict[str, int], merges: list[Any], **changed: Any) -> Any:
+        model = {**self._model, "vocab": vocab, "merges": merges, **changed}
+        return self._build(json.dumps({**self._head, "model": model}, ensure_ascii=False).encode("utf-8"))
+
+
+def read_prunable(data: bytes) -> dict[str, Any] | None:
+    """The parsed tokenizer.json if `PrunedBpe` can take it, else None; ValueError if it is no JSON."""
+    # The vocabulary comes last and is most of the file: other kinds need not be parsed for this.
+    if b"ByteLevel" not in data[: max(data.find(b'"vocab"'), 0)]:
+        return None
+    spec = json.loads(data)
+    return spec if _is_prunable(spec) else None
+
+
+def _is_prunable(spec: Any) -> bool:
+    try:
+        model, vocab = spec["model"], spec["model"]["vocab"]
+        steps = spec["pre_tokenizer"].get("pretokenizers") or [spec["pre_tokenizer"]]
+        kinds = [step["type"] for step in steps]
+        merges, n = model["merges"], len(vocab)
+        for token in spec.get("added_tokens") or []:
+            # The library numbers added tokens itself, from the end of the vocabulary on.
+            if token["id"] != vocab.get(token["content"], n):
+                return False
+            n += token["content"] not in vocab
+        return (
+            model.get("type") == "BPE"
+            and not any(model.get(key) for key in ("dropout", "byte_fallback"))
+            and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+            and all(type(i) is int for i in vocab.values())
+            and len(set(vocab.values())) == len(vocab)
+            and isinstance(merges, list)
+            # Words are in the alphabet of bytes when the last step is done, and no step drops any text.
+            and kinds[-1] == "ByteLevel"
+            and set(kinds) <= {"ByteLevel", "Split", "Digits"}
+            and spec["decoder"]["type"] == "ByteLevel"
+        )
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return False
+
+
+def byte_characters() -> dict[str, int]:
+    """GPT-2's map: printable Latin-1 characters are their own byte, the other bytes U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
