@@ -62,12 +62,12 @@ class JsonBackend(_Backend):
         except ValueError as error:
             raise TokenizerError(f"the model's tokenizer.json cannot be used: {error}") from None
         self._pruned = PrunedBpe(spec, self._build) if spec else None
-        self._texts: dict[int, str] | None = None
+        self._texts: list[str] | None = None
         if spec:
-            vocab: dict[str, int] = spec["model"]["vocab"]
             added = {t["id"]: SimpleNamespace(**t) for t in spec.get("added_tokens") or []}
-            self._texts = dict(zip(vocab.values(), vocab)) | {i: t.content for i, t in added.items()}
-            self._describe(added, max(self._texts, default=-1) + 1, spec)
+            vocab = spec["model"]["vocab"]
+            self._texts = [*vocab, *(t.content for t in added.values() if t.content not in vocab)]
+            self._describe(added, len(self._texts), spec)
         else:
             main = self._main
             parts = {part: _state(getattr(main, part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
@@ -152,7 +152,10 @@ class JsonBackend(_Backend):
 
     def piece(self, token: int, first: bool) -> bytes:
         texts = self._texts
-        text = self._main.id_to_token(token) if texts is None else texts.get(token)
+        if texts is None:
+            text = self._main.id_to_token(token)
+        else:
+            text = texts[token] if token < len(texts) else None
         return b"" if text is None else self._decoder.piece(text, first)
 
 

@@ -24,7 +24,8 @@ class PrunedBpe:
         self._head, self._model, self._build = spec, spec["model"], build
         self._vocab: dict[str, int] = self._model["vocab"]
         self._added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        alphabet = byte_characters()
+        # What the vocabulary has no character for is dropped, and its neighbours meet.
+        alphabet = [c for c in byte_characters() if c in self._vocab]
         self._characters = self._tokenizer({c: i for i, c in enumerate(alphabet)}, [], unk_token=None)
 
     def ids(self, text: str) -> list[int]:
@@ -87,8 +88,8 @@ def _is_prunable(spec: Any) -> bool:
             model.get("type") == "BPE"
             and not any(model.get(key) for key in ("dropout", "byte_fallback"))
             and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
-            and all(type(i) is int for i in vocab.values())
-            and len(set(vocab.values())) == len(vocab)
+            # Numbered in order, as the library writes it, so that the tokens are a list.
+            and list(vocab.values()) == list(range(len(vocab)))
             and isinstance(merges, list)
             # Words are in the alphabet of bytes when the last step is done, and no step drops any text.
             and kinds[-1] == "ByteLevel"
