@@ -6,6 +6,7 @@ Python. They are written for the environment of the transformers library, so tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ class ChatTemplate:
     def __init__(
         self, source: str, tokens: Mapping[str, str] | None = None, special: SpecialTokens | None = None
     ) -> None:
+        self.can_think_or_not = re.search(r"\benable_thinking\b", source) is not None
+        """Whether the template has the variable that models with thinking are told by not to think."""
         self._tokens = dict(tokens or {})
         self._special = special
         try:
@@ -55,7 +58,12 @@ class ChatTemplate:
         return self._special.escape(text) if self._special else text
 
     def _message(self, message: Message) -> dict[str, Any]:
-        return {key: self._value(value, edges=key not in ("role", "type")) for key, value in message.items()}
+        # Templates test whether a key is there; None would be written as text.
+        return {
+            key: self._value(value, edges=key not in ("role", "type"))
+            for key, value in message.items()
+            if value is not None
+        }
 
     def _value(self, value: Any, edges: bool = True) -> Any:
         if isinstance(value, str):

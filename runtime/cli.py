@@ -20,6 +20,7 @@ from kvrun.version import __version__
 if TYPE_CHECKING:
     from kvrun.model import Model
     from kvrun.session import Session
+    from kvrun.text import Thinking
 
 COMMANDS = {
     "bench": "kvrun.bench",
@@ -164,6 +165,7 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
     add("--system", **text, help="system message that the conversation begins with")
     add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
+    add("--no-think", action="store_true", help="tell the model to answer without thinking, if its template can")
     add("--precise", action="store_true", help="read it as precisely as the answer is made; about half as fast")
     add("--session", **file, help="go on from the session in this file if it is there; save it there at the end")
 
@@ -209,6 +211,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(_joined(arguments))
     if args.prompt is not None and args.file is not None:
         parser.error("-p and -f: only one of them can be the prompt")
+    if args.no_think and args.raw:
+        parser.error("--no-think needs the chat template that --raw leaves out")
     if args.system is not None and args.raw:
         parser.error("--system needs the chat template that --raw leaves out")
     return args
@@ -348,6 +352,10 @@ class Answers:
         self._system = None if args.system is None else argument_text(args.system, "the system message")
         if self._system is not None and self.plain:
             raise OptionError("--system: the model has no chat template")
+        if args.no_think and self.plain:
+            raise OptionError("--no-think: the model has no chat template")
+        if args.no_think and not session.model.chat.can_think_or_not:
+            raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
         self._options: dict[str, Any] = {
             name: getattr(args, name)
             for name in (
@@ -362,6 +370,7 @@ class Answers:
                 "raw",
             )
         }
+        self._options["think"] = not args.no_think
         self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop]
         self._out = _Output(sys.stdout)
 
@@ -373,6 +382,8 @@ class Answers:
         stream, complete = None, False
         try:
             stream = self.session.stream(turn, **self._options)
+            if not self.plain:
+                self._out.expect_thinking(self.session.answer_begins_thinking)
             for piece in stream:
                 self._out.write(piece)
             complete = True
@@ -402,7 +413,8 @@ def _rate(tokens: int, speed: float) -> str:
 
 
 class _Output:
-    """Text to a stream at once. A terminal gets no control characters that a model may have written."""
+    """Text to a stream at once. A terminal gets no control characters that a model may have written, and its
+    thinking dimmed."""
 
     _visible = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(
         range(0x7F, 0xA0), 0xFFFD
@@ -412,14 +424,31 @@ class _Output:
         self._stream = stream
         self._terminal = stream.isatty()
         self._at_line_start = True
+        self._thinking: Thinking | None = None
         if hasattr(stream, "reconfigure"):  # a locale that lacks a character must not end the answer
             stream.reconfigure(errors="replace")
 
+    def expect_thinking(self, begun: bool) -> None:
+        """The answer that comes may begin with thinking; `begun`: it goes on with it."""
+        if self._terminal and os.environ.get("TERM") != "dumb":
+            from kvrun.text import Thinking
+
+            self._thinking = Thinking(begun)
+
     def write(self, text: str) -> None:
-        self._stream.write(text.translate(self._visible) if self._terminal else text)
+        self._show(self._thinking.push(text) if self._thinking else [(text, False)])
+
+    def _show(self, parts: list[tuple[str, bool]]) -> None:
+        for text, dim in parts:
+            shown = text.translate(self._visible) if self._terminal else text
+            # Each part ends as it began, so that nothing is left dimmed whenever it ends.
+            self._stream.write(f"\x1b[2m{shown}\x1b[22m" if dim else shown)
+            self._at_line_start = text.endswith("\n")
         self._stream.flush()
-        self._at_line_start = text.endswith("\n")
 
     def end(self) -> None:
+        if self._thinking:
+            self._show(self._thinking.finish())
+            self._thinking = None
         if not self._at_line_start:
             self.write("\n")

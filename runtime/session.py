@@ -17,7 +17,7 @@ import numpy as np
 from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
 from kvrun.options import CacheOptions, Sampling, integer
-from kvrun.text import StopStrings
+from kvrun.text import StopStrings, opens_thinking
 
 if TYPE_CHECKING:
     from kvrun.model import Model
@@ -58,7 +58,8 @@ class _Turn:
 class Session:
     """One text with a cache of its own; `Model.session` makes one. Not for several threads at a time.
 
-    `messages` is the conversation so far, as the chat template gets it; `stats` describes the latest answer.
+    `messages` is the conversation so far, as the chat template gets it; `stats` describes the latest answer,
+    and `answer_begins_thinking` says whether the template has opened its <think> already.
     """
 
     def __init__(self, model: Model, **cache: Any) -> None:
@@ -82,6 +83,7 @@ class Session:
             ) from None
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
+        self.answer_begins_thinking = False
         self._running: Iterator[str] | None = None
         self._clear()
 
@@ -224,6 +226,7 @@ class Session:
         stop: str | Iterable[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
+        think: bool = True,
     ) -> Iterator[str]:
         """Feed a prompt and yield the answer in pieces of whole characters.
 
@@ -232,7 +235,8 @@ class Session:
         ({"role": .., "content": ..}) is a whole conversation, in place of the one so far (what both begin
         with is kept and not fed again); a list of token ids is fed as it is. `max_tokens`: -1 for no limit,
         0 to feed only. The answer ends at the model's stop tokens unless `ignore_eos`, and before any of the
-        strings `stop`. Sampling options that are None are the model's defaults; `temperature` 0 takes the
+        strings `stop`. Without `think` the template is told to leave the model's thinking out, which only some
+        templates know (OptionError for others). Sampling options that are None are the model's defaults; `temperature` 0 takes the
         likeliest token; `seed` None is random.
 
         Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
@@ -250,7 +254,8 @@ class Session:
         limit = integer("max_tokens", max_tokens, low=-1)
         stops = StopStrings(stop)
         self._end_running()
-        turn = self._turn(prompt, raw)
+        turn = self._turn(prompt, raw, think)
+        self.answer_begins_thinking = turn.text is not None and opens_thinking(turn.text)
         if limit:
             self.model.tokenizer  # a model without one should say so now
         stop_ids = frozenset() if ignore_eos else self.model.stop_ids
@@ -259,13 +264,13 @@ class Session:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def _turn(self, prompt: str | Sequence[Any], raw: bool) -> _Turn:
+    def _turn(self, prompt: str | Sequence[Any], raw: bool, think: bool) -> _Turn:
         if isinstance(prompt, str):
             if raw or self.model.chat is None:
                 return self._plain_turn(prompt)
             if not prompt.strip():
                 raise OptionError("the prompt is empty")
-            return self._chat_turn([*self.messages, {"role": "user", "content": prompt}])
+            return self._chat_turn([*self.messages, {"role": "user", "content": prompt}], think)
         if not isinstance(prompt, (list, tuple, np.ndarray)):
             raise OptionError(f"a prompt must be text, messages or token ids, not {type(prompt).__name__}")
         if len(prompt) and isinstance(prompt[0], Mapping):
@@ -273,7 +278,7 @@ class Session:
 
             if self.model.chat is None:
                 raise OptionError("the model has no chat template: give the prompt as text, not as messages")
-            return self._chat_turn(check_messages(prompt))
+            return self._chat_turn(check_messages(prompt), think)
         ids = [integer("token id", i, low=0, high=self.model.vocab_size - 1) for i in prompt]
         return self._something(_Turn(ids, fresh=False))
 
@@ -287,8 +292,10 @@ class Session:
             raise OptionError("the prompt is empty")
         return turn
 
-    def _chat_turn(self, messages: list[dict[str, Any]]) -> _Turn:
-        text = self.model.chat.render(messages)
+    def _chat_turn(self, messages: list[dict[str, Any]], think: bool) -> _Turn:
+        if not think and not self.model.chat.can_think_or_not:
+            raise OptionError("think: the model's chat template has no switch for thinking (enable_thinking)")
+        text = self.model.chat.render(messages, **({} if think else {"enable_thinking": False}))
         known = self._text
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)

@@ -96,3 +96,54 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:n]):
             return n
     return 0
+
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered conversation ends inside the thinking that the answer goes on with."""
+    return prompt.rstrip().endswith(_OPEN)
+
+
+class Thinking:
+    """Tells the thinking at the beginning of an answer, <think>...</think>, from the answer itself.
+
+    Marks belong to the thinking. `inside`: the prompt has opened it. What may be part of a mark is held back.
+    """
+
+    def __init__(self, inside: bool = False) -> None:
+        self._mark: str | None = _CLOSE if inside else _OPEN  # what would change the state; None: nothing
+        self._held = ""
+
+    def push(self, piece: str) -> list[tuple[str, bool]]:
+        """The text that may be shown now, in parts: (text, whether it is thinking)."""
+        text, self._held = self._held + piece, ""
+        parts: list[tuple[str, bool]] = []
+        if self._mark == _OPEN:
+            start = text.lstrip()
+            if start.startswith(_OPEN):
+                end = len(text) - len(start) + len(_OPEN)
+                parts.append((text[:end], True))
+                text, self._mark = text[end:], _CLOSE
+            elif _OPEN.startswith(start):
+                self._held = text
+                return []
+            else:
+                self._mark = None
+        if self._mark == _CLOSE:
+            before, mark, text = text.partition(_CLOSE)
+            if mark:
+                self._mark = None
+                parts.append((before + mark, True))
+            else:
+                keep = _overlap(before, _CLOSE)
+                self._held = before[len(before) - keep :]
+                parts.append((before[: len(before) - keep], True))
+        parts.append((text, False))
+        return [part for part in parts if part[0]]
+
+    def finish(self) -> list[tuple[str, bool]]:
+        """What was held back at the end."""
+        held, self._held = self._held, ""
+        return [(held, self._mark == _CLOSE)] if held else []
