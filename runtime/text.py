@@ -23,15 +23,20 @@ class StreamDecoder:
     """Token ids in, text out as soon as it is certain.
 
     `piece(token, first)` gives a token's bytes, None for a token that is not shown; `first` is true until
-    one is shown. A character split over tokens is held back until it is complete; bytes that can no longer
+    one is shown, and with `trim` until one has bytes. A character split over tokens is held back until it is complete; bytes that can no longer
     become a character turn into U+FFFD at once. Up to `strip` spaces are dropped at the start of the text.
     """
 
     def __init__(
-        self, piece: Callable[[int, bool], bytes | None], strip: int = 0, errors: str = "replace"
+        self,
+        piece: Callable[[int, bool], bytes | None],
+        strip: int = 0,
+        errors: str = "replace",
+        trim: bool = False,
     ) -> None:
         self._piece = piece
         self._strip = strip
+        self._trim = trim
         self._first = True
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
@@ -40,7 +45,7 @@ class StreamDecoder:
         data = self._piece(token, self._first)
         if data is None:
             return ""
-        self._first = False
+        self._first = self._first and self._trim and not data
         return self._stripped(self._decoder.decode(data))
 
     def finish(self) -> str:
@@ -122,13 +127,13 @@ class Thinking:
         parts: list[tuple[str, bool]] = []
         if self._mark == _OPEN:
             start = text.lstrip()
-            if start.startswith(_OPEN):
-                end = len(text) - len(start) + len(_OPEN)
-                parts.append((text[:end], True))
-                text, self._mark = text[end:], _CLOSE
-            elif _OPEN.startswith(start):
-                self._held = text
-                return []
+            parts.append((text[: len(text) - len(start)], False))
+            text = start
+            if text.startswith(_OPEN):
+                parts.append((_OPEN, True))
+                text, self._mark = text[len(_OPEN) :], _CLOSE
+            elif _OPEN.startswith(text):
+                text, self._held = "", text
             else:
                 self._mark = None
         if self._mark == _CLOSE:

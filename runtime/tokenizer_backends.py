@@ -33,6 +33,7 @@ class _Backend:
     dummy_space: bool
     strip = 0
     errors = "replace"
+    trim = False
 
     def piece(self, token: int, first: bool) -> bytes:
         raise NotImplementedError
@@ -43,7 +44,7 @@ class _Backend:
         def piece(token: int, first: bool) -> bytes | None:
             return None if check(token) in hidden else self.piece(token, first and start)
 
-        return StreamDecoder(piece, self.strip if start else 0, self.errors)
+        return StreamDecoder(piece, self.strip if start else 0, self.errors, self.trim)
 
 
 # --- tokenizer.json -------------------------------------------------------------------------------
@@ -286,6 +287,7 @@ class SentencePieceBackend(_Backend):
         self._texts = {i: text.encode("utf-8") for text, i in (special | added).items()}
         self.dummy_space = self._model.normalize("a") != "a"
         self._drops_dummy = self._model.decode_pieces([_SPACE + "a"]) == "a"
+        self.trim = self._model.decode_pieces([_SPACE, _SPACE + "a"]) == "a"
         self._prefix_inside = bool(info.get("legacy", True))
 
     @cached_property

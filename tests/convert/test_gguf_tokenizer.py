@@ -77,6 +77,7 @@ TEXT = "Hello  we'll WE'LL x1234\n\n 5½ ok!!\n"
             "llama-bpe",
             ["Hello", " ", " we", "'ll", " WE", "'LL", " x", "123", "4", "\n\n", " ", "5½", " ok", "!!\n"],
         ),
+        ("tekken", ["Hello", " ", " we", "'ll", " WE", "'LL", " x", *"1234", "\n\n", " ", "5", "½", " ok", "!!\n"]),
         (
             "qwen2",
             [
@@ -200,9 +201,10 @@ def test_template_sampling_and_ids(tmp_path):
     [
         (
             {"pre": "chatglm-bpe"},
-            r"not supported yet: pre-tokenizer 'chatglm-bpe' \(supported: default, gpt-2, smollm",
+            r"not supported yet: pre-tokenizer 'chatglm-bpe' \(supported: default, gpt-2, .*smollm",
         ),
-        ({"model": "llama"}, "not supported yet: tokenizer 'llama'"),
+        ({"model": "rwkv"}, r"not supported yet: tokenizer 'rwkv' \(supported: gpt2, llama, t5\)"),
+        ({"model": "llama"}, "scores: missing"),
         ({"model": None}, "has no tokenizer"),
         ({"merges": None}, "merges"),
         ({"merges": ["ab"]}, "merges"),

@@ -443,6 +443,7 @@ def test_sentencepiece(tmp_path):
     )
     folder = hf_folder(tmp_path / "hf", tokenizer=False)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
+    piece = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).id_to_piece(3)
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -450,7 +451,11 @@ def test_sentencepiece(tmp_path):
             "bos_token": "<s>",
             "eos_token": "<|im_end|>",
             "legacy": False,
-            "added_tokens_decoder": {"39": {"content": "<|im_end|>", "special": True}},
+            "added_tokens_decoder": {
+                "3": {"content": piece, "special": False},
+                "39": {"content": "<|im_end|>", "special": True, "rstrip": True},
+                "40": {"content": "<tool>", "special": False, "lstrip": True},
+            },
         },
     )
     vocabulary = open_checkpoint(str(folder)).vocabulary
@@ -461,6 +466,7 @@ def test_sentencepiece(tmp_path):
         True,
         False,
         False,
-        {"<|im_end|>": 39},
+        {"<|im_end|>": 39, "<tool>": 40},
     )
+    assert (info["visible"], info["lstrip"], info["rstrip"]) == ([40], [40], [39])
     assert 39 in open_checkpoint(str(folder)).stop_ids

@@ -1,5 +1,6 @@
 """The command: answers, chat, exit status, and one line for everything that goes wrong."""
 
+import io
 import os
 import pty
 import re
@@ -396,6 +397,32 @@ class Terminal:
             except OSError:
                 break
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_thinking_is_dimmed_on_a_terminal():
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(stream, begun, *pieces):
+        out = cli._Output(stream)
+        out.expect_thinking(begun)
+        for piece in pieces:
+            out.write(piece)
+        out.end()
+        return stream.getvalue()
+
+    dim = "\x1b[2m{}\x1b[22m".format
+    assert shown(Screen(), False, "<think>a\x1b", "</think>b") == dim("<think>") + dim("a␛") + dim("</think>") + "b\n"
+    assert shown(Screen(), True, "a</th", "ink>b\n") == dim("a") + dim("</think>") + "b\n"
+    assert shown(Screen(), False, "<think") == "<think\n"
+    assert shown(io.StringIO(), False, "<think>a</think>b") == "<think>a</think>b\n"
+
+
+def test_no_think(model, plain, capsys):
+    refused(called(capsys, model, "-p", "a", "--no-think"), "--no-think", "enable_thinking")
+    refused(called(capsys, plain, "-p", "a", "--no-think"), "--no-think", "no chat template")
+    assert called(capsys, model, "-p", "a", "--no-think", "--raw")[0] == 2
 
 
 def test_chat_on_a_terminal(model):

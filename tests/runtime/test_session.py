@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import END, FakeCache, FakeModel
+from fakes import CHATML, END, FakeCache, FakeModel
 
 from kvrun import session as session_module
 from kvrun._core.sampler import Sampler as CoreSampler
@@ -494,3 +494,41 @@ def test_a_template_that_refuses():
     assert session.messages == []
     model.says("a")
     assert text(session.stream("q", raw=True)) == "a"
+
+
+# --- thinking -------------------------------------------------------------------------------------
+
+THINKS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]").replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}",
+)
+
+
+def test_thinking_is_left_out_of_later_turns_as_the_template_does():
+    model = FakeModel(THINKS)
+    model.says("<think>hm</think>yes", "no")
+    session = model.session()
+    assert text(session.stream("a?")) == "<think>hm</think>yes"
+    assert "<think>hm</think>yes" in model.fed
+    text(session.stream("b?"))
+    assert "hm" not in model.fed and "yes<|im_end|>" in model.fed
+    assert session.messages[1] == {"role": "assistant", "content": "<think>hm</think>yes"}
+
+
+def test_no_thinking_where_the_template_knows_how():
+    model = FakeModel(THINKS)
+    model.says("yes", "yes")
+    session = model.session()
+    text(session.stream("a?", think=False))
+    assert model.fed.endswith("assistant\n<think></think>yes")
+    with pytest.raises(OptionError, match="think: .* no switch"):
+        FakeModel().session().stream("a?", think=False)
+
+
+def test_a_template_may_begin_the_thinking():
+    model = FakeModel(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
+    session = model.session()
+    session.stream("a?")
+    assert session.answer_begins_thinking
+    session.stream("a?", raw=True)
+    assert not session.answer_begins_thinking

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrun.errors import OptionError
-from kvrun.text import StopStrings
+from kvrun.text import StopStrings, Thinking, opens_thinking
 
 
 def run(stops, pieces):
@@ -59,3 +59,65 @@ def test_text_is_not_held_back_longer_than_needed():
 def test_stop_strings_that_are_none(stops):
     with pytest.raises(OptionError):
         StopStrings(stops)
+
+
+# --- thinking -------------------------------------------------------------------------------------
+
+
+def split(pieces, inside=False):
+    """(thinking, answer)"""
+    thinking = Thinking(inside)
+    parts = [part for piece in pieces for part in thinking.push(piece)] + thinking.finish()
+    assert "".join(text for text, _ in parts) == "".join(pieces)
+    dims = [dim for text, dim in parts if text.strip()]
+    assert dims == sorted(dims, reverse=True), "thinking comes before the answer"
+    return tuple("".join(text for text, dim in parts if dim == kind) for kind in (True, False))
+
+
+THOUGHTS = [
+    ("<think>a</think>b", False, ("<think>a</think>", "b")),
+    ("\n <think>a < b\n</think>\n\nb <think>c</think>", False, ("<think>a < b\n</think>", "\n \n\nb <think>c</think>")),
+    ("a <think>b</think>", False, ("", "a <think>b</think>")),
+    ("a</think>b", True, ("a</think>", "b")),
+    ("<think>never ends </thin", False, ("<think>never ends </thin", "")),
+    ("<thin", False, ("", "<thin")),
+    ("<thinking>", False, ("", "<thinking>")),
+    ("</th</think>x", True, ("</th</think>", "x")),
+    ("", False, ("", "")),
+]
+
+
+@pytest.mark.parametrize("text, inside, expected", THOUGHTS)
+def test_thinking_is_told_apart_wherever_the_pieces_are_cut(text, inside, expected):
+    assert split([text], inside) == split(list(text), inside) == expected
+    for cut in range(len(text)):
+        assert split([text[:cut], text[cut:]], inside) == expected
+
+
+def test_white_space_is_not_held_back():
+    thinking = Thinking()
+    assert [thinking.push(p) for p in ("\n", " <", "b", "<think>")] == [
+        [("\n", False)],
+        [(" ", False)],
+        [("<b", False)],
+        [("<think>", False)],
+    ]
+
+
+def test_thinking_is_shown_as_it_comes():
+    thinking = Thinking()
+    assert [thinking.push(p) for p in ("<th", "ink>", "a", "b<", "c", "</think", ">", "d")] == [
+        [],
+        [("<think>", True)],
+        [("a", True)],
+        [("b", True)],
+        [("<c", True)],
+        [],
+        [("</think>", True)],
+        [("d", False)],
+    ]
+
+
+def test_a_prompt_may_have_opened_the_thinking():
+    assert opens_thinking("<|im_start|>assistant\n<think>\n")
+    assert not opens_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n")

@@ -451,3 +451,27 @@ def test_shared_between_threads():
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda n: ours.encode(text, parse_special=n % 2 == 0), range(200)))
     assert all(r == results[n % 2] for n, r in enumerate(results))
+
+
+def test_added_tokens_of_sentencepiece_that_are_shown_or_take_white_space():
+    data = small_sentencepiece()
+    info = {
+        "kind": "tokenizer.model",
+        "bos_id": 1,
+        "added_tokens": {"<tool>": 340, "<|user|>": 341, "<mask>": 342},
+        "visible": [340],
+        "rstrip": [341],
+        "lstrip": [342],
+    }
+    ours = Tokenizer(info, data)
+    a, b = ours.encode("a"), ours.encode("b")
+    assert ours.encode("<|user|>\n a  <mask>b") == [341, *a, 342, *b]
+    # Found in ordinary text too, and shown; its neighbours are texts of their own.
+    for parse in (True, False):
+        assert ours.encode("a<tool>b\ufdd0<tool>", parse_special=parse)[: len(a) + 1] == [*a, 340]
+    assert ours.encode("<tool>b", parse_special=False) == [340, *b]
+    stream = ours.stream(skip_special=True)
+    assert "".join(map(stream.push, [340, 341, *a])) + stream.finish() == "<tool> a"
+    assert not ours.is_special(340) and ours.is_special(341)
+    with pytest.raises(TokenizerError, match="rstrip"):
+        Tokenizer(info | {"rstrip": ["x"]}, data)

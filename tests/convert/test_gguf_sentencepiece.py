@@ -1,0 +1,204 @@
+"""SentencePiece tokenizers rebuilt from GGUF metadata: the same ids as the model they were taken from."""
+
+import io
+import struct
+
+import pytest
+import sentencepiece
+from strings import varied_strings
+
+from kvrun.convert.fields import Fields
+from kvrun.convert.gguf_tokenizer import read_tokenizer
+from kvrun.errors import ConvertError
+from kvrun.tokenizer import Tokenizer
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog, again and again. It isn't over; they've 1234 more.",
+    "def f(x):  return x  # naïve café — quoted 你好，世界 שלום мир über straße",
+] * 4
+
+
+def trained(kind="bpe", normalization="identity", **options):
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_writer=out,
+        vocab_size=370 if kind == "bpe" else 320,
+        model_type=kind,
+        byte_fallback=True,
+        normalization_rule_name=normalization,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+        **{"remove_extra_whitespaces": False, **options},
+    )
+    return out.getvalue()
+
+
+def kind_of(model, i):
+    flags = (model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6)
+    return next((number for is_it, number in flags if is_it(i)), 1)
+
+
+def metadata(data, user_defined=(), **more):
+    """What a GGUF file says of this model."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    n = model.get_piece_size()
+    pieces = [model.id_to_piece(i) for i in range(n)]
+    values = {
+        "model": "llama",
+        # GGUF has spaces in these where SentencePiece has its own sign.
+        "tokens": [p.replace("\u2581", " ") if p in user_defined else p for p in pieces],
+        "scores": [model.get_score(i) for i in range(n)],
+        "token_type": [4 if pieces[i] in user_defined else kind_of(model, i) for i in range(n)],
+        "unknown_token_id": model.unk_id(),
+        "bos_token_id": model.bos_id(),
+        "eos_token_id": model.eos_id(),
+        **more,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+
+
+def rebuilt(values):
+    vocabulary = read_tokenizer(Fields(values, "m.gguf"))
+    n = len(values["tokenizer.ggml.tokens"])
+    return Tokenizer(vocabulary.model_entry(n), vocabulary.data, n, vocabulary.stops())
+
+
+USER = ["\u2581\u2581", "\u2581\u2581\u2581", "\n\n", "<b>", "</b>"]
+CASES = {
+    "llama": ({}, (), {}),
+    "gemma": (
+        {"add_dummy_prefix": False, "user_defined_symbols": USER},
+        USER,
+        {"add_space_prefix": False},
+    ),
+    "unigram": (
+        {"kind": "unigram", "normalization": "nmt_nfkc", "remove_extra_whitespaces": True},
+        (),
+        {"model": "t5", "remove_extra_whitespaces": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request):
+    options, user_defined, more = CASES[request.param]
+    data = trained(**options)
+    if request.param == "unigram":
+        more = more | {"precompiled_charsmap": list(charsmap(data))}
+    library = sentencepiece.SentencePieceProcessor(model_proto=data)
+    return library, rebuilt(metadata(data, user_defined, **more))
+
+
+def charsmap(data):
+    """Field 2 of normalizer_spec, which is field 3 of the model."""
+    return fields(fields(data)[3])[2]
+
+
+def fields(data):
+    """Fields of a Protocol Buffers message, the last of each number."""
+    found, at = {}, 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80:
+                return value
+
+    while at < len(data):
+        number, wire = divmod(varint(), 8)
+        if wire == 2:
+            size = varint()
+            found[number], at = data[at : at + size], at + size
+        elif wire == 5:
+            found[number], at = struct.unpack_from("<f", data, at)[0], at + 4
+        else:
+            found[number] = varint()
+    return found
+
+
+def test_ids_of_varied_strings(pair):
+    library, ours = pair
+    texts = varied_strings(1500, seed=31, special=False) + ["a  b   c", "\n\n\n<b>x</b> ", "<b></b>\n\n  "]
+    for text in texts:
+        expected = library.encode(text)
+        assert ours.encode(text, add_special=False, parse_special=False) == expected, repr(text)
+        assert ours.decode(expected) == library.decode(expected), repr(text)
+
+
+def test_the_model_says_the_same_of_itself(pair):
+    library, ours = pair
+    other = ours._backend._model
+    names = ("unk_id", "bos_id", "eos_id", "pad_id", "get_piece_size")
+    assert [getattr(other, n)() for n in names] == [getattr(library, n)() for n in names]
+    assert [other.id_to_piece(i) for i in range(ours.vocab_size)] == [
+        library.id_to_piece(i) for i in range(ours.vocab_size)
+    ]
+
+
+def test_bos_and_special_tokens():
+    values = metadata(trained(), bos_token_id=1)
+    assert rebuilt(values).encode("a")[0] == 1
+    assert rebuilt(values | {"tokenizer.ggml.add_bos_token": False}).encode("a")[0] != 1
+    ours = rebuilt(values)
+    ids = ours.encode("<s>a</s>", add_special=False)
+    assert (ids[0], ids[-1]) == (1, 2) and len(ids) > 2
+    assert 2 not in ours.encode("a</s>", parse_special=False)
+    assert ours.stream().push(2) == ""
+
+
+def test_tokens_without_a_text_of_their_own_keep_their_ids():
+    values = metadata(trained())
+    tokens = values["tokenizer.ggml.tokens"]
+    n = len(tokens)
+    values["tokenizer.ggml.tokens"] = [*tokens, "", tokens[300], "<|x|>"]
+    values["tokenizer.ggml.token_type"] += [1, 1, 3]
+    values["tokenizer.ggml.scores"] += [0.0, 0.0, 0.0]
+    ours, library = rebuilt(values), sentencepiece.SentencePieceProcessor(model_proto=trained())
+    assert ours.encode("<|x|>", add_special=False) == [n + 2]
+    for text in varied_strings(200, seed=32, special=False):
+        assert ours.encode(text, parse_special=False)[1:] == library.encode(text)
+
+
+def test_white_space_after_the_tokens_of_phi3():
+    values = metadata(trained())
+    values["tokenizer.ggml.tokens"] += ["<|user|>", "<|endoftext|>"]
+    values["tokenizer.ggml.token_type"] += [3, 3]
+    values["tokenizer.ggml.scores"] += [0.0, 0.0]
+    n = len(values["tokenizer.ggml.tokens"])
+    phi = rebuilt(values | {"general.architecture": "phi3"})
+    a = phi.encode("a", add_special=False)
+    assert phi.encode("<|user|>\n \na", add_special=False) == [n - 2, *a]
+    assert phi.encode("<|endoftext|>\na", add_special=False) != [n - 1, *a]
+    assert rebuilt(values).encode("<|user|>\na", add_special=False) != [n - 2, *a]
+
+
+BASE = metadata(trained())
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"scores": None}, "scores: missing"),
+        ({"scores": [0.0]}, "scores: missing, or not one number"),
+        ({"scores": ["x"] * len(BASE["tokenizer.ggml.tokens"])}, "scores"),
+        ({"token_type": [9] * len(BASE["tokenizer.ggml.tokens"])}, "token_type: not all are from 1 to 6"),
+        ({"token_type": [1] * len(BASE["tokenizer.ggml.tokens"]), "unknown_token_id": None}, "unknown_token_id"),
+        ({"tokens": ["<0x00"] + BASE["tokenizer.ggml.tokens"][1:4] + ["x"] + BASE["tokenizer.ggml.tokens"][5:]},
+         "tokens: 255 of the 256 byte tokens"),
+        ({"precompiled_charsmap": ["a"]}, "precompiled_charsmap"),
+        ({"add_space_prefix": 3}, "add_space_prefix"),
+        ({"tokens": ["\ud800"] + BASE["tokenizer.ggml.tokens"][1:]}, "tokens: not valid UTF-8"),
+    ],
+)
+def test_what_is_refused(changes, says):
+    values = dict(BASE)
+    for key, value in changes.items():
+        values[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(ConvertError, match=says) as caught:
+        read_tokenizer(Fields(values, "m.gguf"))
+    assert "tokenizer.ggml." in str(caught.value) and "\n" not in str(caught.value)
