@@ -286,8 +286,12 @@ class SentencePieceBackend(_Backend):
         self._visible = SpecialTokens({text: i for text, i in added.items() if i in shown}, *strips)
         self._texts = {i: text.encode("utf-8") for text, i in (special | added).items()}
         self.dummy_space = self._model.normalize("a") != "a"
-        self._drops_dummy = self._model.decode_pieces([_SPACE + "a"]) == "a"
-        self.trim = self._model.decode_pieces([_SPACE, _SPACE + "a"]) == "a"
+        # What it does with spaces at the start of a text: drop one, or all that are tokens of their own.
+        pieces = map(self._model.id_to_piece, range(size))
+        i, piece = next(((i, p) for i, p in enumerate(pieces) if p.startswith(_SPACE)), (0, ""))
+        self._drops_dummy = bool(piece) and self._model.decode([i]) != piece.replace(_SPACE, " ")
+        space = self._model.piece_to_id(_SPACE)
+        self.trim = self._model.id_to_piece(space) == _SPACE and self._model.decode([space, space]) == ""
         self._prefix_inside = bool(info.get("legacy", True))
 
     @cached_property

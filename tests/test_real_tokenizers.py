@@ -1,0 +1,144 @@
+"""Ten thousand strings through real tokenizers, against the libraries: for each whose file is at hand.
+
+Llama 2's tokenizer.model ($KVRUN_TEST_LLAMA2, or in a folder shared/data beside the checkout), SmolLM2's (the
+default model's GGUF file) and Gemma 3's ($KVRUN_TEST_GEMMA, a GGUF file).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from strings import varied_strings
+
+from kvrun.convert.fields import Fields
+from kvrun.convert.gguf_file import GgufFile
+from kvrun.convert.gguf_tokenizer import read_tokenizer
+from kvrun.tokenizer import Tokenizer
+
+SPACE = "\u2581"
+COUNT = 10_000
+
+
+def needed(variable, *places):
+    for path in [os.environ.get(variable), *places]:
+        if path and Path(path).exists():
+            return str(path)
+    pytest.skip(f"needs {variable}=FILE")
+
+
+class SentencePiece:
+    def __init__(self, path):
+        import sentencepiece
+
+        self.model = sentencepiece.SentencePieceProcessor(model_file=path)
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+    def decode(self, ids):
+        return self.model.decode(ids)
+
+    @property
+    def ordinary(self):
+        model = self.model
+        return [i for i in range(model.get_piece_size()) if not model.is_control(i) and not model.is_unknown(i)]
+
+
+class Library:
+    """A tokenizers.Tokenizer without what it adds to a text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.ordinary = list(range(tokenizer.get_vocab_size()))
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def llama2():
+    here = Path(__file__).resolve().parents
+    path = needed("KVRUN_TEST_LLAMA2", here[2] / "shared/data/llama2-tokenizer.model")
+    info = {"kind": "tokenizer.model", "bos_id": 1, "eos_id": 2}
+    return Tokenizer(info, Path(path).read_bytes()), SentencePiece(path), False
+
+
+def from_gguf(path):
+    metadata = GgufFile(path).metadata
+    vocabulary = read_tokenizer(Fields(metadata, path))
+    size = len(metadata["tokenizer.ggml.tokens"])
+    return Tokenizer(vocabulary.model_entry(size), vocabulary.data, size, vocabulary.stops()), metadata
+
+
+def gemma3():
+    """Against BPE in the tokenizers library, its merges those that the scores of the pieces imply."""
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Whole
+
+    ours, metadata = from_gguf(needed("KVRUN_TEST_GEMMA"))
+    tokens, scores, types = (metadata[f"tokenizer.ggml.{k}"] for k in ("tokens", "scores", "token_type"))
+    vocab = {text: i for i, text in enumerate(tokens)}
+    plain = {text for text, type in zip(tokens, types) if type == 1}
+    ranked = sorted(
+        (-scores[vocab[text]], vocab[text], text[:n], text[n:])
+        for text in plain
+        for n in range(1, len(text))
+        if text[:n] in plain and text[n:] in plain
+    )
+    library = Whole(
+        models.BPE(
+            vocab=vocab,
+            merges=[(a, b) for _, _, a, b in ranked],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    library.normalizer = normalizers.Replace(" ", SPACE)
+    library.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    added = [AddedToken(t, special=type == 3, normalized=False) for t, type in zip(tokens, types) if type in (3, 4)]
+    library.add_tokens(added)
+    return ours, Library(library), True
+
+
+@pytest.fixture(scope="module", params=["llama2", "smollm2", "gemma3"])
+def case(request):
+    """(our tokenizer, the library's, whether that knows special tokens in a text)"""
+    if request.param == "llama2":
+        return llama2()
+    if request.param == "gemma3":
+        return gemma3()
+    from test_reference_tokenizer import library_from_gguf
+
+    path = str(request.getfixturevalue("smollm2_gguf"))
+    return from_gguf(path)[0], Library(library_from_gguf(path)), True
+
+
+def streamed(ours, ids):
+    stream = ours.stream(skip_special=False)
+    return "".join(map(stream.push, ids)) + stream.finish()
+
+
+def test_ten_thousand_strings(case):
+    ours, library, special = case
+    for text in varied_strings(COUNT, seed=51, special=special):
+        ids = library.encode(text)
+        assert ours.encode(text, add_special=False, parse_special=special) == ids, repr(text)
+        expected = library.decode(ids)
+        assert ours.decode(ids) == expected == streamed(ours, ids), repr(text)
+
+
+def test_any_ids(case):
+    ours, library, _ = case
+    rng = random.Random(52)
+    bytes_too = [i for i in library.ordinary if len(ours.token_bytes(i)) == 1]
+    for _ in range(COUNT):
+        ids = [rng.choice(rng.choice((library.ordinary, bytes_too))) for _ in range(rng.randrange(12))]
+        assert ours.decode(ids) == library.decode(ids) == streamed(ours, ids), ids
