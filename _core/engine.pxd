@@ -87,9 +87,10 @@ ctypedef struct RunState:
     int32_t* active             # [n_active[0]] experts that have slots
     int64_t* n_active
     float* slot_input           # [slots][input_width]
-    int8_t* slot_q              # as q, q_scale and q_sum
+    int8_t* slot_q              # as q, q_scale, q_sum and q_offset
     float* slot_scale
     int32_t* slot_sum
+    int32_t* slot_offset
     float* slot_gate            # [slots][width of an expert]
     float* slot_up
     float* slot_out             # [slots][hidden_pad]

@@ -629,6 +629,7 @@ cdef class Engine:
         run.slot_q = <int8_t*>arena.take(2 * slots * blocks * KV_BLOCK)
         run.slot_scale = <float*>arena.take(8 * slots * blocks)
         run.slot_sum = <int32_t*>arena.take(8 * slots * blocks)
+        run.slot_offset = <int32_t*>arena.take(16 * slots * blocks)
         run.slot_gate = <float*>arena.take(4 * slots * width)
         run.slot_up = <float*>arena.take(4 * slots * width)
         run.slot_out = <float*>arena.take(4 * slots * self.c.hidden_pad)

@@ -65,6 +65,7 @@ cdef kv_input _slots(const Call* call, const float* floats, int64_t ld, int64_t 
     cdef int64_t at = first * planes * blocks
     x.f, x.ld, x.blocks, x.planes = floats + first * ld, ld, blocks, planes
     x.q, x.scale, x.sum = call.run.slot_q + at * KV_BLOCK, call.run.slot_scale + at, call.run.slot_sum + at
+    x.offset = call.run.slot_offset + 2 * at
     return x
 
 
@@ -84,7 +85,8 @@ cdef void _prepare_slots(const Call* call, kv_team* team, const kv_input* tokens
                    cols * sizeof(float))
         if quantized:
             x = _slots(call, floats, ld, cols, slot)
-            call.kern.quantize(floats + slot * ld, cols, x.planes, <int8_t*>x.q, <float*>x.scale, <int32_t*>x.sum)
+            call.kern.quantize(floats + slot * ld, cols, x.planes, <int8_t*>x.q, <float*>x.scale, <int32_t*>x.sum,
+                               <int32_t*>x.offset)
 
 
 cdef void _expert_gate_up(const Call* call, const Expert* expert, int64_t e, int64_t start,
