@@ -58,6 +58,11 @@ SHAPES = {
         SMOLLM2, vocab_size=32000, hidden_size=4096, intermediate_size=11008, n_layers=32, n_heads=32, n_kv_heads=32,
         head_dim=128, context_length=32768, attention_scale=128**-0.5, tie_embeddings=False,
     ),  # fmt: skip
+    "gpt2-124m": replace(
+        SMOLLM2, architecture="gpt2", vocab_size=50257, hidden_size=768, intermediate_size=3072, n_layers=12,
+        n_heads=12, n_kv_heads=12, context_length=1024, activation="gelu_tanh", norm="layer", mlp_gated=False,
+        rope_theta=None, learned_positions=True, attention_bias=True, mlp_bias=True,
+    ),  # fmt: skip
 }
 INFO = {"kind": "none", "add_bos": False, "add_eos": False} | dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"))
 PANEL, DISTINCT = 16, 64  # rows of a panel; panels that are made, the rest repeat them
@@ -70,7 +75,8 @@ def write(path: str, shape: str, weight_type: str) -> None:
     types = {name: weight_type for name, size in shapes.items() if len(size) == 2}
     with ModelFileWriter(path, description, types, tokenizer_info=INFO, tokenizer=None) as writer:
         for name, size in shapes.items():
-            writer.write(name, [np.ones(size, np.float32)] if len(size) == 1 else panels(weight_type, *size))
+            vector = np.full(size, not name.endswith(".bias"), np.float32) if len(size) == 1 else None
+            writer.write(name, panels(weight_type, *size) if vector is None else [vector])
         writer.finish()
 
 

@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from kvrun import _core
+from kvrun.description import ModelDescription
 from kvrun.errors import KvrunError, one_line
 from kvrun.modelfile import ModelFile, read_model_file
 from kvrun.options import default_window
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
     """Everything that the command shows, as plain values. Sizes are in bytes.
 
-    `kv_memory` maps a cache format, for K and V alike, to the bytes allocated at each context length.
+    `kv_memory` maps a cache format, for K and V alike, to the bytes allocated at each context length;
+    `kv_memory_without_windows` is the same if layers with a sliding window kept all tokens, None where there are none.
     """
+    d = model.description
     weights = model.weights
     n_weights = sum(weight.rows * weight.cols for weight in weights.values())
     weight_bytes = sum(weight.data.nbytes for weight in weights.values())
@@ -81,19 +84,32 @@ def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
         "chat_template": model.chat_template is not None,
         "sampling": model.sampling,
         "source": model.source,
-        "kv_memory": kv_memory(model),
+        "kv_memory": kv_memory(d),
+        "kv_memory_without_windows": kv_memory(replace(d, sliding_windows=None, rope_local=None))
+        if d.sliding_windows
+        else None,
     }
 
 
-def kv_memory(model: ModelFile) -> dict[str, dict[str, int]]:
+def kv_memory(description: ModelDescription) -> dict[str, dict[str, int]]:
     """{format: {context length: bytes}}, with the default sinks and window."""
-    return {
-        name: {
-            str(ctx): _core.kv_bytes(model.description, name, name, ctx, SINKS, default_window(name, name))
-            for ctx in CONTEXTS
+    result = {}
+    for name in _core.KV_FORMATS:
+        window = default_window(name, name)
+        least = SINKS + window + 64
+        result[name] = {
+            str(ctx): _core.kv_bytes(description, name, name, max(ctx, least), SINKS, window)
+            for ctx in _contexts(description)
         }
-        for name in _core.KV_FORMATS
-    }
+    return result
+
+
+def _contexts(description: ModelDescription) -> list[int]:
+    """A text goes on for ever, unless its positions are learned."""
+    if not description.learned_positions:
+        return list(CONTEXTS)
+    end = description.context_length
+    return [ctx for ctx in CONTEXTS if ctx < end] + [end]
 
 
 def _tensors(model: ModelFile) -> list[dict[str, Any]]:
@@ -150,13 +166,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"  {name:<6}{entry['tensors']:>5} matrices {_millions(entry['weights']):>10} weights "
             f"{_size(entry['bytes']):>10}"
         )
-    return lines + [""] + _kv_lines(report["kv_memory"])
+    lines += ["", *_kv_lines(report["kv_memory"])]
+    if report["kv_memory_without_windows"]:
+        lines += ["", "the same, if layers with a sliding window kept all tokens:"]
+        lines += _kv_lines(report["kv_memory_without_windows"])
+    return lines
 
 
 def _kv_lines(memory: dict[str, dict[str, int]]) -> list[str]:
-    lines = [
-        f"{'cache':<8}" + "".join(f"{int(ctx) // 1024:>11}k" for ctx in map(str, CONTEXTS)) + "   tokens"
-    ]
+    contexts = map(int, next(iter(memory.values())))
+    names = [f"{ctx // 1024}k" if ctx % 1024 == 0 else str(ctx) for ctx in contexts]
+    lines = [f"{'cache':<8}" + "".join(f"{name:>12}" for name in names) + "   tokens"]
     for name, sizes in memory.items():
         lines.append(f"{name:<8}" + "".join(f"{_size(size):>12}" for size in sizes.values()))
     return lines
