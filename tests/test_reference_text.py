@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_checkpoint import write_checkpoint
 
 import kvrun
 from kvrun import _core
@@ -16,19 +17,6 @@ from kvrun.modelfile import read_model_file
 
 GREEDY = json.loads((Path(__file__).parent / "fixtures" / "smollm2.json").read_text("utf-8"))["greedy"]
 IDS = [f"{r['kind']}: {r['user'][:20]}" for r in GREEDY]
-NAMES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def greedy(engine, prompt_ids: list[int], n: int, kv: str = "f32") -> list[int]:
@@ -39,45 +27,6 @@ def greedy(engine, prompt_ids: list[int], n: int, kv: str = "f32") -> list[int]:
         tokens = [int(np.argmax(engine.forward(np.array(tokens, np.int32), cache)))]
         ids += tokens
     return ids
-
-
-def write_checkpoint(path: Path, folder: Path) -> Path:
-    """The weights of a GGUF file as a Hugging Face checkpoint in float32, as transformers would save it."""
-    import gguf
-    from safetensors.numpy import save_file
-
-    reader = gguf.GGUFReader(path)
-    meta = {key.removeprefix("llama."): field.contents() for key, field in reader.fields.items()}
-    heads = {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
-    tensors = {}
-    for tensor in reader.tensors:  # token_embd.weight, blk.3.attn_q.weight
-        *layer, part, _ = tensor.name.replace("blk.", "layers.").split(".")
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if part in heads:  # GGUF interleaves the two halves of each head
-            values = values.reshape(heads[part], -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        tensors[".".join(["model", *layer, NAMES[part], "weight"])] = np.ascontiguousarray(values)
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "vocab_size": meta["vocab_size"],
-        "hidden_size": meta["embedding_length"],
-        "intermediate_size": meta["feed_forward_length"],
-        "num_hidden_layers": meta["block_count"],
-        "num_attention_heads": meta["attention.head_count"],
-        "hidden_act": "silu",
-        "num_key_value_heads": meta["attention.head_count_kv"],
-        "tie_word_embeddings": True,
-        "max_position_embeddings": meta["context_length"],
-        "rope_theta": meta["rope.freq_base"],
-        "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
