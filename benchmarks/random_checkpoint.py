@@ -1,9 +1,9 @@
 """A Hugging Face checkpoint of some well-known Llama shape with random f16 weights, in shards, for the converter.
 
     python benchmarks/random_checkpoint.py llama-2-7b build/checkpoint
-    kvrun convert build/checkpoint -o build/7b.bin
+    kvrun convert build/checkpoint --no-tokenizer -o build/7b.bin
 
-There is no tokenizer beside it, which `kvrun convert` takes for a model that is measured and not talked to.
+There is no tokenizer beside it: such a model can be measured but not talked to.
 """
 
 from __future__ import annotations

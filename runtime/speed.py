@@ -90,7 +90,7 @@ class Plan:
     @property
     def lengths(self) -> list[int]:
         """Where the cache test looks at the clock."""
-        return sorted({n for n in (16, 32, 64, 128, 256) if n < self.max_tokens} | {self.max_tokens})
+        return sorted({n for n in (16, 32, 64, 128, 256, 512) if n < self.max_tokens} | {self.max_tokens})
 
     @property
     def attention_depths(self) -> list[int]:
