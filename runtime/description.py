@@ -173,6 +173,8 @@ class ModelDescription:
         for name, limit in _LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
                 _bad(name, f"{getattr(self, name)} is not between 1 and {limit}")
+        if self.attention_out_bias == self.attention_bias:  # one way to say it
+            object.__setattr__(self, "attention_out_bias", None)
         if self.n_heads % self.n_kv_heads:
             _bad("n_kv_heads", f"{self.n_kv_heads} does not divide n_heads = {self.n_heads}")
         if self.head_dim % 2:

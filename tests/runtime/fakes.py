@@ -75,6 +75,7 @@ class FakeModel:
     tokenize, detokenize = Model.tokenize, Model.detokenize
 
     def __init__(self, template=CHATML, sampling=None):
+        self.prefault = False
         self.tokenizer = byte_tokenizer()
         self.vocab_size = self.tokenizer.vocab_size
         self.engine = FakeEngine(self.vocab_size)

@@ -444,13 +444,15 @@ def test_cache_options_that_cannot_be(model, options, message):
 
 
 def test_cache_options(model):
-    assert model.session()._kv.options == {"k": "f16", "v": "f16", "ctx": 2048, "sinks": 4, "window": 64}
+    usual = {"k": "f16", "v": "f16", "ctx": 2048, "sinks": 4, "window": 64, "prefault": False}
+    assert model.session()._kv.options == usual
     assert model.session(kv_v="f32", ctx=500, sinks=0, window=0)._kv.options == {
         "k": "f16",
         "v": "f32",
         "ctx": 500,
         "sinks": 0,
         "window": 0,
+        "prefault": False,
     }
     model.description.usual_context = 100_000
     assert model.session().cache.ctx == 8192
