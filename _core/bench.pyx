@@ -2,7 +2,8 @@
 the attention of a decode step, or one matrix product, on its own.
 
 Where a function takes an engine, any object does that has ``threads`` and a ``description`` (n_layers, n_heads,
-n_kv_heads, head_dim, attention_scale, and attention_softcap if it has one): other models' shapes are measured without their weights.
+n_kv_heads, head_dim, attention_scale, and attention_softcap if it has one): other models' shapes are measured without
+their weights.
 """
 
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
@@ -12,7 +13,7 @@ import time
 
 import numpy as np
 
-from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_barrier, kv_team_run, kv_team_size,
+from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_barrier, kv_team_grab, kv_team_run,
                          kv_team_take, plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
 from .kernels import require_level
@@ -115,7 +116,7 @@ ctypedef struct Product:
 cdef void _multiply(void* arg, kv_team* team, int thread) noexcept nogil:
     """One thread's part of a product, shared as the engine shares it."""
     cdef const Product* p = <const Product*>arg
-    cdef int64_t start, end = 0, grab = max(p.n_panels // (4 * kv_team_size(team)), <int64_t>1)
+    cdef int64_t start, end = 0, grab = kv_team_grab(team, p.n_panels)
     while True:
         start = kv_team_take(team, p.n_panels, grab, &end)
         if start < 0:

@@ -11,9 +11,9 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
-from .attention cimport (append_step, attend_step, combine, commit_needed, commit_step, kv_team, kv_team_barrier,
-                         kv_team_has_openmp, kv_team_run, kv_team_share, kv_team_size, kv_team_take, plan_buffers,
-                         plan_chunk, plan_queries)
+from .attention cimport (KV_MAX_THREADS, append_step, attend_step, combine, commit_needed, commit_step, kv_team,
+                         kv_team_barrier, kv_team_grab, kv_team_has_openmp, kv_team_run, kv_team_share, kv_team_take,
+                         plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_packed_bytes,
                        kv_prefetch, kv_unpack_row)
 from .kv cimport KVCache
@@ -24,10 +24,16 @@ from .weights import packed_size, type_id
 cdef extern from "<math.h>" nogil:
     float expf(float)
 
+cdef enum:
+    FIRST_BYTES = 4096    # of a matrix, asked for before its input is ready
+
 MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
 
 cdef dict _ACTIVATIONS = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU_TANH}
+
+MAX_THREADS = KV_MAX_THREADS
+"""Most threads of one call."""
 
 HAS_OPENMP = bool(kv_team_has_openmp())
 """False when the core was built without OpenMP and runs on one thread."""
@@ -42,15 +48,7 @@ def max_threads():
     return os.cpu_count() or 1
 
 
-cdef int64_t FIRST_BYTES = 4096     # of a matrix, asked for before its input is ready
-
 # Steps --------------------------------------------------------------------------------------------------------------
-
-cdef inline int64_t _grab(int64_t items, kv_team* team) noexcept nogil:
-    """Work items taken at a time: large enough to stream memory, small enough that a slow thread stalls nobody."""
-    cdef int64_t share = items // (4 * kv_team_size(team))
-    return share if share > 1 else 1
-
 
 cdef inline int64_t _whole_panels(int64_t n) noexcept nogil:
     return (n + KV_PANEL - 1) // KV_PANEL * KV_PANEL
@@ -87,7 +85,7 @@ cdef inline void _prefetch(const Matrix* m, kv_team* team, int thread) noexcept 
 cdef void _matmul(const Call* call, kv_team* team, const Matrix* m, const kv_input* x, int64_t n, float* out,
                   int64_t ld, bint add) noexcept nogil:
     """out [n][ld] = (or += with add) m x, shared among the threads."""
-    cdef int64_t start, end = 0, grab = _grab(m.panels, team)
+    cdef int64_t start, end = 0, grab = kv_team_grab(team, m.panels)
     while True:
         start = kv_team_take(team, m.panels, grab, &end)
         if start < 0:
@@ -102,7 +100,7 @@ cdef inline const Matrix* _first_of_mlp(const Layer* layer) noexcept nogil:
 
 cdef void _activated(const Call* call, kv_team* team, const Layer* layer, const kv_input* x, int64_t n) noexcept nogil:
     """gate [n][width] = activation(gate x) * (up x), or activation(up x) where there is no gate."""
-    cdef int64_t start, end = 0, t, at, width = layer.up.width, grab = _grab(layer.up.panels, team)
+    cdef int64_t start, end = 0, t, at, width = layer.up.width, grab = kv_team_grab(team, layer.up.panels)
     cdef const Matrix* first = _first_of_mlp(layer)
     cdef const float* up
     while True:
@@ -165,7 +163,7 @@ cdef void _norm_heads(const Call* call, kv_team* team, const Layer* layer) noexc
     cdef int64_t items = call.plan.n * (queries + keys), i = 0, end = 0, j, size
     cdef float* at
     while True:
-        i = kv_team_take(team, items, _grab(items, team), &end)
+        i = kv_team_take(team, items, kv_team_grab(team, items), &end)
         if i < 0:
             break
         for i in range(i, end):
@@ -184,7 +182,7 @@ cdef void _norm_heads(const Call* call, kv_team* team, const Layer* layer) noexc
 cdef void _logits(const Call* call, kv_team* team, const kv_input* x, int64_t n) noexcept nogil:
     """logits [n][width] = head x, scaled and capped where the model wants it."""
     cdef const Config* c = call.config
-    cdef int64_t start, end = 0, t, i, size, grab = _grab(call.head.panels, team)
+    cdef int64_t start, end = 0, t, i, size, grab = kv_team_grab(team, call.head.panels)
     cdef float* out
     while True:
         start = kv_team_take(team, call.head.panels, grab, &end)
@@ -388,12 +386,13 @@ cdef class Engine:
         require_level()
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
-        for name, choices in (("activation", _ACTIVATIONS), ("norm", ("rms", "layer")), ("qk_norm", (None, "head", "all"))):
+        for name, choices in (("activation", _ACTIVATIONS), ("norm", ("rms", "layer")),
+                              ("qk_norm", (None, "head", "all"))):
             if getattr(d, name) not in choices:
                 raise ValueError(f"{name} {getattr(d, name)!r} is not supported")
         if d.n_heads % d.n_kv_heads or d.head_dim % 2:
             raise ValueError("n_heads must be a multiple of n_kv_heads, and head_dim even")
-        self.threads, self.kept = min(threads, 1024) if HAS_OPENMP else 1, []
+        self.threads, self.kept = min(threads, KV_MAX_THREADS) if HAS_OPENMP else 1, []
         self.ropes, self.rope_tables = {}, rope_tables
         self.precise = precise
         self.sliding_windows = sliding_windows(d)

@@ -122,7 +122,7 @@ cdef void _for_experts(const Call* call, kv_team* team, const Layer* layer, int6
     cdef const RunState* run = &call.run
     cdef int64_t items = run.n_active[0] * panels, start, end = 0, stop, e
     while True:
-        start = kv_team_take(team, items, _grab(items, team), &end)
+        start = kv_team_take(team, items, kv_team_grab(team, items), &end)
         if start < 0:
             break
         while start < end:

@@ -4,7 +4,6 @@ What a cache holds follows from two numbers, the tokens and the tiles that were 
 truncating, copying, saving and loading move whole tiles and keep no records.
 """
 
-import mmap
 import threading
 from collections import Counter
 
@@ -15,19 +14,12 @@ import numpy as np
 
 from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels, kv_head_pad
 from .kernels cimport KV_FORMATS as N_FORMATS
+from .memory import advise_huge, anonymous, touch
 
 
-cdef extern from *:
-    """
-    #include <stdlib.h>
-    #ifdef __GLIBC__
-    #include <malloc.h>
-    #define release_freed() malloc_trim(0)
-    #else
-    #define release_freed() 0
-    #endif
-    """
-    int release_freed() nogil
+cdef enum:
+    HUGE_PAGE = 2 << 20
+    SMALL_HEAD = 2 * HUGE_PAGE
 
 
 KV_FORMATS = {kernels().format[i].name.decode(): kernels().format[i].bits for i in range(N_FORMATS)}
@@ -104,49 +96,6 @@ def kv_bytes(description, k="f16", v="f16", ctx=2048, sinks=4, window=64):
     _lay_out(&c, description, k, v, ctx, sinks, window)
     counts = Counter(min(w, MAX_TOKENS) for w in sliding_windows(description))
     return sum(n * int(c.n_kv_heads) * int(_lay_out_layer(&c, w).head_bytes) for w, n in counts.items())
-
-
-# Memory -------------------------------------------------------------------------------------------------------------
-
-cdef int64_t HUGE_PAGE = 2 << 20, SMALL_HEAD = 2 * HUGE_PAGE
-
-
-def anonymous(size):
-    """Zeroed memory of its own, on a page boundary: a writable buffer of `size` bytes. Untouched pages cost nothing.
-
-    Raises MemoryError when the system has no room for it.
-    """
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    try:
-        return mmap.mmap(-1, size, **private)
-    except (OSError, OverflowError) as error:
-        raise MemoryError(f"no memory for {size} bytes") from error
-
-
-def advise_huge(memory, start=0, size=None):
-    """Asks for huge pages, which hardware prefetches far into, in a part of `anonymous` memory; None: all the rest.
-    For no effect but speed, so a system without them is no error."""
-    end = len(memory) if size is None else start + size
-    start = (start + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-    if hasattr(mmap, "MADV_HUGEPAGE") and start < end:
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE, start, end - start)
-        except OSError:
-            pass
-
-
-def trim():
-    """Gives memory that was freed back to the system at once, where the C library keeps it."""
-    release_freed()
-
-
-def touch(memory):
-    """Makes every page of a buffer present now, that none is waited for later. Changes nothing in it."""
-    pages = np.frombuffer(memory, np.uint8)[::mmap.PAGESIZE]
-    if pages.flags.writeable:
-        pages |= 0
-    else:
-        pages.max()
 
 
 # Parts in use -------------------------------------------------------------------------------------------------------
@@ -254,7 +203,8 @@ cdef class KVCache:
     engine: anything with a ``description``. k, v: formats of the ring's keys and values (``KV_FORMATS``).
     ctx: tokens that stay visible at least (the newest ctx - sinks, and the first `sinks`). window: newest tokens
     kept unquantised, at least. A layer with a sliding window that ends before those has a ring for this window only.
-    prefault: have all memory present from the start. Raises ValueError for options that make no cache, MemoryError when it does not fit.
+    prefault: have all memory present from the start. Raises ValueError for options that make no cache, MemoryError when
+    it does not fit.
     """
 
     def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64, prefault=False):

@@ -17,34 +17,22 @@ from pathlib import Path
 import numpy as np
 from random_model import SHAPES
 
-LLAMA = [name for name, shape in SHAPES.items() if shape.norm == "rms"]
+from kvrun.convert.families import FAMILIES, HF
+from kvrun.description import ModelDescription
+
+LLAMA = [name for name, shape in SHAPES.items() if shape.norm == "rms" and not shape.attention_bias]
 SHARD, BLOCK = 4 << 30, 1 << 24  # bytes of a file; values that are made, the rest repeat them
 
 
-def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
     """Names and shapes as transformers saves them."""
-    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for i in range(config["num_hidden_layers"]):
-        layer = {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": (config["vocab_size"], hidden)}
+    shapes = description.tensor_shapes()
+    llama = next(family for family in FAMILIES if family.architecture == "llama")
+    names = llama.source_names(description, HF)
+    return {theirs if ours.startswith("head.") else llama.hf_prefix + theirs: shapes[ours] for ours, theirs in names}
 
 
-def config_of(shape: str) -> dict:
-    d = SHAPES[shape]
+def config_of(d: ModelDescription) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -64,11 +52,11 @@ def config_of(shape: str) -> dict:
     }
 
 
-def write(folder: Path, config: dict) -> int:
+def write(folder: Path, description: ModelDescription) -> int:
     """Write the checkpoint; its bytes of weights."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    shapes = tensor_shapes(config)
+    (folder / "config.json").write_text(json.dumps(config_of(description), indent=1))
+    shapes = tensor_shapes(description)
     shards: list[dict[str, int]] = [{}]
     for name, shape in shapes.items():
         nbytes = 2 * math.prod(shape)
@@ -106,7 +94,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a new folder")
     args = parser.parse_args()
     try:
-        print(f"{write(args.folder, config_of(args.shape)) / 1e9:.2f} GB")
+        print(f"{write(args.folder, SHAPES[args.shape]) / 1e9:.2f} GB")
     except OSError as error:
         print(f"random_checkpoint.py: {error}", file=sys.stderr)
         return 1

@@ -39,7 +39,8 @@ SMOLLM2 = ModelDescription(
     attention_bias=False,
     mlp_bias=False,
 )
-# Sizes from the models' published configs. Of Gemma the matrices alone: its norms and windows take no time to speak of.
+# Sizes from the models' published configs, but for the context of Llama 2. Of Gemma the matrices alone: its norms and
+# windows take no time to speak of.
 SHAPES = {
     "smollm2-135m": SMOLLM2,
     "gemma-3-270m": replace(
@@ -48,7 +49,7 @@ SHAPES = {
     ),  # fmt: skip
     "qwen-2.5-0.5b": replace(
         SMOLLM2, vocab_size=151936, hidden_size=896, intermediate_size=4864, n_layers=24, n_heads=14, n_kv_heads=2,
-        context_length=32768, attention_bias=False,
+        context_length=32768, attention_bias=True, attention_out_bias=False,
     ),  # fmt: skip
     "llama-3.2-1b": replace(
         SMOLLM2, vocab_size=128256, hidden_size=2048, intermediate_size=8192, n_layers=16, n_heads=32, n_kv_heads=8,

@@ -74,7 +74,7 @@ def strict_json(text: str | bytes) -> Any:
 class RopeTables:
     """`inv_freq`, `amplitude`: float64 [tables, head_dim / 2]; `of_layer`: int64 [n_layers], the table of each.
 
-    Pair i turns by position * inv_freq[i] and is multiplied by amplitude[i].
+    Pair i turns by position * inv_freq[i], in radians, and is multiplied by amplitude[i]; 0 does not turn.
     """
 
     inv_freq: np.ndarray
@@ -274,14 +274,9 @@ class ModelDescription:
             return min(self.context_length, int(scaling["original_context_length"]))
         return self.context_length
 
-    def rope_inv_freq(self, ctx: int | None = None) -> np.ndarray:
-        """Rotation angle per position of each pair of channels, in radians: float64 [head_dim / 2]; 0 for those
-        that do not turn. Some kinds of scaling depend on `ctx`, the tokens to be seen at once (by default as many
-        as the model was trained on)."""
-        return self.rope_tables(ctx).inv_freq[0]
-
     def rope_tables(self, ctx: int | None = None) -> RopeTables:
-        """The tables that the layers choose from (see `rope_inv_freq`)."""
+        """The tables that the layers choose from, the first that of most. Some kinds of scaling depend on `ctx`, the
+        tokens to be seen at once (by default as many as the model was trained on)."""
         pairs = (self.rotary_dim or self.head_dim) // 2
         ropes: list[tuple[float, dict[str, Any] | None] | None] = []
         if self.rope_theta is not None:

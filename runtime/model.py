@@ -36,7 +36,7 @@ def load(
     start, rather than as they are first used.
     ModelFileError if the file cannot be used, OptionError for a number of threads that is none, MemoryError.
     """
-    count = _core.max_threads() if threads is None else integer("threads", threads, low=1, high=1024)
+    count = _core.max_threads() if threads is None else integer("threads", threads, low=1, high=_core.MAX_THREADS)
     file = read_model_file(path, mapped=mmap)
     if prefault:
         file.prefault()

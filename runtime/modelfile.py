@@ -142,10 +142,8 @@ class ModelFile:
             self._memory.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
 
-def read_model_file(
-    path: str | os.PathLike[str], verify: bool = False, mapped: bool = True
-) -> ModelFile:
-    """Map a model file, or without `mapped` read it, and check its header; `verify`: and all checksums.
+def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: bool = True) -> ModelFile:
+    """Map a model file, or without `mapped` read it into huge pages, and check its header; `verify`: and all checksums.
 
     ModelFileError if the file cannot be used, MemoryError if it is to be read and does not fit.
     """
@@ -154,31 +152,24 @@ def read_model_file(
         with open(path, "rb", opener=open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             header, data_start = _read_header(path, file, size)
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else _copy(file, size)
+            if mapped:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                read = len(memory)
+            else:
+                memory = _core.anonymous(size)
+                _core.advise_huge(memory)
+                file.seek(0)
+                read = file.readinto(memory)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL in the path, a file that is empty by now
         raise ModelFileError(f"{path!r}: cannot read: {error}") from None
-    if len(memory) < size:
+    if read < size:
         raise ModelFileError(f"{path}: the file shrank while it was opened")
     model = ModelFile(path, memory, header, data_start, mapped)
     if verify:
         model.verify()
     return model
-
-
-def _copy(file: Any, size: int) -> mmap.mmap:
-    """The file in memory of its own, in huge pages where the system has them; shorter if the file is by now."""
-    memory = _core.anonymous(size)
-    _core.advise_huge(memory)
-    file.seek(0)
-    done, view = 0, memoryview(memory)
-    while done < size and (n := file.readinto(view[done : done + _CHUNK])):
-        done += n
-    if done < size:
-        view.release()
-        memory.resize(done)
-    return memory
 
 
 def open_regular(path: str, flags: int) -> int:

@@ -236,8 +236,8 @@ class Session:
         with is kept and not fed again); a list of token ids is fed as it is. `max_tokens`: -1 for no limit,
         0 to feed only. The answer ends at the model's stop tokens unless `ignore_eos`, and before any of the
         strings `stop`. Without `think` the template is told to leave the model's thinking out, which only some
-        templates know (OptionError for others). Sampling options that are None are the model's defaults; `temperature` 0 takes the
-        likeliest token; `seed` None is random.
+        templates know (OptionError for others). Sampling options that are None are the model's defaults;
+        `temperature` 0 takes the likeliest token; `seed` None is random.
 
         Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
         interrupting it keeps in the session what was shown. A new stream ends the one before.

@@ -23,8 +23,9 @@ class StreamDecoder:
     """Token ids in, text out as soon as it is certain.
 
     `piece(token, first)` gives a token's bytes, None for a token that is not shown; `first` is true until
-    one is shown, and with `trim` until one has bytes. A character split over tokens is held back until it is complete; bytes that can no longer
-    become a character turn into U+FFFD at once. Up to `strip` spaces are dropped at the start of the text.
+    one is shown, and with `trim` until one has bytes. A character split over tokens is held back until it is
+    complete; bytes that can no longer become a character turn into U+FFFD at once. Up to `strip` spaces are
+    dropped at the start of the text.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const 
     }
 }
 
-/* 256 times the dot products of a block of 32 with row x, plus those with row y. codes: 256 times the sum of x plus that
+/* 256 times the dot products of a block of 32 with row x, plus those with row y. sum: 256 times the sum of x plus that
  * of y. Integers below 2^28. */
 KV_INLINE vf dot_two(const int bits, const uint8_t *codes, const int8_t *x, const int8_t *y, int32_t sum)
 {

@@ -1,7 +1,8 @@
-/* Matrix products of q4_k and q6_k, whose blocks of 32 or 16 channels share the scales of a super-block. Panels
- * outside, inputs inside, as in matmul.c; products within a block are exact integers. */
+/* Matrix products of q4_k and q6_k, whose blocks of 32 or 16 channels share the scales of a super-block.
+ * Products within a block are exact integers. */
 #include "dot.h"
 #include "kpack.h"
+#include "panels.h"
 
 /* Four lines of six-bit numbers from three: their high bits are the fourth. */
 KV_INLINE void six_bits(const uint8_t *p, vw line[4])
@@ -199,39 +200,8 @@ KV_INLINE void super_rows(const int type, const int rows, const int planes, cons
         vf_store(out + r / planes * ld_out, sum[r]);
 }
 
-KV_INLINE void matmul_supers(const int type, const uint8_t *panels, int64_t n_panels, const kv_input *in,
-                             int64_t n_tokens, float *out, int64_t ld_out, int add)
-{
-    const int64_t bytes = kv_super_panel_bytes(type, in->blocks / 8);
-    for (int64_t p = 0; p < n_panels; p++, panels += bytes, out += 16) {
-        int64_t t = 0;
-        if (in->planes == 2) {
-            for (; t + KV_ROWS / 2 <= n_tokens; t += KV_ROWS / 2)
-                super_rows(type, KV_ROWS, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
-            for (; t < n_tokens; t++)
-                super_token(type, panels, in, t, out + t * ld_out, add);
-        } else {
-            for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
-                super_rows(type, KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);
-            for (; t < n_tokens; t++)
-                super_rows(type, 1, 1, panels, in, t, out + t * ld_out, ld_out, add);
-        }
-    }
-}
-
-static void matmul_q4_k(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
-                        float *out, int64_t ld_out, int add)
-{
-    (void)cols;
-    matmul_supers(KV_Q4_K, panels, n_panels, in, n_tokens, out, ld_out, add);
-}
-
-static void matmul_q6_k(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
-                        float *out, int64_t ld_out, int add)
-{
-    (void)cols;
-    matmul_supers(KV_Q6_K, panels, n_panels, in, n_tokens, out, ld_out, add);
-}
+KV_MATMUL(q4_k, KV_Q4_K, kv_super_panel_bytes(KV_Q4_K, in->blocks / 8), super_rows, super_token)
+KV_MATMUL(q6_k, KV_Q6_K, kv_super_panel_bytes(KV_Q6_K, in->blocks / 8), super_rows, super_token)
 
 void KV_NAME(kv_fill_kquants)(kv_kernels *table);
 void KV_NAME(kv_fill_kquants)(kv_kernels *table)

@@ -2,6 +2,7 @@
  * and KV_ROWS tokens share each load and each unpacking of its lines. */
 #include "dot.h"
 #include "gemm.h"
+#include "panels.h"
 
 static void matmul_f32(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
                        float *out, int64_t ld_out, int add)
@@ -119,38 +120,14 @@ KV_INLINE void block_token(const int type, const uint8_t *panel, const kv_input 
     vf_store(out, sum);
 }
 
-KV_INLINE void matmul_blocks(const int type, const uint8_t *panels, int64_t n_panels, const kv_input *in,
-                             int64_t n_tokens, float *out, int64_t ld_out, int add)
+KV_INLINE int64_t block_bytes(const int type, int64_t blocks)
 {
-    const int64_t head = type == KV_Q4_1 ? 128 : 64, code_bytes = type == KV_Q8_0 ? 512 : 256;
-    const int64_t bytes = (in->blocks + 1) / 2 * head + in->blocks * code_bytes;
-    for (int64_t p = 0; p < n_panels; p++, panels += bytes, out += 16) {
-        int64_t t = 0;
-        if (in->planes == 2) {
-            for (; t + KV_ROWS / 2 <= n_tokens; t += KV_ROWS / 2)
-                block_rows(type, KV_ROWS, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);
-            for (; t < n_tokens; t++)
-                block_token(type, panels, in, t, out + t * ld_out, add);
-        } else {
-            for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)
-                block_rows(type, KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);
-            for (; t < n_tokens; t++)
-                block_rows(type, 1, 1, panels, in, t, out + t * ld_out, ld_out, add);
-        }
-    }
+    return (blocks + 1) / 2 * (type == KV_Q4_1 ? 128 : 64) + blocks * (type == KV_Q8_0 ? 512 : 256);
 }
 
-#define KV_MATMUL(NAME, TYPE)                                                                                      \
-    static void NAME(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,  \
-                     float *out, int64_t ld_out, int add)                                                          \
-    {                                                                                                              \
-        (void)cols;                                                                                                \
-        matmul_blocks(TYPE, panels, n_panels, in, n_tokens, out, ld_out, add);                                     \
-    }
-
-KV_MATMUL(matmul_q8_0, KV_Q8_0)
-KV_MATMUL(matmul_q4_1, KV_Q4_1)
-KV_MATMUL(matmul_q4_0, KV_Q4_0)
+KV_MATMUL(q8_0, KV_Q8_0, block_bytes(KV_Q8_0, in->blocks), block_rows, block_token)
+KV_MATMUL(q4_1, KV_Q4_1, block_bytes(KV_Q4_1, in->blocks), block_rows, block_token)
+KV_MATMUL(q4_0, KV_Q4_0, block_bytes(KV_Q4_0, in->blocks), block_rows, block_token)
 
 void KV_NAME(kv_fill_matmul)(kv_kernels *table);
 void KV_NAME(kv_fill_matmul)(kv_kernels *table)

@@ -208,7 +208,7 @@ KV_INLINE vf d4_two(d4 a, d4 b)
                         _mm256_add_epi32(_mm256_madd_epi16(a.b, high), _mm256_madd_epi16(b.b, ones)));
 }
 
-typedef struct { __m256i a, b; } d6; /* int32, since but two sums of 2 * 63 * 127 fit into int16 */
+typedef d8 d6; /* int32, since but two sums of 2 * 63 * 127 fit into int16 */
 KV_INLINE d6 d6_start(int32_t s) { __m256i v = _mm256_set1_epi32(s); return (d6){v, v}; }
 KV_INLINE __m256i kv_dot6(__m256i s, __m256i w, __m256i v, __m256i q, __m256i p)
 {
@@ -239,12 +239,8 @@ KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x)
     __m256i q = kv_quad(x);
     return (d8){kv_dot8(s.a, w.a, q), kv_dot8(s.b, w.b, q)};
 }
-KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return kv_i32_float(s.a, s.b); }
-KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum)
-{
-    (void)sum;
-    return kv_i32_float(_mm256_add_epi32(_mm256_slli_epi32(a.a, 8), b.a), _mm256_add_epi32(_mm256_slli_epi32(a.b, 8), b.b));
-}
+KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return d6_float(s); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { (void)sum; return d6_two(a, b); }
 
 /* 16-bit inputs with whole bytes, where there is no instruction for sums of byte products: vpmaddwd costs no more than
  * one plane of int8 with its signs put right. Eight lanes of 4 inputs; sums are int32, two to a lane. */

@@ -19,8 +19,6 @@ struct kv_team {
     _Alignas(64) atomic_uint generation;
 };
 
-enum { MAX_THREADS = 1024 };
-
 /* Waiting threads spin this often (some tens of microseconds) before they give the core away. */
 enum { SPINS = 4000 };
 
@@ -43,6 +41,12 @@ int kv_team_has_openmp(void)
 }
 
 int kv_team_size(const kv_team *team) { return team->size; }
+
+int64_t kv_team_grab(const kv_team *team, int64_t items)
+{
+    int64_t part = items / (4 * team->size);
+    return part > 1 ? part : 1;
+}
 
 void kv_team_barrier(kv_team *team)
 {
@@ -93,9 +97,9 @@ int64_t kv_team_take(kv_team *team, int64_t total, int64_t grab, int64_t *end)
 
 void kv_team_run(int threads, kv_team_fn fn, void *arg)
 {
-    share shares[MAX_THREADS];
+    share shares[KV_MAX_THREADS];
     kv_team team = {.size = 1, .shares = shares};
-    threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+    threads = threads < 1 ? 1 : threads > KV_MAX_THREADS ? KV_MAX_THREADS : threads;
     for (int i = 0; i < threads; i++)
         atomic_init(&shares[i].taken, 0);
 #ifdef _OPENMP

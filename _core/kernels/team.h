@@ -4,16 +4,21 @@
 
 #include <stdint.h>
 
+enum { KV_MAX_THREADS = 1024 };
+
 typedef struct kv_team kv_team;
 typedef void (*kv_team_fn)(void *arg, kv_team *team, int thread);
 
 /* 1 when built with OpenMP; without it every team has one thread. */
 int kv_team_has_openmp(void);
 
-/* Runs fn once on each of up to `threads` threads and returns when all are done. */
+/* Runs fn once on each of up to `threads` threads, at most KV_MAX_THREADS, and returns when all are done. */
 void kv_team_run(int threads, kv_team_fn fn, void *arg);
 
 int kv_team_size(const kv_team *team);
+
+/* Items of a step to take at a time: enough to stream memory, few enough that a slow thread stalls nobody. */
+int64_t kv_team_grab(const kv_team *team, int64_t items);
 
 /* Waits for every thread of the team, and makes the next step's work available. */
 void kv_team_barrier(kv_team *team);

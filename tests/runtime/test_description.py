@@ -66,20 +66,20 @@ def test_json_round_trip(scaling):
 
 
 def test_plain_and_scaled_frequencies():
-    plain = BASE.rope_inv_freq()
+    plain = BASE.rope_tables().inv_freq[0]
     assert plain.dtype == np.float64
     assert np.allclose(plain, [500000.0 ** (-i / 4) for i in range(4)], rtol=1e-15)
     assert np.array_equal(
-        replace(BASE, rope_scaling={"type": "linear", "factor": 4.0}).rope_inv_freq(), plain / 4
+        replace(BASE, rope_scaling={"type": "linear", "factor": 4.0}).rope_tables().inv_freq[0], plain / 4
     )
-    factors = replace(BASE, rope_scaling={"type": "factors", "factors": [1, 2, 4, 8]}).rope_inv_freq()
+    factors = replace(BASE, rope_scaling={"type": "factors", "factors": [1, 2, 4, 8]}).rope_tables().inv_freq[0]
     assert np.array_equal(factors, plain / [1, 2, 4, 8])
 
 
 def test_llama3_frequencies():
     """The published rule, case by case."""
     expected = []
-    for freq in BASE.rope_inv_freq():
+    for freq in BASE.rope_tables().inv_freq[0]:
         wavelength = 2 * math.pi / freq
         if wavelength < 64 / 4:
             expected.append(freq)
@@ -88,20 +88,20 @@ def test_llama3_frequencies():
         else:
             smooth = (64 / wavelength - 1) / (4 - 1)
             expected.append((1 - smooth) * freq / 8 + smooth * freq)
-    assert np.allclose(replace(BASE, rope_scaling=LLAMA3).rope_inv_freq(), expected, rtol=1e-14)
+    assert np.allclose(replace(BASE, rope_scaling=LLAMA3).rope_tables().inv_freq[0], expected, rtol=1e-14)
 
 
 def test_frequencies_that_depend_on_the_cache():
     """Dynamic NTK and LongRoPE, by the tokens that a cache has room for; by default as many as the model knows."""
-    plain = BASE.rope_inv_freq()
+    plain = BASE.rope_tables().inv_freq[0]
     dynamic = replace(BASE, rope_scaling={"type": "dynamic", "factor": 3.0, "original_context_length": 64.0})
-    assert np.array_equal(dynamic.rope_inv_freq(64), plain)
+    assert np.array_equal(dynamic.rope_tables(64).inv_freq[0], plain)
     grown = 500000.0 * (3 * 100 / 64 - 2) ** (8 / 6)
-    assert np.allclose(dynamic.rope_inv_freq(100), [grown ** (-i / 4) for i in range(4)], rtol=1e-14)
+    assert np.allclose(dynamic.rope_tables(100).inv_freq[0], [grown ** (-i / 4) for i in range(4)], rtol=1e-14)
     long = replace(BASE, rope_scaling=LONGROPE)
-    assert np.array_equal(long.rope_inv_freq(64), plain / [1, 1, 2, 3])
-    assert np.array_equal(long.rope_inv_freq(65), plain / [1, 2, 4, 8])
-    assert np.array_equal(long.rope_inv_freq(), long.rope_inv_freq(128))
+    assert np.array_equal(long.rope_tables(64).inv_freq[0], plain / [1, 1, 2, 3])
+    assert np.array_equal(long.rope_tables(65).inv_freq[0], plain / [1, 2, 4, 8])
+    assert np.array_equal(long.rope_tables().inv_freq[0], long.rope_tables(128).inv_freq[0])
     assert (long.usual_context, dynamic.usual_context, BASE.usual_context) == (64, 64, 128)
     assert (long.rope_tables(64).amplitude == 1.2).all()
 
@@ -110,7 +110,7 @@ def test_yarn_frequencies():
     scaling = {"type": "yarn", "factor": 4.0, "low": 1.0, "high": 3.0, "attention_factor": 1.1}
     tables = replace(BASE, rope_scaling=scaling).rope_tables()
     slowed = np.array([1, 1, 0.5 + 0.5 / 4, 1 / 4])
-    assert np.allclose(tables.inv_freq[0], BASE.rope_inv_freq() * slowed, rtol=1e-15)
+    assert np.allclose(tables.inv_freq[0], BASE.rope_tables().inv_freq[0] * slowed, rtol=1e-15)
     assert (tables.amplitude == 1.1).all() and tables.of_layer.tolist() == [0, 0]
 
 
