@@ -25,7 +25,7 @@ cdef extern from "<math.h>" nogil:
     float expf(float)
 
 cdef enum:
-    FIRST_BYTES = 4096    # of a matrix, asked for before its input is ready
+    FIRST_BYTES = 16384   # of a thread's share of the next matrix, asked for while others finish with this one
 
 MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
@@ -71,34 +71,41 @@ cdef void _matmul_panels(const kv_kernels* kern, const Matrix* m, const kv_input
         first += s.panels
 
 
-cdef inline void _prefetch(const Matrix* m, kv_team* team, int thread) noexcept nogil:
-    """Asks for what this thread reads first of a matrix; kernels ask for what follows."""
+cdef inline void _prefetch(const Call* call, const Matrix* m, kv_team* team, int thread) noexcept nogil:
+    """Asks for what this thread reads first of a matrix, when one token will be decoded; kernels ask for what follows."""
     cdef int64_t panel = kv_team_share(team, thread, m.panels), i
+    if call.plan.n > 1:
+        return
     for i in range(m.n_segments):
         if panel < m.segments[i].panels:
             kv_prefetch(m.segments[i].data + panel * m.segments[i].panel_bytes,
-                        min(FIRST_BYTES, m.segments[i].panel_bytes))
+                        min(FIRST_BYTES, (m.segments[i].panels - panel) * m.segments[i].panel_bytes))
             break
         panel -= m.segments[i].panels
 
 
-cdef void _matmul(const Call* call, kv_team* team, const Matrix* m, const kv_input* x, int64_t n, float* out,
-                  int64_t ld, bint add) noexcept nogil:
-    """out [n][ld] = (or += with add) m x, shared among the threads."""
+cdef void _matmul(const Call* call, kv_team* team, int thread, const Matrix* m, const kv_input* x, int64_t n, float* out,
+                  int64_t ld, bint add, const Matrix* next) noexcept nogil:
+    """out [n][ld] = (or += with add) m x, shared among the threads. next: the matrix that is read after this, or NULL."""
     cdef int64_t start, end = 0, grab = kv_team_grab(team, m.panels)
     while True:
         start = kv_team_take(team, m.panels, grab, &end)
         if start < 0:
             break
         _matmul_panels(call.kern, m, x, n, start, end, out, ld, add)
+    if next != NULL:
+        _prefetch(call, next, team, thread)
     kv_team_barrier(team)
 
 
 cdef inline const Matrix* _first_of_mlp(const Layer* layer) noexcept nogil:
+    if layer.router.n_segments:
+        return &layer.router
     return &layer.gate if layer.gate.n_segments else &layer.up
 
 
-cdef void _activated(const Call* call, kv_team* team, const Layer* layer, const kv_input* x, int64_t n) noexcept nogil:
+cdef void _activated(const Call* call, kv_team* team, int thread, const Layer* layer, const kv_input* x,
+                     int64_t n) noexcept nogil:
     """gate [n][width] = activation(gate x) * (up x), or activation(up x) where there is no gate."""
     cdef int64_t start, end = 0, t, at, width = layer.up.width, grab = kv_team_grab(team, layer.up.panels)
     cdef const Matrix* first = _first_of_mlp(layer)
@@ -115,6 +122,7 @@ cdef void _activated(const Call* call, kv_team* team, const Layer* layer, const 
             up = call.run.up + at if layer.gate.n_segments else NULL
             call.kern.activate[call.config.activation](call.run.gate + at, up, KV_PANEL * (end - start),
                                                        call.run.gate + at)
+    _prefetch(call, &layer.down, team, thread)
     kv_team_barrier(team)
 
 
@@ -129,11 +137,11 @@ cdef inline void _norm(const Call* call, const Norm* norm, const float* x, float
         call.kern.rms_norm(x, norm.weight, c.hidden_size, c.norm_eps, out)
 
 
-cdef void _add(const Call* call, kv_team* team, const Matrix* m, const kv_input* x, int64_t n,
-               const Norm* norm) noexcept nogil:
+cdef void _add(const Call* call, kv_team* team, int thread, const Matrix* m, const kv_input* x, int64_t n,
+               const Norm* norm, const Matrix* next) noexcept nogil:
     """x [n][hidden] += m x, at once or by way of a norm and a scale."""
     cdef const Config* c = call.config
-    _matmul(call, team, m, x, n, call.run.branch if c.branch else call.run.x, c.hidden_pad, not c.branch)
+    _matmul(call, team, thread, m, x, n, call.run.branch if c.branch else call.run.x, c.hidden_pad, not c.branch, next)
     _add_branch(call, team, n, norm)
 
 
@@ -226,8 +234,6 @@ cdef kv_input _input(const Call* call, kv_team* team, int thread, const Matrix* 
     cdef int64_t own = thread if n == 1 else 0
     x.ld = run.input_width if source != NULL else _whole_panels(m.cols)
     floats_at = own * x.ld if source != NULL else 0
-    if n == 1:
-        _prefetch(m, team, thread)
     t = 0
     while True:
         if n > 1:
@@ -285,6 +291,7 @@ cdef void _attention(const Call* call, kv_team* team, int thread, const Layer* l
                 team, thread)
     kv_team_barrier(team)
     attend_step(call.kern, call.cache, plan, i, qkv, m.width, team, thread)
+    _prefetch(call, &layer.o, team, thread)
     kv_team_barrier(team)
     if commit_needed(call.cache, plan):
         commit_step(call.cache, plan, i, team)
@@ -306,19 +313,20 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
     for i in range(c.n_layers):
         layer = &call.layers[i]
         x = _input(call, team, thread, &layer.qkv, _normed, &layer.attn_norm, i, 0, n)
-        _matmul(call, team, &layer.qkv, &x, n, run.qkv, layer.qkv.width, False)   # [n][q, k, v]
+        _matmul(call, team, thread, &layer.qkv, &x, n, run.qkv, layer.qkv.width, False, NULL)     # [n][q, k, v]
         if layer.q_norm != NULL:
             _norm_heads(call, team, layer)
         _attention(call, team, thread, layer, i)
         x = _input(call, team, thread, &layer.o, _attended, NULL, i, 0, n)        # [n][n_heads * head_dim]
-        _add(call, team, &layer.o, &x, n, &layer.attn_post_norm)
+        _add(call, team, thread, &layer.o, &x, n, &layer.attn_post_norm, _first_of_mlp(layer))
         if layer.router.n_segments:
             _mixture(call, team, thread, layer, i, n)
             continue
         x = _input(call, team, thread, _first_of_mlp(layer), _normed, &layer.mlp_norm, i, 0, n)
-        _activated(call, team, layer, &x, n)                                      # [n][intermediate]
+        _activated(call, team, thread, layer, &x, n)                              # [n][intermediate]
         x = _input(call, team, thread, &layer.down, NULL, NULL, i, 0, n)
-        _add(call, team, &layer.down, &x, n, &layer.mlp_post_norm)
+        _add(call, team, thread, &layer.down, &x, n, &layer.mlp_post_norm,
+             &layer[1].qkv if i + 1 < c.n_layers else call.head)
     if call.logits != NULL:
         n -= call.first_logit
         x = _input(call, team, thread, call.head, _normed, call.norm, c.n_layers, call.first_logit, n)

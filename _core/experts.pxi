@@ -145,7 +145,7 @@ cdef void _mixture(const Call* call, kv_team* team, int thread, const Layer* lay
     cdef float* to
     cdef const float* part
     cdef kv_input x = _input(call, team, thread, &layer.router, _normed, &layer.mlp_norm, i, 0, n)
-    _matmul(call, team, &layer.router, &x, n, run.router, layer.router.width, False)
+    _matmul(call, team, thread, &layer.router, &x, n, run.router, layer.router.width, False, NULL)
     _choose(call, team, layer, n)
     _prepare_slots(call, team, &x, run.slot_input, run.input_width, c.hidden_size, layer.experts_quantized, slots)
     _for_experts(call, team, layer, one.up.panels, False)

@@ -12,7 +12,7 @@
 KV_INLINE void dot_add(const int bits, const int lines, const int rows, const uint8_t *codes, const int8_t *x, int64_t ld,
                        d4 *dot)
 {
-    KV_NO_UNROLL
+    KV_LINES
     for (int l = 0; l < lines; l++) {
         vw line = vw_load(codes + 64 * l);
         kv_ahead(codes + 64 * l);
@@ -36,7 +36,7 @@ KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const 
         KV_UNROLL
         for (int r = 0; r < rows; r++)
             dot[r] = d8_zero();
-        KV_NO_UNROLL
+        KV_LINES
         for (int l = 0; l < lines; l++) {
             vw line = vw_load(codes + 64 * l);
             kv_ahead(codes + 64 * l);

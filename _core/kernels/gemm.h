@@ -43,12 +43,14 @@
         int64_t n = 0;                                                                                                 \
         for (; n + 32 <= lanes; n += 32)                                                                               \
             switch (rows) {                                                                                            \
+            case 4: NAME##_rows(4, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             case 3: NAME##_rows(3, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             case 2: NAME##_rows(2, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             case 1: NAME##_rows(1, 2, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             }                                                                                                          \
         if (n < lanes)                                                                                                 \
             switch (rows) {                                                                                            \
+            case 4: NAME##_rows(4, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             case 3: NAME##_rows(3, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             case 2: NAME##_rows(2, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
             case 1: NAME##_rows(1, 1, a, ld_a, b + n, ld_b, depth, c + n, ld_c, add); break;                           \
@@ -58,15 +60,14 @@
     static void NAME(int64_t rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b, int64_t depth,           \
                      int64_t lanes, float *c, int64_t ld_c, int add)                                                   \
     {                                                                                                                  \
-        const int64_t many = rows / KV_ROWS * KV_ROWS, four = KV_ROWS > 4 ? rows / 4 * 4 : many;                       \
-        for (int64_t n = 0; n < lanes && four; n += 16) {                                                              \
-            for (int64_t r = 0; r < many; r += KV_ROWS)                                                                \
-                NAME##_rows(KV_ROWS, 1, a + r * ld_a, ld_a, b + n, ld_b, depth, c + r * ld_c + n, ld_c, add);          \
-            if (many < four)                                                                                           \
-                NAME##_rows(4, 1, a + many * ld_a, ld_a, b + n, ld_b, depth, c + many * ld_c + n, ld_c, add);          \
+        int64_t r = rows / KV_ROWS * KV_ROWS;                                                                          \
+        for (int64_t n = 0; n < lanes && r; n += 16)                                                                   \
+            for (int64_t i = 0; i < r; i += KV_ROWS)                                                                   \
+                NAME##_rows(KV_ROWS, 1, a + i * ld_a, ld_a, b + n, ld_b, depth, c + i * ld_c + n, ld_c, add);          \
+        for (int few; r < rows; r += few) {                                                                            \
+            few = (int)(rows - r < 4 ? rows - r : 4);                                                                  \
+            NAME##_few(few, a + r * ld_a, ld_a, b, ld_b, depth, lanes, c + r * ld_c, ld_c, add);                       \
         }                                                                                                              \
-        if (four < rows)                                                                                               \
-            NAME##_few((int)(rows - four), a + four * ld_a, ld_a, b, ld_b, depth, lanes, c + four * ld_c, ld_c, add);  \
     }
 
 KV_GEMM(gemm_f32, float, vf_load)

@@ -74,15 +74,10 @@ KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             top[i] = largest(w + i * block, block);
-        f4 most = vf_top4(top), inverse = 127 / (most + 1e-30f); /* finite for a block of zeros */
-        KV_UNROLL
-        for (int i = 0; i < 4 * block; i += 32) {
-            vf by = vf_set1(inverse[i / block]);
-            vf_store_codes(q + i, vf_mul(vf_load(w + i), by), vf_mul(vf_load(w + i + 16), by));
-        }
+        f4 most = vf_top4(top), sum = vf_round4(w, block, 127 / (most + 1e-30f), q); /* finite for a block of zeros */
         most *= 1.0f / 127;
         f4_store(scale + b, most);
-        f4_store(total + b, most * i8_sum4(q, block));
+        f4_store(total + b, most * sum);
     }
 }
 
@@ -195,18 +190,18 @@ KV_INLINE void panel_rows(const int bits, const int rows, const uint8_t *panel, 
 }
 
 #ifdef KV_WIDE
-/* The same for 8 bits with inputs of 16, eight lanes at a time, which leaves registers for four rows. */
+/* The same for 8 bits with inputs of 16. */
 KV_INLINE void panel_wide(const int rows, const uint8_t *panel, int64_t depth, const folded *f, float *out, int64_t ld_out,
                           int add)
 {
     const int64_t ld = (depth + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK;
-    for (int half = 0; half < 2; half++, panel += 32, out += 8) {
-        __m256 sum[KV_ROWS];
+    for (int lane = 0; lane < KV_PANEL; lane += WIDE_LANES, panel += 4 * WIDE_LANES, out += WIDE_LANES) {
+        wf sum[KV_ROWS];
         KV_UNROLL
         for (int r = 0; r < rows; r++) {
-            sum[r] = _mm256_set1_ps(f->constant[r]);
+            sum[r] = wf_set1(f->constant[r]);
             if (add)
-                sum[r] = _mm256_add_ps(sum[r], _mm256_loadu_ps(out + r * ld_out));
+                sum[r] = wf_add(sum[r], wf_load(out + r * ld_out));
         }
         for (int64_t from = 0; from < depth; from += WIDE_BLOCK) {
             const int64_t end = depth - from < WIDE_BLOCK ? depth : from + WIDE_BLOCK;
@@ -218,7 +213,7 @@ KV_INLINE void panel_wide(const int rows, const uint8_t *panel, int64_t depth, c
                 KV_UNROLL
                 for (int j = 0; j < 16; j += 4) {
                     d16 line = d16_load(panel + 16 * (i + j));
-                    if (!half)
+                    if (!lane)
                         kv_ahead(panel + 16 * (i + j));
                     KV_UNROLL
                     for (int r = 0; r < rows; r++)
@@ -227,12 +222,11 @@ KV_INLINE void panel_wide(const int rows, const uint8_t *panel, int64_t depth, c
             }
             KV_UNROLL
             for (int r = 0; r < rows; r++)
-                sum[r] = _mm256_fmadd_ps(d16_float(dot[r]), _mm256_set1_ps(f->scale[r * wide_blocks(ld) + from / WIDE_BLOCK]),
-                                         sum[r]);
+                sum[r] = wf_fma(d16_float(dot[r]), wf_set1(f->scale[r * wide_blocks(ld) + from / WIDE_BLOCK]), sum[r]);
         }
         KV_UNROLL
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * ld_out, sum[r]);
+            wf_store(out + r * ld_out, sum[r]);
     }
 }
 #endif

@@ -4,8 +4,8 @@
  *                                    vf_max vf_min vf_abs vf_div vf_sum vf_top (largest lane)
  *                                    vf_round vf_pick(a,b,x,y) = a > b ? x : y
  *                                    vf_exp2i (2^n, n integral), vf_store_i8 (codes; returns their sum)
- *                                    vf_top4 vf_sum4 (of four at once), vf_store_codes (32 codes, of two)
- *                                    i8_sum4 (sums of four times n codes, n a multiple of 32)
+ *                                    vf_top4 vf_sum4 (of four at once), vf_round4 (four blocks of 32 or 64 floats,
+ *                                    each times its factor, as int8; returns the sums of each block's)
  *                                    vf_load_f16 vf_store_f16, vf_bf16_even/odd (channels of a bf16 line)
  *   vw   64 weight bytes: 16 rows x 4 channels       vw_load vw_field (bits `mask` after a shift)
  *                                                    vw_code (those of one of the 4 channels, as vf)
@@ -37,8 +37,8 @@
 typedef float f4 __attribute__((vector_size(16))); /* one number for each of four rows or blocks */
 KV_INLINE void f4_store(float *p, f4 x) { memcpy(p, &x, sizeof x); }
 
-/* Loops over the rows kept in registers are unrolled; loops over lines are not, or GCC hoists every product of a block
- * to its top and spills them. */
+/* Loops over the rows kept in registers are unrolled; loops over lines (KV_LINES) only where there are 32 registers, or
+ * GCC hoists every product of a block to its top and spills them. */
 #if defined(__clang__)
 #define KV_UNROLL _Pragma("clang loop unroll(full)")
 #define KV_NO_UNROLL _Pragma("clang loop unroll(disable)")
@@ -49,7 +49,7 @@ KV_INLINE void f4_store(float *p, f4 x) { memcpy(p, &x, sizeof x); }
 
 /* Asks for what is to be read from memory a little later: hardware prefetches one stream at a time, and stops at the end
  * of a page. Addresses beyond the data do no harm. */
-#define KV_AHEAD 4096
+#define KV_AHEAD 8192
 KV_INLINE void kv_ahead(const void *p) { __builtin_prefetch((const char *)p + KV_AHEAD); }
 
 #if defined(KV_LEVEL_AVX512)
@@ -62,6 +62,10 @@ KV_INLINE void kv_ahead(const void *p) { __builtin_prefetch((const char *)p + KV
 #include "simd_scalar.h"
 #endif
 
+#ifndef KV_LINES
+#define KV_LINES KV_NO_UNROLL
+#endif
+
 #ifndef KV_HAS_FOURS
 KV_INLINE f4 vf_top4(const vf x[4]) { return (f4){vf_top(x[0]), vf_top(x[1]), vf_top(x[2]), vf_top(x[3])}; }
 KV_INLINE f4 vf_sum4(const vf x[4]) { return (f4){vf_sum(x[0]), vf_sum(x[1]), vf_sum(x[2]), vf_sum(x[3])}; }
@@ -72,6 +76,18 @@ KV_INLINE f4 i8_sum4(const int8_t *q, const int n)
         for (int j = 0; j < 4; j++)
             sum[j] += q[j * n + i];
     return (f4){(float)sum[0], (float)sum[1], (float)sum[2], (float)sum[3]};
+}
+#endif
+
+#ifndef KV_HAS_ROUND4
+KV_INLINE f4 vf_round4(const float *w, const int block, f4 by, int8_t *q)
+{
+    KV_UNROLL
+    for (int i = 0; i < 4 * block; i += 32) {
+        vf factor = vf_set1(by[i / block]);
+        vf_store_codes(q + i, vf_mul(vf_load(w + i), factor), vf_mul(vf_load(w + i + 16), factor));
+    }
+    return i8_sum4(q, block);
 }
 #endif
 

@@ -246,13 +246,20 @@ KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { (void)sum; return d6_two(a, b); }
  * one plane of int8 with its signs put right. Eight lanes of 4 inputs; sums are int32, two to a lane. */
 #define KV_WIDE 1
 enum { WIDE_BLOCK = 256 }; /* inputs that share a scale; a lane has at most 128 products of 255 and 32512 in each sum */
+enum { WIDE_LANES = 8 };   /* lanes that are done together, which leaves registers for four rows */
 typedef struct { __m256i a, b; } d16;
+typedef __m256 wf;
+KV_INLINE wf wf_load(const float *p) { return _mm256_loadu_ps(p); }
+KV_INLINE void wf_store(float *p, wf x) { _mm256_storeu_ps(p, x); }
+KV_INLINE wf wf_set1(float x) { return _mm256_set1_ps(x); }
+KV_INLINE wf wf_add(wf x, wf y) { return _mm256_add_ps(x, y); }
+KV_INLINE wf wf_fma(wf x, wf y, wf z) { return _mm256_fmadd_ps(x, y, z); }
 
 static inline int64_t wide_blocks(int64_t depth) { return (depth + WIDE_BLOCK - 1) / WIDE_BLOCK; }
 KV_INLINE d16 d16_zero(void) { return (d16){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-KV_INLINE d16 d16_load(const uint8_t *half_line)
+KV_INLINE d16 d16_load(const uint8_t *line)
 {
-    const __m128i *p = (const __m128i *)half_line;
+    const __m128i *p = (const __m128i *)line;
     return (d16){_mm256_cvtepu8_epi16(_mm_loadu_si128(p)), _mm256_cvtepu8_epi16(_mm_loadu_si128(p + 1))};
 }
 KV_INLINE d16 d16_dot(d16 s, d16 w, const int16_t *x)
@@ -265,7 +272,7 @@ KV_INLINE d16 d16_dot(d16 s, d16 w, const int16_t *x)
     KV_IN_ORDER(s.b);
     return s;
 }
-KV_INLINE __m256 d16_float(d16 s)
+KV_INLINE wf d16_float(d16 s)
 {
     return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(s.a, s.b), 0xd8));
 }

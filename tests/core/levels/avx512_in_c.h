@@ -55,7 +55,43 @@ FN __m128i in_c_cvtsepi32_epi8(v16i a)
         r[i] = (int8_t)(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]);
     return _mm_loadu_si128((const __m128i *)r);
 }
+FN v16i in_c_dpwssd_epi32(v16i s, v16i w, v16i x)
+{
+    const int16_t *u = (const int16_t *)&w, *v = (const int16_t *)&x;
+    for (int i = 0; i < 32; i++)
+        s[i / 2] += u[i] * v[i];
+    return s;
+}
+FN v16i in_c_set1_epi16(short x) { v16i r; for (int i = 0; i < 32; i++) memcpy((short *)&r + i, &x, 2); return r; }
+FN int32_t in_c_within(int32_t x, int32_t most) { return x > most ? most : x < -most - 1 ? -most - 1 : x; }
+FN v16i in_c_packs_epi32(v16i a, v16i b)
+{
+    v16i r;
+    for (int i = 0; i < 32; i++)
+        ((int16_t *)&r)[i] = (int16_t)in_c_within((i & 4 ? b : a)[i / 8 * 4 + i % 4], 32767);
+    return r;
+}
+FN v16i in_c_packs_epi16(v16i a, v16i b)
+{
+    v16i r;
+    for (int i = 0; i < 64; i++)
+        ((int8_t *)&r)[i] = (int8_t)in_c_within(((const int16_t *)(i & 8 ? &b : &a))[i / 16 * 8 + i % 8], 127);
+    return r;
+}
+FN v16i in_c_permutexvar_epi32(v16i order, v16i a) { LANES(v16i, a[order[i] & 15]); }
+FN v16i in_c_unpack_epi32(v16i a, v16i b, int high) { LANES(v16i, (i & 1 ? b : a)[i / 4 * 4 + i % 4 / 2 + 2 * high]); }
+FN v16i in_c_unpack_epi64(v16i a, v16i b, int high) { LANES(v16i, (i & 2 ? b : a)[i / 4 * 4 + i % 2 + 2 * high]); }
+FN v16i in_c_shuffle_epi32(v16i a, v16i b, int by) { LANES(v16i, (i & 2 ? b : a)[i / 4 * 4 + (by >> i % 4 * 2 & 3)]); }
+FN v16i in_c_shuffle_i64x2(v16i a, v16i b, int by) { LANES(v16i, (i & 8 ? b : a)[(by >> i / 4 * 2 & 3) * 4 + i % 4]); }
+FN __m128i in_c_extracti32x4_epi32(v16i a, int n) { return _mm_loadu_si128((const __m128i *)&a + n); }
 typedef struct { uint16_t h[16]; } v16h;
+FN v16h in_c_cvtsepi32_epi16(v16i a)
+{
+    v16h r;
+    for (int i = 0; i < 16; i++)
+        r.h[i] = (uint16_t)in_c_within(a[i], 32767);
+    return r;
+}
 FN v16h in_c_load_halves(const void *p) { v16h r; memcpy(&r, p, 32); return r; }
 FN v16f in_c_cvtph_ps(v16h a) { LANES(v16f, kv_f16_float(a.h[i])); }
 FN v16h in_c_cvtps_ph(v16f a, int mode) { v16h r; (void)mode; for (int i = 0; i < 16; i++) r.h[i] = kv_float_f16(a[i]); return r; }
@@ -122,3 +158,25 @@ FN v16i in_c_mask_add_epi8(v16i src, uint64_t m, v16i a, v16i b)
 #define _mm512_storeu_si512 in_c_storeu_si512
 #define _mm512_cmpgt_epi8_mask in_c_above_epi8
 #define _mm512_mask_add_epi8 in_c_mask_add_epi8
+#define _mm512_dpwssd_epi32 in_c_dpwssd_epi32
+#define _mm512_set1_epi16 in_c_set1_epi16
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32(...) ((v16i){__VA_ARGS__})
+#define _mm512_packs_epi32 in_c_packs_epi32
+#define _mm512_packs_epi16 in_c_packs_epi16
+#define _mm512_permutexvar_epi32 in_c_permutexvar_epi32
+#define _mm512_unpacklo_epi32(a, b) in_c_unpack_epi32(a, b, 0)
+#define _mm512_unpackhi_epi32(a, b) in_c_unpack_epi32(a, b, 1)
+#define _mm512_unpacklo_epi64(a, b) in_c_unpack_epi64(a, b, 0)
+#define _mm512_unpackhi_epi64(a, b) in_c_unpack_epi64(a, b, 1)
+#define _mm512_unpacklo_ps(a, b) ((v16f)in_c_unpack_epi32((v16i)(a), (v16i)(b), 0))
+#define _mm512_unpackhi_ps(a, b) ((v16f)in_c_unpack_epi32((v16i)(a), (v16i)(b), 1))
+#define _mm512_shuffle_epi32(a, by) in_c_shuffle_epi32(a, a, by)
+#define _mm512_shuffle_ps(a, b, by) ((v16f)in_c_shuffle_epi32((v16i)(a), (v16i)(b), by))
+#define _mm512_shuffle_i64x2 in_c_shuffle_i64x2
+#define _mm512_shuffle_f32x4(a, b, by) ((v16f)in_c_shuffle_i64x2((v16i)(a), (v16i)(b), by))
+#define _mm512_castsi512_si128(a) in_c_extracti32x4_epi32(a, 0)
+#define _mm512_extracti32x4_epi32 in_c_extracti32x4_epi32
+#define _mm512_castps512_ps128(a) _mm_castsi128_ps(in_c_extracti32x4_epi32((v16i)(a), 0))
+#define _mm512_extractf32x4_ps(a, n) _mm_castsi128_ps(in_c_extracti32x4_epi32((v16i)(a), n))
+#define _mm512_cvtsepi32_epi16 in_c_cvtsepi32_epi16
