@@ -27,6 +27,8 @@ from kvrun.convert.tensors import StoredTensor
 from kvrun.errors import ConvertError
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Files of Mixtral from before one tensor held all experts of a layer.
+_ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -66,7 +68,10 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
             **family.from_gguf(meta.under(f"{family.gguf_type}."), facts),
         },
     )
-    tensors = select_tensors(path, available, family.source_names(description, GGUF), description)
+    wanted = family.source_names(description, GGUF)
+    if any(map(_ONE_EXPERT.fullmatch, available)):
+        wanted = [(ours, _of_one_expert(ours, theirs)) for ours, theirs in wanted]
+    tensors = select_tensors(path, available, wanted, description)
     order = tuple(range(0, description.head_dim, 2)) + tuple(range(1, description.head_dim, 2))
     if family.gguf_permuted:
         tensors = with_halves_apart(tensors, family.gguf_permuted, order)
@@ -117,6 +122,12 @@ def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
     if embed is not None and head is not None and (embed.type, embed.shape) == (head.type, head.shape):
         if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
             del available["output.weight"]
+
+
+def _of_one_expert(ours: str, theirs: str) -> str:
+    """The name of an expert's tensor where each has one: blk.0.ffn_up.3.weight, not blk.0.ffn_up_exps.weight."""
+    expert = re.search(r"\.experts\.(\d+)\.", ours)
+    return theirs.replace("_exps.", f".{expert[1]}.") if expert else theirs
 
 
 def _stop_ids(meta: Fields, vocabulary: Vocabulary) -> list[int]:
