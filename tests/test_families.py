@@ -3,15 +3,14 @@
 fixtures/make_families.py made the checkpoints, with transformers, and says what is in them."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Reference
+from kernel_level import errors_at_level
 from numpy_llama import NumpyLlama
 
 sys.path.append(str(Path(__file__).parent / "core"))
