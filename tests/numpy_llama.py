@@ -40,7 +40,6 @@ class NumpyLlama:
     ) -> None:
         self.d = file.description
         self.store = store
-        self.inv_freq = self.d.rope_inv_freq(ctx)
         self.ropes = self.d.rope_tables(ctx)
         self.weights = {
             name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64)
