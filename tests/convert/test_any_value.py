@@ -95,5 +95,5 @@ def test_in_a_tokenizer(kind):
     for name in (*base, *names):
         for value in (*NUMBERS, *OTHERS, *lists):
             values = {f"tokenizer.ggml.{key}": v for key, v in (base | {name: value}).items()}
-            refused(lambda: read_tokenizer(Fields(values, "m.gguf")))
+            refused(lambda values=values: read_tokenizer(Fields(values, "m.gguf")))
     assert read_tokenizer(Fields({f"tokenizer.ggml.{key}": v for key, v in base.items()}, "m.gguf")).data
