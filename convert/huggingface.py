@@ -222,7 +222,7 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
             "download it again"
         )
     if 0 in shape:
-        raise ConvertError(f"{path}: tensor {name} {shape} has no values: it was saved from a part of the model")
+        raise ConvertError(f"{path}: tensor {name} {shape} has no values; save the checkpoint again, whole")
     if dtype not in _DTYPES:
         # It is refused only if the model needs it: checkpoints carry integer buffers.
         return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
