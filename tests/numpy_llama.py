@@ -41,6 +41,7 @@ class NumpyLlama:
         self.d = file.description
         self.store = store
         self.ropes = self.d.rope_tables(ctx)
+        self.inv_freq = self.ropes.inv_freq[0]  # of most layers
         self.weights = {
             name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64)
             for name, w in file.weights.items()
