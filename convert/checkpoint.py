@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvrun.convert.fields import Fields
+from kvrun.convert.fields import Fields, shown
 from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.views import rows_of
 from kvrun.description import ModelDescription
@@ -154,7 +154,7 @@ def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[s
         if value is None or type(value) in (int, float) and value < 0:  # some write -1 for "off"
             continue
         if type(value) not in (int, float) or not value < 1e9:
-            source.fail(theirs, f"{value!r} is not a number"[:80])
+            source.fail(theirs, f"{shown(value)} is not a number")
         values[ours] = int(value) if ours == "top_k" else float(value)
     return values
 

@@ -15,7 +15,7 @@ from kvrun.convert import family_config, family_gguf
 from kvrun.convert.family_gguf import GgufFacts
 from kvrun.convert.fields import Fields
 from kvrun.description import ModelDescription
-from kvrun.errors import ConvertError
+from kvrun.errors import ConvertError, one_line
 
 # Ours -> (Hugging Face, GGUF), without ".weight" and ".bias"; {i} is the layer. Where several of ours have one name
 # there, they are its rows, one after the other.
@@ -281,4 +281,4 @@ def family_of_gguf(meta: Fields) -> Family:
 
 
 def _not_supported(where: str, name: str, supported: list[str]) -> Any:
-    raise ConvertError(f"{where}: not supported yet: {name} (supported: {', '.join(supported)})")
+    raise ConvertError(f"{where}: not supported yet: {one_line(name)[:80]} (supported: {', '.join(supported)})")

@@ -21,6 +21,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def refuse_quantised(config: Fields) -> None:
+    """ConvertError for a config of which values would have to be dequantised first."""
     for name in ("quantization_config", "compression_config"):
         if name in config:
             config.fail(name, "quantised checkpoints are not supported yet; use the original one")
@@ -60,7 +61,6 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def llama_like(config: Fields, **defaults: Any) -> dict[str, Any]:
     """A model of Llama's shape; `defaults` are the config's where they differ from Llama's."""
-    refuse_quantised(config)
     sizes = _sizes(config, defaults)
     theta, original = defaults.get("rope_theta", 10000.0), defaults.get("original_max_position_embeddings")
     return {
@@ -168,7 +168,7 @@ def smollm3(config: Fields) -> dict[str, Any]:
     layers = config.get(
         "no_rope_layers", [int((i + 1) % step != 0) for i in range(n)]
     )  # 1 where there is RoPE
-    if not isinstance(layers, list) or len(layers) != n or not set(layers) <= {0, 1}:
+    if not isinstance(layers, list) or len(layers) != n or not all(layer in (0, 1) for layer in layers):
         config.fail("no_rope_layers", f"not 0 or 1 for each of {n} layers")
     windows = None
     if config.flag("use_sliding_window", False) and "sliding_window" in config:
@@ -224,7 +224,6 @@ _GEMMA = {
 
 
 def _gemma(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_quantised(config)
     config.refuse("use_bidirectional_attention", (False,), "attention to later tokens: not a decoder")
     sizes = _sizes(config, _GEMMA | defaults)
     scalar = config.number("query_pre_attn_scalar", 256.0)
@@ -297,7 +296,6 @@ def _gemma3_ropes(config: Fields, head_dim: int, context: int) -> tuple[dict[str
 
 def gpt2(config: Fields) -> dict[str, Any]:
     """Learned positions, LayerNorm, no gate; the width of the heads follows from their number."""
-    refuse_quantised(config)
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         config.refuse(name, (False,), "not supported")
     hidden, heads = config.integer("n_embd", 768), config.integer("n_head", 12)

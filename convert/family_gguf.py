@@ -154,7 +154,7 @@ def _windows(meta: Fields, n_layers: int, step: int, width: int | None) -> list[
     pattern = meta.get("attention.sliding_window_pattern", step)
     if type(pattern) is int and pattern > 0:
         pattern = [(i + 1) % pattern != 0 for i in range(n_layers)]
-    if not isinstance(pattern, list) or len(pattern) < n_layers or not set(pattern) <= {False, True}:
+    if not isinstance(pattern, list) or len(pattern) < n_layers or not all(kind in (0, 1) for kind in pattern):
         meta.fail("attention.sliding_window_pattern", f"not a truth value for each of {n_layers} layers")
     return [width if slides else None for slides in pattern[:n_layers]]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +14,12 @@ REQUIRED: Any = object()
 _MAX_JSON = 1 << 28
 MAX_LAYERS = 1 << 12
 """More are refused before anything is made for each of them."""
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: what a file says may be a megabyte long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Fields:
@@ -67,7 +73,7 @@ class Fields:
             return value
         if type(value) is not int or not minimum <= value <= maximum:
             limit = f"to {maximum}" if type(value) is int and value > maximum else "up"
-            return self.fail(name, f"{value!r} is not an integer from {minimum} {limit}".replace("\n", " "))
+            return self.fail(name, f"{shown(value)} is not an integer from {minimum} {limit}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
@@ -75,25 +81,25 @@ class Fields:
         value = self.get(name, default)
         if value is default and name not in self:
             return value
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            return self.fail(name, f"{value!r} is not a positive number")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            return self.fail(name, f"{shown(value)} is not a positive number")
         return float(value)
 
     def flag(self, name: str, default: Any = REQUIRED) -> Any:
         value = self.get(name, default)
-        return value if isinstance(value, bool) else self.fail(name, f"{value!r} is neither true nor false")
+        return value if isinstance(value, bool) else self.fail(name, f"{shown(value)} is neither true nor false")
 
     def text(self, name: str, default: Any = REQUIRED) -> Any:
         value = self.get(name, default)
         if value is default and name not in self:
             return value
-        return value if isinstance(value, str) else self.fail(name, f"{value!r} is not a text")
+        return value if isinstance(value, str) else self.fail(name, f"{shown(value)} is not a text")
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
         """The value that `choices` gives for the text under `name`; anything else is refused by name."""
         value = self.text(name, default)
         if value not in choices:
-            return self.fail(name, f"{value!r} is not supported yet (supported: {', '.join(choices)})")
+            return self.fail(name, f"{shown(value)} is not supported yet (supported: {', '.join(choices)})")
         return choices[value]
 
     def section(self, name: str) -> Fields | None:
@@ -107,7 +113,7 @@ class Fields:
     def refuse(self, name: str, neutral: tuple[Any, ...], reason: str) -> None:
         """Stop at a value that would change the arithmetic in a way that is not supported."""
         if name in self and self.get(name) not in neutral:
-            self.fail(name, f"{self.get(name)!r}"[:60] + f": {reason}")
+            self.fail(name, f"{shown(self.get(name))}: {reason}")
 
 
 def read_json(folder: str, name: str) -> Fields | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvrun.convert.fields import Fields
+from kvrun.convert.fields import Fields, shown
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.errors import ConvertError
 
@@ -55,9 +55,9 @@ def block_shape(config: Fields) -> tuple[int, int] | None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method != "fp8":
-        config.fail(_FIELD, f"quant_method {method!r}"[:60] + " is not supported (fp8 is); use the original checkpoint")
+        config.fail(_FIELD, f"quant_method {shown(method)} is not supported (fp8 is); use the original checkpoint")
     if settings.get("fmt", "e4m3") != "e4m3":
-        config.fail(_FIELD, f"fmt {settings['fmt']!r}"[:60] + " is not supported (e4m3 is)")
+        config.fail(_FIELD, f"fmt {shown(settings['fmt'])} is not supported (e4m3 is)")
     block = settings.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 1 << 20 for n in block):
         config.fail(_FIELD, "weight_block_size is not two numbers: only fp8 with factors for blocks is supported")

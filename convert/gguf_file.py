@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvrun.convert.fields import shown
 from kvrun.convert.tensors import BLOCKS, PLAIN, StoredTensor
 from kvrun.errors import ConvertError
 
@@ -63,7 +64,7 @@ class GgufFile:
             self.metadata[key] = cursor.value(cursor.scalar("<I"))
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {alignment!r}"[:80])
+            raise ValueError(f"general.alignment is {shown(alignment)}")
         infos = [self._tensor_info(cursor) for _ in range(n_tensors)]
         data_start = -(-cursor.position // alignment) * alignment
         for name, shape, number, offset in infos:
@@ -138,7 +139,7 @@ def _stored_tensor(path: str, name: str, shape: tuple[int, ...], number: int, of
         block, width = BLOCKS[kind]
     else:
         kind, block, width = _other_type(path, name, number)
-    if shape[-1] % block or math.prod(shape) > 1 << 48:
+    if shape[-1] % block or not 0 < math.prod(shape) <= 1 << 48:
         raise ValueError(f"tensor {name[:80]} has the impossible shape {list(shape)}")
     return StoredTensor(name, path, offset, shape, kind, shape[-1] // block * width)
 

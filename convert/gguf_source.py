@@ -18,15 +18,18 @@ from kvrun.convert.checkpoint import (
     select_tensors,
     with_halves_apart,
 )
-from kvrun.convert.families import GGUF, family_of_gguf
+from kvrun.convert.families import GGUF, Family, family_of_gguf
 from kvrun.convert.family_gguf import GgufFacts
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import StoredTensor
+from kvrun.description import ModelDescription
 from kvrun.errors import ConvertError
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Files of Mixtral from before one tensor held all experts of a layer.
+_ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _SAMPLING = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -41,23 +44,9 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
     files = _all_parts(path)
     meta = Fields(files[0].metadata, path)
     family = family_of_gguf(meta)
-    available: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in file.tensors.items():
-            if name in available:
-                raise ConvertError(f"{file.path}: tensor {name} is also in {available[name].path}")
-            available[name] = tensor
-    factors, long, short = (_vector(available.pop(name, None)) for name in _ROPE_FACTORS)
-    if factors is not None and all(value == 1.0 for value in factors):
-        factors = None
-    if (long is None) != (short is None):
-        raise ConvertError(f"{path}: of {' and '.join(_ROPE_FACTORS[1:])} there is only one")
+    available = _all_tensors(files)
     _drop_copied_head(available)
-    for name, tensor in available.items():
-        if name.endswith("_exps.weight") and len(tensor.shape) == 3:  # [experts, rows, cols]
-            available[name] = replace(tensor, shape=(tensor.rows, tensor.shape[2]))
-    shapes = {name: tensor.shape for name, tensor in available.items()}
-    facts = GgufFacts(shapes, factors, None if long is None or short is None else (long, short))
+    facts = _take_facts(path, available)
     description = describe(
         path,
         {
@@ -66,17 +55,11 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
             **family.from_gguf(meta.under(f"{family.gguf_type}."), facts),
         },
     )
-    tensors = select_tensors(path, available, family.source_names(description, GGUF), description)
-    order = tuple(range(0, description.head_dim, 2)) + tuple(range(1, description.head_dim, 2))
-    if family.gguf_permuted:
-        tensors = with_halves_apart(tensors, family.gguf_permuted, order)
-    elif description.rotary_dim is not None:
-        tensors = with_halves_apart(tensors, ROTARY, rotary_order(description))
     vocabulary = read_tokenizer(meta) if tokenizer else Vocabulary("none", None, {})
     return Checkpoint(
         form="GGUF",
         description=description,
-        tensors=tensors,
+        tensors=_tensors_of(path, available, family, description),
         vocabulary=vocabulary,
         stop_ids=_stop_ids(meta, vocabulary),
         chat_template=meta.text("tokenizer.chat_template", None),
@@ -88,7 +71,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
 def _all_parts(path: str) -> list[GgufFile]:
     """The file and, if the model is split, the other parts, which lie beside it."""
     first = GgufFile(path)
-    parts = Fields(first.metadata, path).integer("split.count", 1, minimum=0)
+    parts = Fields(first.metadata, path).integer("split.count", 1, minimum=0, maximum=99_999)
     if parts <= 1:
         return [first]
     named = re.fullmatch(r"(.*-)00001(-of-\d{5}\.gguf)", path, re.DOTALL)
@@ -99,6 +82,46 @@ def _all_parts(path: str) -> list[GgufFile]:
         if not os.path.isfile(other):
             raise ConvertError(f"{other}: missing: the model has {parts} parts")
     return [first, *map(GgufFile, others)]
+
+
+def _all_tensors(files: list[GgufFile]) -> dict[str, StoredTensor]:
+    """The tensors of all parts by name, those of a layer's experts as one matrix."""
+    available: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in file.tensors.items():
+            if name in available:
+                raise ConvertError(f"{file.path}: tensor {name} is also in {available[name].path}")
+            if name.endswith("_exps.weight") and len(tensor.shape) == 3:  # [experts, rows, cols]
+                tensor = replace(tensor, shape=(tensor.rows, tensor.shape[2]))
+            available[name] = tensor
+    return available
+
+
+def _take_facts(path: str, available: dict[str, StoredTensor]) -> GgufFacts:
+    """What the tensors say; those that are settings, the factors of the rotary embedding, are taken out."""
+    factors, long, short = (_vector(available.pop(name, None)) for name in _ROPE_FACTORS)
+    if factors is not None and all(value == 1.0 for value in factors):
+        factors = None
+    if (long is None) != (short is None):
+        raise ConvertError(f"{path}: of {' and '.join(_ROPE_FACTORS[1:])} there is only one")
+    shapes = {name: tensor.shape for name, tensor in available.items()}
+    return GgufFacts(shapes, factors, None if long is None or short is None else (long, short))
+
+
+def _tensors_of(
+    path: str, available: dict[str, StoredTensor], family: Family, description: ModelDescription
+) -> dict[str, StoredTensor]:
+    """The model's tensors under our names, rows in our order."""
+    wanted = family.source_names(description, GGUF)
+    if any(map(_ONE_EXPERT.fullmatch, available)):
+        wanted = [(ours, _of_one_expert(ours, theirs)) for ours, theirs in wanted]
+    tensors = select_tensors(path, available, wanted, description)
+    if family.gguf_permuted:
+        order = (*range(0, description.head_dim, 2), *range(1, description.head_dim, 2))
+        return with_halves_apart(tensors, family.gguf_permuted, order)
+    if description.rotary_dim is not None:
+        return with_halves_apart(tensors, ROTARY, rotary_order(description))
+    return tensors
 
 
 def _vector(tensor: StoredTensor | None) -> list[float] | None:
@@ -117,6 +140,12 @@ def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
     if embed is not None and head is not None and (embed.type, embed.shape) == (head.type, head.shape):
         if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
             del available["output.weight"]
+
+
+def _of_one_expert(ours: str, theirs: str) -> str:
+    """The name of an expert's tensor where each has one: blk.0.ffn_up.3.weight, not blk.0.ffn_up_exps.weight."""
+    expert = re.search(r"\.experts\.(\d+)\.", ours)
+    return theirs.replace("_exps.", f".{expert[1]}.") if expert else theirs
 
 
 def _stop_ids(meta: Fields, vocabulary: Vocabulary) -> list[int]:

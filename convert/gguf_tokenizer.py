@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from kvrun.convert.checkpoint import Vocabulary
-from kvrun.convert.fields import Fields
+from kvrun.convert.fields import Fields, shown
 from kvrun.convert.sentencepiece_model import (
     BPE,
     BYTE,
@@ -32,10 +32,19 @@ _LLAMA3_WORDS = (
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN_WORDS = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+
+
+def _cased_words(ending: str, digits: str) -> str:
+    """Words cut where capitals follow small letters, each with its `ending`; numbers of so many digits."""
+    before = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{before}{_UPPER}*{_LOWER}+{ending}|{before}{_UPPER}+{_LOWER}*{ending}|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+_TEKKEN_WORDS = _cased_words("", r"\p{N}")
+_GPT4O_WORDS = _cased_words("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}")
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -56,6 +65,7 @@ _LLAMA3_SPLIT = {"pre_tokenizer": _steps(_split(_LLAMA3_WORDS), _byte_level(Fals
 _LLAMA3 = {**_LLAMA3_SPLIT, "ignore_merges": True, "add_bos": True}
 _QWEN2_SPLIT = {"pre_tokenizer": _steps(_split(_QWEN2_WORDS), _byte_level(False))}
 _QWEN2 = {**_QWEN2_SPLIT, "normalizer": {"type": "NFC"}}
+_GPT4O = {"pre_tokenizer": _steps(_split(_GPT4O_WORDS), _byte_level(False))}
 _TEKKEN = {
     "pre_tokenizer": _steps(_split(_TEKKEN_WORDS), _byte_level(False)),
     "ignore_merges": True,
@@ -79,11 +89,13 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "smaug-bpe": _LLAMA3_SPLIT,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2_SPLIT,
+    "gpt-4o": _GPT4O,
     "tekken": _TEKKEN,
 }
 # tokenizer.ggml.model -> SentencePiece's kind, and what it does unless the metadata say otherwise:
 # put a space before a text, BOS before it, EOS after it.
 _SENTENCEPIECE = {"llama": (BPE, True, True, False), "t5": (UNIGRAM, True, False, True)}
+_LARGEST_SCORE = 3e38  # they are float32
 # Tokens of Phi-3's that do not take the white space after them; the metadata cannot say that.
 _PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -98,10 +110,11 @@ def read_tokenizer(meta: Fields) -> Vocabulary:
         return _sentencepiece(ggml, kind, strips=meta.text("general.architecture", "") == "phi3")
     if kind != "gpt2":
         known = ", ".join(("gpt2", *_SENTENCEPIECE))
-        ggml.fail("model", f"not supported yet: tokenizer {kind!r} (supported: {known})")
+        ggml.fail("model", f"not supported yet: tokenizer {shown(kind)} (supported: {known})")
     pre = ggml.text("pre", "default")
     if pre not in PRE_TOKENIZERS:
-        ggml.fail("pre", f"not supported yet: pre-tokenizer {pre!r} (supported: {', '.join(PRE_TOKENIZERS)})")
+        known = ", ".join(PRE_TOKENIZERS)
+        ggml.fail("pre", f"not supported yet: pre-tokenizer {shown(pre)} (supported: {known})")
     tokens = _texts(ggml, "tokens")
     types = _types(ggml, len(tokens))
     rules = PRE_TOKENIZERS[pre]
@@ -134,8 +147,8 @@ def _info(ggml: Fields, size: int, add_bos: bool, add_eos: bool) -> dict[str, An
 
 def _types(ggml: Fields, size: int) -> list[int]:
     types = ggml.get("token_type", [NORMAL] * size)
-    if not isinstance(types, list) or len(types) != size:
-        ggml.fail("token_type", "not as many as tokens")
+    if not isinstance(types, list) or len(types) != size or not all(type(kind) is int for kind in types):
+        ggml.fail("token_type", "not one integer for each token")
     return types
 
 
@@ -149,7 +162,7 @@ def _sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
     if (
         not isinstance(scores, list)
         or len(scores) != len(tokens)
-        or not all(type(score) in (int, float) for score in scores)
+        or not all(type(score) in (int, float) and abs(score) < _LARGEST_SCORE for score in scores)
     ):
         ggml.fail("scores", "missing, or not one number for each token")
     info = _info(ggml, len(tokens), add_bos, add_eos)

@@ -11,6 +11,7 @@ from typing import Any
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields, read_json
 from kvrun.errors import ConvertError
+from kvrun.tokenizer_backends import refusal
 
 # Classes of transformers that take BOS and EOS from tokenizer_config.json, whatever tokenizer.json says.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
@@ -35,9 +36,8 @@ def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vo
             lookup, special, info = probe(data, settings)
         except ConvertError:
             raise
-        except Exception as error:  # the libraries raise plain Exception and RuntimeError
-            reason = " ".join(str(error).split())
-            raise ConvertError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+        except BaseException as error:
+            raise ConvertError(f"{path}: the tokenizer cannot be loaded: {refusal(error)}") from None
         named, numbered = (settings, read_json(folder, "special_tokens_map.json")), (generation, config)
         for name in _NAMES:
             token = _token_id(name, lookup, named, numbered)
@@ -122,8 +122,10 @@ class _Added:
 def _added_tokens(settings: Fields) -> dict[str, _Added]:
     """The tokens, by text, that tokenizer_config.json adds to a SentencePiece model."""
     entries = settings.get("added_tokens_decoder", {})
+    if not isinstance(entries, dict):
+        settings.fail("added_tokens_decoder", "not a JSON object")
     result: dict[str, _Added] = {}
-    for key, entry in entries.items() if isinstance(entries, dict) else ():
+    for key, entry in entries.items():
         content = entry.get("content") if isinstance(entry, dict) else None
         if not key.isdecimal() or not isinstance(content, str):
             settings.fail("added_tokens_decoder", f"entry {key[:40]!r} is not a token")
@@ -142,7 +144,11 @@ def _token_id(
     for source in named:
         value = source.get(f"{name}_token") if source else None
         text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and (number := lookup(text)) is not None:
+        if not isinstance(text, str):
+            continue
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            source.fail(f"{name}_token", "not valid Unicode")
+        if (number := lookup(text)) is not None:
             return number
     for source in numbered:
         value = source.get(f"{name}_token_id") if source else None

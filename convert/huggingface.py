@@ -20,7 +20,8 @@ from kvrun.convert.checkpoint import (
     with_halves_apart,
 )
 from kvrun.convert.families import HF, Family, family_of_config, text_config
-from kvrun.convert.fields import Fields, read_json
+from kvrun.convert.family_config import refuse_quantised
+from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import PLAIN, StoredTensor
@@ -39,6 +40,13 @@ _SETTINGS = (
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+}
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8_e4m3"}
 _MAX_HEADER = 100_000_000
 # Buffers that old versions of transformers saved; they are computed from the config.
@@ -57,6 +65,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     fp8_block = block_shape(config)
     config = without_quantization(config)
     family, text = family_of_config(config), text_config(config)
+    refuse_quantised(text)
     name = _model_name(folder)
     description = describe(
         text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)}
@@ -82,16 +91,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
             (generation, config) if text is config else (generation, config, text), vocabulary
         ),
         chat_template=_chat_template(folder),
-        sampling=sampling_defaults(
-            generation,
-            {
-                "temperature": "temperature",
-                "top_k": "top_k",
-                "top_p": "top_p",
-                "min_p": "min_p",
-                "repeat_penalty": "repetition_penalty",
-            },
-        ),
+        sampling=sampling_defaults(generation, _SAMPLING),
         files=tuple(
             sorted(
                 {tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS}
@@ -176,7 +176,7 @@ def _files_of_index(folder: str, index: Fields) -> dict[str, list[str] | None]:
     files: dict[str, list[str] | None] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or os.path.basename(file) != file:
-            return index.fail("weight_map", f"{file!r}"[:60] + " is not a file name")
+            return index.fail("weight_map", f"{shown(file)} is not a file name")
         files.setdefault(file, []).append(name)
     for file in files:
         if not os.path.isfile(os.path.join(folder, file)):
@@ -211,7 +211,7 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and start <= end
-        dtype = str(dtype)
+        sound = sound and isinstance(dtype, str) and isinstance(shape, list)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -221,6 +221,8 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
             f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; "
             "download it again"
         )
+    if 0 in shape:
+        raise ConvertError(f"{path}: tensor {name} {shape} has no values; save the checkpoint again, whole")
     if dtype not in _DTYPES:
         # It is refused only if the model needs it: checkpoints carry integer buffers.
         return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
@@ -284,7 +286,7 @@ def _check_types_and_head(
     for tensor in available.values():
         if tensor.type not in _DTYPES.values():
             raise ConvertError(
-                f"{tensor.path}: tensor {tensor.name} has type {tensor.type}, which is not supported "
+                f"{tensor.path}: tensor {tensor.name} has type {tensor.type[:40]}, which is not supported "
                 f"yet (supported: {', '.join(_DTYPES)})"
             )
     embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
@@ -315,7 +317,7 @@ def _stop_ids(sources: tuple[Fields | None, ...], vocabulary: Vocabulary) -> lis
         eos = source.get("eos_token_id", []) if source else []
         for token in eos if isinstance(eos, list) else [eos]:
             if type(token) is not int or token < 0:
-                source.fail("eos_token_id", f"{token!r}"[:60] + " is not a token id")
+                source.fail("eos_token_id", f"{shown(token)} is not a token id")
             ids.append(token)
     return ids
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvrun.convert.fields import REQUIRED, Fields
+from kvrun.convert.fields import REQUIRED, Fields, shown
+from kvrun.errors import ConvertError
 
 KINDS = "default, linear, dynamic, yarn, longrope, llama3"
 
@@ -26,7 +27,7 @@ def rope_from_config(
     if rope is not None:
         partial = rope.number("partial_rotary_factor", partial)
         theta = rope.number("rope_theta", theta)
-    width = int(head_dim * partial)
+    width = int(head_dim * min(partial, 2.0))
     if not 2 <= width <= head_dim or width % 2:
         (rope if rope is not None and "partial_rotary_factor" in rope else config).fail(
             "partial_rotary_factor",
@@ -73,7 +74,7 @@ def scaling_of(
         return _yarn(rope, theta, width, context, original)
     if kind in ("longrope", "su"):
         return _longrope(rope, context, original)
-    return config.fail(name, f"rope type {kind!r} is not supported yet (supported: {KINDS})")
+    return config.fail(name, f"rope type {shown(kind)} is not supported yet (supported: {KINDS})")
 
 
 def _yarn(rope: Fields, theta: float, width: int, context: int, original: int) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _yarn(rope: Fields, theta: float, width: int, context: int, original: int) -
         if None not in scales:
             m = _yarn_amplitude(factor, scales[0]) / _yarn_amplitude(factor, scales[1])
     fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
-    return yarn(theta, width, factor, original, fast, slow, m, rope.flag("truncate", True))
+    return yarn(rope.where, theta, width, factor, original, fast, slow, m, rope.flag("truncate", True))
 
 
 def _yarn_amplitude(factor: float, m: float = 1.0) -> float:
@@ -93,6 +94,7 @@ def _yarn_amplitude(factor: float, m: float = 1.0) -> float:
 
 
 def yarn(
+    where: str,
     theta: float,
     width: int,
     factor: float,
@@ -103,14 +105,20 @@ def yarn(
     whole: bool = True,
 ) -> dict[str, Any]:
     """YaRN (Peng et al. 2023): pairs that make more than `fast` turns in the original context are kept, those with
-    fewer than `slow` are slowed by the factor. `whole`: the two ends of the ramp between are whole pairs."""
+    fewer than `slow` are slowed by the factor. `whole`: the two ends of the ramp between are whole pairs. ConvertError,
+    with `where`, for numbers that leave no ramp."""
 
     def pair(turns: float) -> float:
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair(fast), pair(slow)
-    if whole:
-        low, high = math.floor(low), math.ceil(high)
+    try:
+        low, high = pair(fast), pair(slow)
+        if whole:
+            low, high = math.floor(low), math.ceil(high)
+    except (ArithmeticError, ValueError):
+        raise ConvertError(
+            f"{where}: YaRN is not possible with a base of {theta:g} and betas of {fast:g} and {slow:g}"
+        ) from None
     low, high = max(low, 0), min(high, width - 1)
     if low == high:
         high += 0.001
@@ -124,12 +132,16 @@ def _longrope(rope: Fields, context: int, original: int) -> dict[str, Any]:
         "short_factors": rope.get("short_factor", REQUIRED),
         "long_factors": rope.get("long_factor", REQUIRED),
         "original_context_length": float(original),
-        "attention_factor": rope.number("attention_factor", longrope_amplitude(factor, original)),
+        "attention_factor": rope.number("attention_factor", _longrope_amplitude(rope.where, factor, original)),
     }
 
 
-def longrope_amplitude(factor: float, original: int) -> float:
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+def _longrope_amplitude(where: str, factor: float, original: int) -> float:
+    if factor <= 1:
+        return 1.0
+    if original < 2:
+        raise ConvertError(f"{where}: LongRoPE is not possible with an original context of {original} token")
+    return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def rope_from_gguf(
@@ -154,10 +166,10 @@ def rope_from_gguf(
         turns = [
             meta.number(f"rope.scaling.yarn_beta_{key}", n) for key, n in (("fast", 32.0), ("slow", 1.0))
         ]
-        return fields | {"rope_scaling": yarn(theta, width, factor, original, *turns, m)}
+        return fields | {"rope_scaling": yarn(meta.where, theta, width, factor, original, *turns, m)}
     if kind not in ("none", "linear") and not (kind == "longrope" and long_short):
         meta.fail(
-            "rope.scaling.type", f"{kind!r} is not supported yet (supported: none, linear, yarn, longrope)"
+            "rope.scaling.type", f"{shown(kind)} is not supported yet (supported: none, linear, yarn, longrope)"
         )
     if long_short is not None:
         return fields | {
@@ -167,7 +179,7 @@ def rope_from_gguf(
                 "long_factors": long_short[0],
                 "original_context_length": float(original),
                 "attention_factor": meta.number(
-                    "rope.scaling.attn_factor", longrope_amplitude(context / original, original)
+                    "rope.scaling.attn_factor", _longrope_amplitude(meta.where, context / original, original)
                 ),
             }
         }

@@ -85,7 +85,7 @@ class StoredTensor:
             return raw.view("<f2").astype(np.float32)
         if self.type == "bf16":
             return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        return _dequantized(self.name, self.type, raw)
+        return self._dequantized(raw)
 
     def vector(self) -> np.ndarray:
         """All values of a small tensor: float32 [n]."""
@@ -110,13 +110,13 @@ class StoredTensor:
                 "use --type bf16 or f32"
             )
 
+    def _dequantized(self, raw: np.ndarray) -> np.ndarray:
+        import gguf
 
-def _dequantized(name: str, type: str, raw: np.ndarray) -> np.ndarray:
-    import gguf
-
-    try:
-        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]).astype(
-            np.float32, copy=False
-        )
-    except (KeyError, NotImplementedError):
-        raise ConvertError(f"tensor {name} has type {type.upper()}, which is not supported yet") from None
+        kind = self.type.upper()
+        try:
+            return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).astype(np.float32, copy=False)
+        except (KeyError, NotImplementedError):
+            raise ConvertError(
+                f"{self.path}: tensor {self.name} has type {kind}, which is not supported yet"
+            ) from None

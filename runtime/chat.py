@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvrun.tokenizer import SpecialTokens
 
 Message = Mapping[str, Any]
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which a message may hold its thinking."""
 
 
 class ChatTemplate:
@@ -44,7 +46,7 @@ class ChatTemplate:
         """The text of a conversation, ready for the answer. KvrunError if the template refuses it."""
         try:
             return self._template.render(
-                messages=[self._message(m) for m in messages],
+                messages=[_with_reasoning(self._message(m)) for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -74,6 +76,12 @@ class ChatTemplate:
         if isinstance(value, (list, tuple)):
             return [self._value(item) for item in value]
         return value
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its thinking, if it has any, under the two keys that templates read."""
+    thinking = next((message[key] for key in REASONING if key in message), None)
+    return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
 
 
 def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:

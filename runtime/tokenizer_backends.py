@@ -106,7 +106,7 @@ class JsonBackend(_Backend):
         try:
             return pruned.ids(text)
         except BaseException as error:
-            raise TokenizerError(f"this text cannot be tokenised: {_refusal(error)}") from None
+            raise TokenizerError(f"this text cannot be tokenised: {refusal(error)}") from None
 
     @staticmethod
     def _build(data: bytes) -> Any:
@@ -115,7 +115,7 @@ class JsonBackend(_Backend):
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except BaseException as error:
-            raise TokenizerError(f"the model's tokenizer.json cannot be used: {_refusal(error)}") from None
+            raise TokenizerError(f"the model's tokenizer.json cannot be used: {refusal(error)}") from None
         # Checkpoints store what their training needed; nothing may be cut or filled up here.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -164,10 +164,10 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     try:
         return tokenizer.encode(text, add_special_tokens=False).ids
     except BaseException as error:
-        raise TokenizerError(f"this text cannot be tokenised: {_refusal(error)}") from None
+        raise TokenizerError(f"this text cannot be tokenised: {refusal(error)}") from None
 
 
-def _refusal(error: BaseException) -> str:
+def refusal(error: BaseException) -> str:
     """What a library said, in one line; raises again what is not the library's (Ctrl-C, for one)."""
     # A panic in Rust arrives as a BaseException of a type that cannot be imported.
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -308,7 +308,7 @@ class SentencePieceBackend(_Backend):
                 raise ValueError("it is empty")
             return sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:
-            raise TokenizerError(f"the model's tokenizer.model cannot be used: {_refusal(error)}") from None
+            raise TokenizerError(f"the model's tokenizer.model cannot be used: {refusal(error)}") from None
 
     def encode_parsed(self, text: str) -> None:
         return None

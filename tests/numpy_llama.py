@@ -40,8 +40,8 @@ class NumpyLlama:
     ) -> None:
         self.d = file.description
         self.store = store
-        self.inv_freq = self.d.rope_inv_freq(ctx)
         self.ropes = self.d.rope_tables(ctx)
+        self.inv_freq = self.ropes.inv_freq[0]  # of most layers
         self.weights = {
             name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64)
             for name, w in file.weights.items()

@@ -3,15 +3,14 @@
 fixtures/make_families.py made the checkpoints, with transformers, and says what is in them."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Reference
+from kernel_level import errors_at_level
 from numpy_llama import NumpyLlama
 
 sys.path.append(str(Path(__file__).parent / "core"))
@@ -163,30 +162,18 @@ def test_cache_formats(name, kv, limit, family):
 
 @pytest.mark.parametrize("level", _core.isa_available())
 def test_every_kernel_level(level, family):
-    """KVRUN_ISA is read on import, so each level gets a process of its own."""
-    code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import test_families as t\n"
-        "print(json.dumps(t.errors_of_level(json.loads(sys.argv[2]))))"
-    )
     paths = {name: str(family(name)) for name in ("gpt2", "gpt2-gelu", "gemma2", "phi3", "granite")}
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(paths)],
-        env=os.environ | {"KVRUN_ISA": level},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    found, errors = json.loads(result.stdout)
-    assert found == level and max(errors.values()) <= TOLERANCE, errors
+    errors = errors_at_level(level, "test_families", paths)
+    assert max(errors.values()) <= TOLERANCE, errors
 
 
-def errors_of_level(paths):
-    """(level in use, {name: error}) of model files; runs in a process of its own."""
+def errors_of(paths):
+    """{name: error} of model files; runs in a process of its own."""
     errors = {}
     for name, path in paths.items():
         expected = expected_of(name)
         errors[name] = expected.error(run(engine_of(path), expected.tokens, CHUNKS["ragged"]))
-    return _core.isa(), errors
+    return errors
 
 
 # --- what the descriptions say --------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_local_layers_hold_their_window_only(file):
     cache = _core.KVCache(engine_of(file), k="q4", v="q4", ctx=32768, sinks=4, window=64)
     assert cache.nbytes == kept["q4"]["32768"]
     f16_bytes = 2 * 2 * d.n_kv_heads * d.head_dim  # of K and V of one token and layer
-    local = 15 * f16_bytes * (512 + 128)
-    whole = 3 * f16_bytes * 32768
-    assert whole + local < kept["f16"]["32768"] < whole + local * 1.2
+    local, whole = 15 * f16_bytes * 512, 3 * f16_bytes * 32768
+    # Besides: of all layers the sinks and the tile that is being filled.
+    assert whole + local < kept["f16"]["32768"] < whole + local * 1.25
     assert all_layers["f16"]["32768"] > 18 * f16_bytes * 32768

@@ -1,13 +1,10 @@
 """Logits of every fixture against those that transformers computed in float32, however the tokens are fed."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kernel_level import errors_at_level
 from numpy_llama import NumpyLlama, f16_cache
 
 from kvrun import _core
@@ -136,28 +133,14 @@ def test_last_all_and_none(name, converted, reference):
 
 
 @pytest.mark.parametrize("level", _core.isa_available())
-def test_every_kernel_level(level, converted, reference):
-    """KVRUN_ISA is read on import, so each level gets a process of its own."""
-    names = ["grouped-tied", "odd-sizes", "biases", "gguf-q4_1"]
-    code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import test_reference_logits as t\n"
-        "print(json.dumps(t.errors_of_level(json.loads(sys.argv[2]))))"
-    )
-    paths = {name: str(converted(name)) for name in names}
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(paths)],
-        env=os.environ | {"KVRUN_ISA": level},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    found, errors = json.loads(result.stdout)
-    assert found == level
+def test_every_kernel_level(level, converted):
+    paths = {name: str(converted(name)) for name in ("grouped-tied", "odd-sizes", "biases", "gguf-q4_1")}
+    errors = errors_at_level(level, "test_reference_logits", paths)
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-def errors_of_level(paths):
-    """(level in use, {name: error}) of model files; runs in a process of its own."""
+def errors_of(paths):
+    """{name: error} of model files; runs in a process of its own."""
     from conftest import Reference
 
     errors = {}
@@ -165,4 +148,4 @@ def errors_of_level(paths):
         with np.load(FIXTURES / "logits" / f"{name}.npz") as data:
             expected = Reference(**{key: data[key] for key in data.files})
         errors[name] = expected.error(run(engine_of(path), expected.tokens, CHUNKS["ragged"]))
-    return _core.isa(), errors
+    return errors

@@ -15,6 +15,7 @@ from test_families import CHUNKS, FAMILIES, TOLERANCE, cache_of, engine_of, expe
 
 from kvrun.convert import convert
 from kvrun.convert.checkpoint import open_checkpoint
+from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.huggingface import read_safetensors_header
 from kvrun.errors import ConvertError
 
@@ -78,8 +79,9 @@ def metadata(arch, c):
     return {f"{arch}.{key}": value for key, value in values.items() if value is not None}, rope
 
 
-def tensors(folder, arch, c):
-    """(name in GGUF, float32 values) of the text model's tensors."""
+def tensors(folder, arch, c, apart=False):
+    """(name in GGUF, float32 values) of the text model's tensors. `apart`: one tensor for each expert, as in files of
+    Mixtral from before one held all of a layer."""
     experts, dense = {}, get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
     names = get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), 8)
     for name, tensor in read_safetensors_header(str(folder / "model.safetensors")).items():
@@ -106,10 +108,13 @@ def tensors(folder, arch, c):
         else:
             yield f"{names.get_name(stem) or dense.get_name(stem)}.{suffix}", value
     for name, values in experts.items():
-        yield name, np.stack(values)
+        if apart:
+            yield from ((name.replace("_exps", f".{e}"), value) for e, value in enumerate(values))
+        else:
+            yield name, np.stack(values)
 
 
-def write(path, folder, extra=(), changes=None):
+def write(path, folder, extra=(), changes=None, apart=False):
     """`changes`: metadata to set or, with None, to leave out."""
     config = json.loads((folder / "config.json").read_text())
     config = config.get("text_config", config)
@@ -120,7 +125,7 @@ def write(path, folder, extra=(), changes=None):
         if value is not None:
             add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
             add.get(type(value), writer.add_float32)(key, value)
-    pairs = [*tensors(folder, arch, config), *extra]
+    pairs = [*tensors(folder, arch, config, apart), *extra]
     if "long_factor" in rope:
         pairs += [
             (f"rope_factors_{x}.weight", np.array(rope[f"{x}_factor"], np.float32)) for x in ("long", "short")
@@ -143,6 +148,22 @@ def test_logits(name, tmp_path):
         logits = run(engine_of(tmp_path / "model.bin"), expected.tokens, chunks, **cache_of(name))
         assert expected.error(logits) <= TOLERANCE
     assert model.description.architecture == ARCHITECTURES.get(name, name)
+
+
+def test_mixtral_with_a_tensor_for_each_expert(tmp_path):
+    """The same model file, but for the name of its source."""
+    for apart in (True, False):
+        source = write(tmp_path / "mixtral.gguf", FAMILIES / "mixtral", apart=apart)
+        convert(source, tmp_path / f"{apart}.bin", tokenizer=False)
+    names = GgufFile(str(write(source, FAMILIES / "mixtral", apart=True))).tensors
+    assert "blk.1.ffn_down.3.weight" in names and not any("exps" in name for name in names)
+    assert (tmp_path / "True.bin").read_bytes() == (tmp_path / "False.bin").read_bytes()
+
+
+def test_an_expert_that_is_not_there(tmp_path):
+    with pytest.raises(ConvertError, match="tensor blk.0.ffn_gate.5.weight is missing"):
+        write(tmp_path / "mixtral.gguf", FAMILIES / "mixtral", changes={"llama.expert_count": 6}, apart=True)
+        open_checkpoint(str(tmp_path / "mixtral.gguf"), tokenizer=False)
 
 
 def described(tmp_path, name, extra=(), **changes):

@@ -143,6 +143,7 @@ def test_an_output_tensor_unties(tmp_path):
         ({"llama.attention.head_count_kv": [1, 2]}, "different values per layer"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon: missing"),
         ({"split.count": 3}, "one of 3 parts"),
+        ({"split.count": 1 << 31}, "split.count: 2147483648 is not an integer from 0 to 99999"),
         ({"llama.vocab_size": 41}, r"token_embd.weight has shape \[40, 64\]"),
         ({"llama.logit_scale": 2.0}, "logit_scale"),
         ({"llama.attention.head_count": 100}, "head_count: 100 does not divide"),

@@ -77,6 +77,7 @@ TEXT = "Hello  we'll WE'LL x1234\n\n 5½ ok!!\n"
             "llama-bpe",
             ["Hello", " ", " we", "'ll", " WE", "'LL", " x", "123", "4", "\n\n", " ", "5½", " ok", "!!\n"],
         ),
+        ("gpt-4o", ["Hello", " ", " we'll", " WE'LL", " x", "123", "4", "\n\n", " ", "5½", " ok", "!!\n"]),
         ("tekken", ["Hello", " ", " we", "'ll", " WE", "'LL", " x", *"1234", "\n\n", " ", "5", "½", " ok", "!!\n"]),
         (
             "qwen2",

@@ -1,9 +1,11 @@
 """Hugging Face folders: the many ways in which configs, weights, tokenizers and templates are saved."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 from make_checkpoint import (
     CONFIG,
     hf_folder,
@@ -14,6 +16,7 @@ from make_checkpoint import (
     write_json,
 )
 
+from kvrun.convert import hf_tokenizer
 from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.errors import ConvertError
 
@@ -297,6 +300,79 @@ def test_a_damaged_tokenizer(tmp_path):
         open_checkpoint(str(folder))
 
 
+def trained_sentencepiece():
+    """A tokenizer.model with 38 pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50),
+        model_writer=model,
+        vocab_size=38,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def test_a_library_that_gives_up(tmp_path, monkeypatch):
+    """What Rust panics with is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*args):
+        raise PanicException("range end index\nout of range")
+
+    monkeypatch.setattr(hf_tokenizer, "_probe_json", panic)
+    with pytest.raises(ConvertError, match="tokenizer.json: the tokenizer cannot be loaded: range end index$"):
+        open_checkpoint(str(hf_folder(tmp_path / "hf")))
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"added_tokens_decoder": []}, "added_tokens_decoder: not a JSON object"),
+        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "added_tokens_decoder: entry 'x' is not a token"),
+        ({"bos_token": "\udc80"}, "bos_token: not valid Unicode"),
+    ],
+)
+def test_what_tokenizer_config_cannot_say(tmp_path, settings, says):
+    folder = hf_folder(tmp_path / "hf", tokenizer=False)
+    model = trained_sentencepiece()
+    (folder / "tokenizer.model").write_bytes(model)
+    write_json(folder / "tokenizer_config.json", settings)
+    with pytest.raises(ConvertError, match=f"tokenizer_config.json: field {says}"):
+        open_checkpoint(str(folder))
+
+
+def change_header(path, name, **values):
+    """The safetensors file with other values in its entry of a tensor."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header[name] |= values
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"shape": ""}, "damaged safetensors header: tensor model.norm.weight"),
+        ({"shape": [-1]}, "damaged safetensors header: tensor model.norm.weight"),
+        ({"dtype": 7}, "damaged safetensors header: tensor model.norm.weight"),
+        ({"dtype": "I8"}, "tensor model.norm.weight has type I8, which is not supported yet"),
+        ({"data_offsets": [4]}, "damaged safetensors header: tensor model.norm.weight"),
+        ({"data_offsets": [0, 8]}, r"tensor model.norm.weight \[64\] has 8 bytes"),
+        ({"shape": [0], "data_offsets": [0, 0]}, r"tensor model.norm.weight \[0\] has no values"),
+    ],
+)
+def test_what_a_header_cannot_say(tmp_path, values, says):
+    folder = hf_folder(tmp_path / "hf")
+    change_header(folder / "model.safetensors", "model.norm.weight", **values)
+    with pytest.raises(ConvertError, match=says):
+        open_checkpoint(str(folder))
+
+
 def template(*parts):
     steps = [
         {"Sequence": {"id": "A", "type_id": 0}} if p == "A" else {"SpecialToken": {"id": p, "type_id": 0}}
@@ -429,21 +505,9 @@ def test_the_name_of_a_model_in_the_hubs_cache(tmp_path):
 
 
 def test_sentencepiece(tmp_path):
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50),
-        model_writer=model,
-        vocab_size=38,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    folder = hf_folder(tmp_path / "hf", tokenizer=False)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    piece = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).id_to_piece(3)
+    folder, model = hf_folder(tmp_path / "hf", tokenizer=False), trained_sentencepiece()
+    (folder / "tokenizer.model").write_bytes(model)
+    piece = sentencepiece.SentencePieceProcessor(model_proto=model).id_to_piece(3)
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -460,7 +524,7 @@ def test_sentencepiece(tmp_path):
     )
     vocabulary = open_checkpoint(str(folder)).vocabulary
     info = vocabulary.model_entry(40)
-    assert (vocabulary.kind, vocabulary.data) == ("tokenizer.model", model.getvalue())
+    assert (vocabulary.kind, vocabulary.data) == ("tokenizer.model", model)
     assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (1, 39, None, 0)
     assert (info["add_bos"], info["add_eos"], info["legacy"], info["added_tokens"]) == (
         True,
