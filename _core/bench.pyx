@@ -17,13 +17,15 @@ from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_bar
                          kv_team_take, plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
 from .kernels import require_level
+from .memory import advise_huge, anonymous
 from .kv import sliding_windows
 from .kv cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
                   window_tile)
 from .weights import pack, packed_size, type_id
 
 cdef extern from "stream.h":
-    uint64_t kv_stream_sum(const void* data, int64_t n) noexcept nogil
+    uint64_t kv_stream_four(const void* data, int64_t n) noexcept nogil
+    uint64_t kv_stream_one(const void* data, int64_t n) noexcept nogil
 
 cdef enum:
     BLOCK = 1 << 20       # bytes of the bandwidth test that a thread takes at a time
@@ -35,7 +37,7 @@ cdef enum:
 ctypedef struct Stream:
     uint8_t* data
     int64_t blocks
-    bint write
+    bint write, four      # write to it, or read lines from four places in turn
     uint64_t sum
 
 
@@ -50,8 +52,10 @@ cdef void _stream(void* arg, kv_team* team, int thread) noexcept nogil:
             break
         if s.write:
             memset(s.data + block * BLOCK, 1, BLOCK)
+        elif s.four:
+            total += kv_stream_four(s.data + block * BLOCK, BLOCK)
         else:
-            total += kv_stream_sum(s.data + block * BLOCK, BLOCK)
+            total += kv_stream_one(s.data + block * BLOCK, BLOCK)
     if total == 1:        # never: every byte is 1; but the sums have to be computed
         s.sum = total
 
@@ -66,7 +70,8 @@ def stream_buffer(threads, n_bytes=1 << 29):
     cdef int team = threads
     if threads < 1 or n_bytes < BLOCK:
         raise ValueError("threads must be at least 1, and n_bytes a MiB")
-    buffer = _aligned(n_bytes // BLOCK * BLOCK)
+    buffer = anonymous(n_bytes // BLOCK * BLOCK)
+    advise_huge(buffer)
     cdef uint8_t[::1] data = buffer
     stream.data, stream.blocks, stream.write, stream.sum = &data[0], n_bytes // BLOCK, True, 0
     with nogil:
@@ -75,7 +80,8 @@ def stream_buffer(threads, n_bytes=1 << 29):
 
 
 def read_bandwidth(threads, buffer=None, seconds=0.3):
-    """GB (1e9 bytes) a second that `threads` threads together read from memory: the best of several passes.
+    """GB (1e9 bytes) a second that `threads` threads together read from memory: the best of several passes, in the two
+    ways of stream.h by turns.
 
     buffer: of ``stream_buffer``, for more than one measurement. seconds: how long passes go on; at least two are made.
     """
@@ -87,12 +93,14 @@ def read_bandwidth(threads, buffer=None, seconds=0.3):
         raise ValueError("threads must be at least 1, and the buffer a MiB")
     cdef uint8_t[::1] data = buffer
     stream.data, stream.blocks, stream.write, stream.sum = &data[0], len(buffer) // BLOCK, False, 0
+    stream.four = False
     times, start = [], time.perf_counter()
     while len(times) < 2 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         with nogil:
             kv_team_run(team, _stream, &stream)
         times.append(time.perf_counter() - begin)
+        stream.four = not stream.four
     return stream.blocks * BLOCK / min(times) / 1e9
 
 
