@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from fakes import END, FakeCache, FakeModel
+from fakes import END, FakeModel
 from safetensors import safe_open
 
 import kvrun
@@ -380,7 +380,7 @@ def test_forks_go_their_own_ways(model):
 @pytest.fixture
 def fake(monkeypatch):
     class Core:
-        KVCache, Sampler, MAX_CHUNK = FakeCache, CoreSampler, 512
+        Sampler = CoreSampler
         KV_FORMATS = {"f32": 32.0, "f16": 16.0}
 
     monkeypatch.setattr(session_module, "_core", Core)
