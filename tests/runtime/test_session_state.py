@@ -434,6 +434,8 @@ def test_logits_of_a_lost_step_are_not_saved(model, tmp_path, monkeypatch):
     forward = model.engine.forward
 
     class Interrupted:
+        max_chunk = 512
+
         def forward(self, *args, **options):
             forward(*args, **options)
             raise KeyboardInterrupt
