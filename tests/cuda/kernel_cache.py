@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,8 @@ from host_device import compiled
 
 from kvrun import _core
 from kvrun.cuda import abi, attention
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))  # its texts and references
 
 JUNK = 0xFF  # NaN as a float
 MODULES = ("cache", "attention", "attention_chunk")
@@ -75,6 +79,16 @@ class KernelCache:
         other.memory[:], other.packed_ever = self.memory, self.packed_ever
         other.kv.count(self.kv.n_tokens, self.packed_ever)
         return other
+
+    def reference(self):
+        """An empty cache of the core with the same options."""
+        options = dict(ctx=self.kv.ctx, sinks=self.kv.n_sinks, window=self.kv.window)
+        return _core.KVCache(SimpleNamespace(description=self.kv.description), self.kv.k, self.kv.v, **options)
+
+    def truncate(self, n):
+        kv = self.host()
+        kv.truncate(n)
+        self.memory[:], self.packed_ever = kv.bytes, kv.packed_ever
 
     def host(self):
         """The core's cache with what this one holds."""

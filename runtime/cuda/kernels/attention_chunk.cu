@@ -2,8 +2,8 @@
 //
 // attend_chunk(step, layout, q, ld, group, scale, softcap, cos, sin, sink_cos, sink_sin, staged_windows, staged_tiles, max_tiles,
 //              out, ld_out)
-//   grid (n // tokens + n // 64 + 3, n_kv_heads * ceil(group / heads)), heads = min(group, 64), tokens = 64 // heads; block 128;
-//   dynamic shared memory: 64 (2 head_pad + 16) + 128 head_pad + 128 (head_pad rounded up to 64), head_pad: to 16
+//   heads = min(group, 64), tokens = 64 // heads; grid (blocks, n_kv_heads * ceil(group / heads)), block 128; the number of
+//   blocks, shared memory and buffers: attention.py
 //
 // A block has up to 64 rows: tokens that see the same tiles packed, times heads of a KV head; a warp 16 of them. Every tile
 // is unpacked once for the block, to float16 as the cache lays it out: K [head_dim][64], V [64][head_dim].
@@ -295,9 +295,10 @@ DEVICE void store_rows(const CacheLayout &c, const Assigned &a, Rows &r, float *
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128) attend_chunk(const Step *step, CacheLayout c, const float *q, int64_t ld,
-    int group, float scale, float softcap, const float *cosines, const float *sines, const float *sink_cosines,
-    const float *sink_sines, uint8_t *staged_windows, uint8_t *staged_tiles, int64_t max_tiles, float *out, int64_t ld_out)
+extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 3 : 1) attend_chunk(
+    const Step *step, CacheLayout c, const float *q, int64_t ld, int group, float scale, float softcap, const float *cosines,
+    const float *sines, const float *sink_cosines, const float *sink_sines, uint8_t *staged_windows, uint8_t *staged_tiles,
+    int64_t max_tiles, float *out, int64_t ld_out)
 {
     SHARED(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, most_heads = group < ROWS ? group : (int)ROWS;
