@@ -47,9 +47,12 @@ DEVICE void attend_sinks(const Warp &w, const Items &items, int number, const fl
             const float2 k = *(const float2 *)(keys + i * SINK_ITEM + 2 * g);
             s[0][0] += x.x * k.x, s[0][1] += x.y * k.x, s[0][2] += x.x * k.y, s[0][3] += x.y * k.y;
         }
-    weigh(r, head_pad_of(c) / 16, s, 1, seen, w.softcap, 0, w.lane);
+    weigh(r, head_pad_of(c) / 16, s, seen, w.softcap, 0, w.lane);
     add_floats(c, sink_values(c, w.head) + (int64_t)start * head_pad_of(c), seen.to, s, (float *)w.values, r, w.lane);
 }
+
+// An item's first token in its tile, where codes are concerned: known when the kernel is compiled if both K and V have codes.
+DEVICE int first_of(const CacheLayout &c, const Item &item) { return both_coded(c) ? 0 : item.first; }
 
 DEVICE void score(const Warp &w, const Item &item, Square *s)
 {
@@ -57,25 +60,25 @@ DEVICE void score(const Warp &w, const Item &item, Square *s)
     if (format == FORMAT_F32)
         score_floats(w.c, (const float *)item.k + item.first, TILE, item.tokens / 16, w.q, s, w.lane);
     else if (format == FORMAT_F16)
-        score_halves(w.c, w.keys, item.tokens / 16, w.q, s, w.lane);
+        score_halves(w.c, w.keys, window_tokens(w.c) / 16, w.q, s, w.lane);
     else
-        score_codes(bits_of(k_format_of(w.c)), w.c, w.keys, item.first, item.tokens / 16, w.q, s, w.lane);
+        score_codes(bits_of(k_format_of(w.c)), w.c, w.keys, first_of(w.c, item), ring_tokens(w.c) / 16, w.q, s, w.lane);
 }
 
 DEVICE void weigh_and_add(const Warp &w, const Item &item, Square *s, Running &r)
 {
-    const int format = v_format(w.c, item), steps = head_pad_of(w.c) / 16, count = item.tokens / 16;
+    const int format = v_format(w.c, item), steps = head_pad_of(w.c) / 16, first = first_of(w.c, item);
     const int bits = bits_of(v_format_of(w.c));
     const bool coded = is_quantised(format);
     float room = 0;
     if (coded)
-        room = room_for(w.c, w.values + TILE * head_pad_of(w.c) * bits / 8, item.first, count, w.lane);
-    weigh(r, steps, s, count, item.seen, w.softcap, room, w.lane);
+        room = room_for(w.c, w.values + TILE * head_pad_of(w.c) * bits / 8, first, ring_tokens(w.c) / 16, w.lane);
+    weigh(r, steps, s, item.seen, w.softcap, room, w.lane);
     count_in_codes(r, steps, coded);
     if (coded)
-        add_codes(bits, w.c, w.values, item.first, count, s, r, w.lane);
+        add_codes(bits, w.c, w.values, first, ring_tokens(w.c) / 16, s, r, w.lane);
     else if (format == FORMAT_F16)
-        add_halves(w.c, w.values, count, s, r, w.lane);
+        add_halves(w.c, w.values, window_tokens(w.c) / 16, s, r, w.lane);
     else
         add_floats(w.c, (const float *)item.v + (int64_t)item.first * head_pad_of(w.c), item.seen.to, s,
                    (float *)w.values, r, w.lane);
@@ -163,7 +166,7 @@ DEVICE void combine(const CacheLayout &c, const float *parts, int spans, int row
 #endif
         for (int span = 0; span < spans; span++) {
             const float *from = part + (int64_t)span * ROWS * ld;
-            float weight = exp2f(load_fresh(from + pad) - top);
+            float weight = power_of_2(load_fresh(from + pad) - top);
             total += weight * load_fresh(from + pad + 1);
             KV_UNROLL
             for (int i = 0; i < (MAX_PAD + 31) / 32; i++)
@@ -238,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 4 : 2) attend
             top = higher(tops[j * ROWS + row], top);
         for (int j = 0; j < WARPS; j++) {
             const float *acc = (const float *)(at + j * warp_room(c)) + row * pad;
-            sum += exp2f(tops[j * ROWS + row] - top) * (channel < pad ? acc[channel] : totals[j * ROWS + row]);
+            sum += power_of_2(tops[j * ROWS + row] - top) * (channel < pad ? acc[channel] : totals[j * ROWS + row]);
         }
         part[row * ld + (channel < pad ? channel : pad + 1)] = sum;
         if (channel == pad)

@@ -36,6 +36,11 @@ DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) // rounded once, b
 }
 DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) { return half2_fma(a, b, 0x80008000u); }
 DEVICE uint32_t half2_add(uint32_t a, uint32_t b) { return half2_fma(a, 0x3c003c00u, b); }
+DEVICE uint32_t half2_max(uint32_t a, uint32_t b)
+{
+    float low = fmaxf(half_to_float((uint16_t)a), half_to_float((uint16_t)b));
+    return half2_pack(low, fmaxf(half_to_float(a >> 16), half_to_float(b >> 16)));
+}
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t select)
 {
     uint64_t bytes = a | (uint64_t)b << 32;
@@ -78,15 +83,31 @@ DEVICE void end_copies() {}
 DEVICE void wait_but_one() {}
 DEVICE void wait_all() {}
 DEVICE float load_fresh(const float *x) { return *x; }
+DEVICE float power_of_2(float x) { return exp2f(x); }
 
 #else
 
+#if __CUDA_ARCH__ >= 800
 DEVICE uint32_t half2_pack(float low, float high)
 {
     uint32_t x;
     asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(x) : "f"(low), "f"(high));
     return x;
 }
+DEVICE uint32_t half2_max(uint32_t a, uint32_t b)
+{
+    uint32_t x;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    return x;
+}
+#else
+DEVICE uint32_t half2_pack(float low, float high) { return float_to_half(low) | (uint32_t)float_to_half(high) << 16; }
+DEVICE uint32_t half2_max(uint32_t a, uint32_t b) // of numbers that are not negative
+{
+    uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff, high = a >> 16 > b >> 16 ? a >> 16 : b >> 16;
+    return low | high << 16;
+}
+#endif
 DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c)
 {
     uint32_t x;
@@ -140,6 +161,12 @@ DEVICE void wait_but_one() {}
 DEVICE void wait_all() {}
 #endif
 DEVICE float load_fresh(const float *x) { return __ldcg(x); } // what another block has written
+DEVICE float power_of_2(float x) // 2 ulp; 0 where the result is below the normal numbers
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 #endif
 
@@ -157,8 +184,6 @@ DEVICE uint2 even_odd(uint2 x)
     y.y = permute(x.x, x.y, 0x7632);
     return y;
 }
-
-DEVICE float part(uint32_t pair, int i) { return half_to_float((uint16_t)(i ? pair >> 16 : pair)); }
 
 // Scores before the softmax, to the base 2.
 DEVICE float capped(float score, float cap) { return cap > 0 ? cap * tanhf(score / cap) : score; }

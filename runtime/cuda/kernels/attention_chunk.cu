@@ -201,7 +201,7 @@ DEVICE void weigh_tile(const CacheLayout &c, Rows &r, float (*scores)[4], int64_
         most = higher(__shfl_xor_sync(0xffffffffu, most, 1), most);
         most = higher(__shfl_xor_sync(0xffffffffu, most, 2), most);
         const float top = higher(most, r.top[h]), base = top == -INFINITY ? 0.f : top - 8;
-        const float shrink = top > r.top[h] ? exp2f(r.top[h] - top) : 1.f;
+        const float shrink = top > r.top[h] ? power_of_2(r.top[h] - top) : 1.f;
         r.top[h] = top;
         r.total[h] *= shrink;
         KV_UNROLL
@@ -211,7 +211,7 @@ DEVICE void weigh_tile(const CacheLayout &c, Rows &r, float (*scores)[4], int64_
         for (int j = 0; j < TILE / 8; j++)
             KV_UNROLL
             for (int i = 0; i < 2; i++) {
-                scores[j][2 * h + i] = exp2f(scores[j][2 * h + i] - base);
+                scores[j][2 * h + i] = power_of_2(scores[j][2 * h + i] - base);
                 r.total[h] += scores[j][2 * h + i];
             }
     }

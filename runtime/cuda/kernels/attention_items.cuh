@@ -123,7 +123,7 @@ DEVICE void fetch_codes(int bits, uint8_t *to, const uint8_t *from, int codes, i
 // Has the keys of an item, or its values, copied to this warp's shared memory. float32 is read from where it is.
 DEVICE void fetch_keys(const CacheLayout &c, const Item &item, uint8_t *to, int lane)
 {
-    const int format = k_format(c, item), pieces = item.tokens / 8;
+    const int format = k_format(c, item), pieces = window_tokens(c) / 8; // of float16 an item has as many anywhere
     if (format == FORMAT_F16) {
         for (int at = lane; at < head_dim_of(c) * pieces; at += 32) {
             int channel = at / pieces, piece = at % pieces;
@@ -139,7 +139,7 @@ DEVICE void fetch_values(const CacheLayout &c, const Item &item, uint8_t *to, in
 {
     const int format = v_format(c, item), pad = head_pad_of(c), pieces = pad / 8;
     if (format == FORMAT_F16) {
-        for (int at = lane; at < item.tokens * pieces; at += 32) {
+        for (int at = lane; at < window_tokens(c) * pieces; at += 32) {
             int token = at / pieces, piece = at % pieces;
             copy_16(to + token * v_pitch(c) + 16 * piece, item.v + 2 * ((item.first + token) * pad + 8 * piece),
                     token < item.seen.to);

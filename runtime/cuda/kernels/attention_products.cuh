@@ -241,17 +241,20 @@ DEVICE void count_in_codes(Running &r, int steps, bool coded)
 
 // From scores to weights in place; those of tokens that are not seen are 0. room: 2 to this is kept free of the largest
 // float16 weight, for large scales.
-DEVICE void weigh(Running &r, int steps, Square *s, int count, Seen seen, float softcap, float room, int lane)
+DEVICE void weigh(Running &r, int steps, Square *s, Seen seen, float softcap, float room, int lane)
 {
     const int g = lane / 4;
+    const bool partly = seen.from > 0 || seen.to < TILE;
     float most[2] = {-INFINITY, -INFINITY}, shrink[2];
     KV_UNROLL
     for (int m = 0; m < 4; m++)
         KV_UNROLL
         for (int i = 0; i < 4; i++) {
+            if (softcap > 0)
+                s[m][i] = capped(s[m][i], softcap);
             const int token = 16 * m + 2 * g + i / 2;
-            const bool visible = m < count && token >= seen.from && token < seen.to;
-            s[m][i] = visible ? capped(s[m][i], softcap) : -INFINITY;
+            if (partly && (token < seen.from || token >= seen.to))
+                s[m][i] = -INFINITY;
             most[i % 2] = higher(s[m][i], most[i % 2]);
         }
     KV_UNROLL
@@ -260,7 +263,7 @@ DEVICE void weigh(Running &r, int steps, Square *s, int count, Seen seen, float 
         for (int other = 4; other < 32; other *= 2)
             most[i] = higher(__shfl_xor_sync(0xffffffffu, most[i], other), most[i]);
         const float top = higher(most[i] + room, r.top[i]);
-        shrink[i] = top > r.top[i] ? exp2f(r.top[i] - top) : 1.f;
+        shrink[i] = top > r.top[i] ? power_of_2(r.top[i] - top) : 1.f;
         r.top[i] = top;
         r.total[i] *= shrink[i];
     }
@@ -274,7 +277,7 @@ DEVICE void weigh(Running &r, int steps, Square *s, int count, Seen seen, float 
     for (int m = 0; m < 4; m++)
         KV_UNROLL
         for (int i = 0; i < 4; i++) {
-            s[m][i] = exp2f(s[m][i] - (r.top[i % 2] - 8));
+            s[m][i] = power_of_2(s[m][i] - (r.top[i % 2] - 8));
             r.total[i % 2] += s[m][i];
         }
 }
@@ -301,7 +304,7 @@ DEVICE float room_for(const CacheLayout &c, const uint8_t *params, int first, in
         for (int m = 0; m < 4; m++)
             if (group < groups && m < count) {
                 uint2 scale = *(const uint2 *)(params + 256 * group + 2 * (first + 16 * m + 4 * t));
-                most = max_halves(most, max_halves(scale.x, scale.y));
+                most = half2_max(most, half2_max(scale.x, scale.y));
             }
     most = (most >> 16) > (most & 0xffff) ? most >> 16 : most & 0xffff;
     if (!__any_sync(0xffffffffu, most > 0x5800)) // 128

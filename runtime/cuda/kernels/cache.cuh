@@ -16,16 +16,22 @@ DEVICE uint8_t *head_at(const CacheLayout &c, int head) { return c.base + c.star
 DEVICE float *sink_keys(const CacheLayout &c, int head) { return (float *)head_at(c, head); }
 DEVICE float *sink_values(const CacheLayout &c, int head) { return (float *)(head_at(c, head) + c.sink_v); }
 
+// a % n of what is not negative; in 32 bits, which is much faster, where that is enough.
+DEVICE int64_t remainder_of(int64_t a, int64_t n)
+{
+    return (a | n) >> 32 ? a % n : (int64_t)((uint32_t)a % (uint32_t)n);
+}
+
 // Keys of a window tile; its values follow window_k_bytes later.
 DEVICE uint8_t *window_tile(const CacheLayout &c, int head, int64_t tile)
 {
-    return head_at(c, head) + c.windows + tile % c.n_window_tiles * (c.window_k_bytes + c.window_v_bytes);
+    return head_at(c, head) + c.windows + remainder_of(tile, c.n_window_tiles) * (c.window_k_bytes + c.window_v_bytes);
 }
 
 // Keys of a ring tile; its values follow k_bytes later. Never called for a ring without slots.
 DEVICE uint8_t *ring_tile(const CacheLayout &c, int head, int64_t tile)
 {
-    return head_at(c, head) + c.ring + tile % c.n_slots * (c.k_bytes + c.v_bytes);
+    return head_at(c, head) + c.ring + remainder_of(tile, c.n_slots) * (c.k_bytes + c.v_bytes);
 }
 
 // The tile that holds a token, -1 for a sink.
