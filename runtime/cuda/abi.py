@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 KERNELS = Path(__file__).with_name("kernels")
-MODULES = ("matrix", "cache", "attention", "bandwidth")
+MODULES = ("matrix", "cache", "attention", "attention_chunk", "bandwidth")
 MAX_SEGMENTS = 3
 
 # As in kernels/common.cuh; aligned like C's.
@@ -49,13 +50,38 @@ class DeviceMemoryError(MemoryError):
 
 
 class Launch(NamedTuple):
-    """One kernel with all it needs. `args`: NumPy arrays of one element, each passed by value."""
+    """One kernel with all it needs. `shared`: bytes of dynamic shared memory. `args`: NumPy arrays of one element, each
+    passed by value. `options`: what its module is compiled with, besides what all are."""
 
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
     args: tuple[np.ndarray, ...]
+    options: tuple[str, ...] = ()
+
+
+class Gemm(NamedTuple):
+    """out float32 [n][ld] = x float16 [n][cols] times weights float16 [rows][cols], summed in float32."""
+
+    weights: int
+    x: int
+    out: int
+    rows: int
+    cols: int
+    n: int
+    ld: int
+
+
+class Copy(NamedTuple):
+    """Between pinned memory of the host and the device, in the order of the stream."""
+
+    pinned: np.ndarray
+    address: int
+    to_device: bool
+
+
+Operation = Launch | Gemm | Copy
 
 
 def pointer(address: int) -> np.ndarray:
@@ -102,3 +128,9 @@ def kernel_names(text: str) -> list[str]:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
     pattern = r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\('
     return re.findall(pattern, text)
+
+
+@cache
+def module_of(kernel: str) -> str:
+    """The module that defines a kernel."""
+    return next(module for module in MODULES if kernel in kernel_names(source(module)))

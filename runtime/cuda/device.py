@@ -1,13 +1,13 @@
 """The GPU by way of CuPy: memory, kernels, streams, captured graphs, matrix products. Knows nothing of models.
 
-Kernels are compiled by NVRTC when a device is opened for the first time; CuPy keeps them in its cache (~/.cupy/kernel_cache,
-or the folder CUPY_CACHE_DIR). Addresses are plain integers, and streams CuPy's.
+Kernels are compiled by NVRTC when they are first prepared; CuPy keeps them in its cache (~/.cupy/kernel_cache, or the folder
+CUPY_CACHE_DIR). Addresses are plain integers, and streams CuPy's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -43,8 +43,9 @@ class CudaDevice:
         self._pool = cupy.cuda.MemoryPool()
         if memory_limit is not None:
             self._pool.set_limit(size=memory_limit)
-        self._kernels = self._compile()
-        self._asked: dict[str, int] = {}
+        self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
+        self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._shared: dict[tuple[str, tuple[str, ...]], int] = {}
 
     @staticmethod
     def _check() -> None:
@@ -61,16 +62,24 @@ class CudaDevice:
         if not count:
             raise OptionError("device: cuda needs an NVIDIA GPU, and the driver finds none")
 
-    def _compile(self) -> dict[str, Any]:
-        kernels: dict[str, Any] = {}
-        for module in abi.MODULES:
-            text = abi.source(module)
-            compiled = cupy.RawModule(code=text, options=OPTIONS, backend="nvrtc")
-            try:
-                kernels |= {name: compiled.get_function(name) for name in abi.kernel_names(text)}
-            except (cupy.cuda.compiler.CompileException, ImportError, RuntimeError) as error:
-                raise KvrunError(f"device: the kernels cannot be compiled: {one_line(error)[:500]}") from None
-        return kernels
+    def prepare(self, launch: abi.Launch) -> Any:
+        """The compiled kernel of a launch, which has the shared memory that it wants. KvrunError if it does not compile."""
+        key = launch.kernel, launch.options
+        if key not in self._kernels:
+            self._kernels |= self._compile(abi.module_of(launch.kernel), launch.options)
+        kernel = self._kernels[key]
+        if launch.shared > max(SHARED_BY_DEFAULT, self._shared.get(key, 0)):
+            kernel.max_dynamic_shared_size_bytes = self._shared[key] = launch.shared
+        return kernel
+
+    @staticmethod
+    def _compile(module: str, options: tuple[str, ...]) -> dict[tuple[str, tuple[str, ...]], Any]:
+        text = abi.source(module)
+        compiled = cupy.RawModule(code=text, options=(*OPTIONS, *options), backend="nvrtc")
+        try:
+            return {(name, options): compiled.get_function(name) for name in abi.kernel_names(text)}
+        except (cupy.cuda.compiler.CompileException, ImportError, RuntimeError) as error:
+            raise KvrunError(f"device: the kernels in {module}.cu cannot be compiled: {one_line(error)[:500]}") from None
 
     # --- memory -------------------------------------------------------------------------------------------
 
@@ -123,35 +132,39 @@ class CudaDevice:
         except runtime.CUDARuntimeError as error:
             raise KvrunError(f"the GPU has failed: {one_line(error)}") from None
 
-    def upload(self, address: int, pinned: np.ndarray, stream: Any) -> None:
-        runtime.memcpyAsync(address, pinned.ctypes.data, pinned.nbytes, runtime.memcpyHostToDevice, stream.ptr)
+    def do(self, operation: abi.Operation, stream: Any) -> None:
+        """Ask a stream for a launch, a matrix product or a copy."""
+        if isinstance(operation, abi.Launch):
+            with stream:
+                self.prepare(operation)(operation.grid, operation.block, operation.args, shared_mem=operation.shared)
+        elif isinstance(operation, abi.Gemm):
+            self._gemm(operation, stream)
+        else:
+            data, address = operation.pinned, operation.address
+            if operation.to_device:
+                runtime.memcpyAsync(address, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, stream.ptr)
+            else:
+                runtime.memcpyAsync(data.ctypes.data, address, data.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
 
-    def download(self, pinned: np.ndarray, address: int, stream: Any) -> None:
-        runtime.memcpyAsync(pinned.ctypes.data, address, pinned.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-
-    def launch(self, launch: abi.Launch, stream: Any) -> None:
-        kernel = self._kernels[launch.kernel]
-        if launch.shared > max(SHARED_BY_DEFAULT, self._asked.get(launch.kernel, 0)):
-            kernel.max_dynamic_shared_size_bytes = self._asked[launch.kernel] = launch.shared
-        with stream:
-            kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared)
-
-    def gemm(self, weights: int, x: int, out: int, rows: int, cols: int, n: int, ld: int, stream: Any) -> None:
-        """out float32 [n][ld] = x float16 [n][cols] times weights float16 [rows][cols], summed in float32."""
+    def _gemm(self, g: abi.Gemm, stream: Any) -> None:
         from cupy_backends.cuda.libs import cublas
 
         one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         with stream:  # cuBLAS is column-major: out' = weights' x
             cublas.gemmEx(
-                cupy.cuda.device.get_cublas_handle(), _T, _N, rows, n, cols, one.ctypes.data, weights, _R_16F, cols,
-                x, _R_16F, cols, zero.ctypes.data, out, _R_32F, ld, _COMPUTE_32F, _GEMM_DEFAULT,
+                cupy.cuda.device.get_cublas_handle(), _T, _N, g.rows, g.n, g.cols, one.ctypes.data, g.weights, _R_16F,
+                g.cols, g.x, _R_16F, g.cols, zero.ctypes.data, g.out, _R_32F, g.ld, _COMPUTE_32F, _GEMM_DEFAULT,
             )  # fmt: skip
 
-    def capture(self, work: Callable[[], None], stream: Any) -> Any:
-        """A graph of what `work` asks of the stream, which is not done; `replay` does it, as often as wanted."""
+    def capture(self, operations: Sequence[abi.Operation], stream: Any) -> Any:
+        """A graph of operations, which are not done: `replay` does them, as often as wanted."""
+        for operation in operations:
+            if isinstance(operation, abi.Launch):
+                self.prepare(operation)
         stream.begin_capture()
         try:
-            work()
+            for operation in operations:
+                self.do(operation, stream)
         finally:
             graph = stream.end_capture()
         graph.upload(stream)
@@ -180,5 +193,5 @@ class CudaDevice:
         launch = abi.Launch("read_memory", (8 * self.n_multiprocessors, 1, 1), (256, 1, 1), 0, args)
         times, start = [], time.perf_counter()
         while len(times) < 3 or time.perf_counter() - start < seconds:
-            times.append(self.seconds(lambda: self.launch(launch, stream), stream))
+            times.append(self.seconds(lambda: self.do(launch, stream), stream))
         return n_bytes / min(times) / 1e9

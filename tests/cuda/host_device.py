@@ -11,7 +11,6 @@ import hashlib
 import os
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -44,10 +43,10 @@ class Memory:
 class HostMemoryDevice:
     """Memory and copies; what is asked of a stream is done at once."""
 
-    name, architecture, n_multiprocessors, max_shared = "host", "host", 2, 227 << 10
+    name, architecture, n_multiprocessors, shared_per_multiprocessor = "host", "host", 2, 228 << 10
 
     def __init__(self, limit=None):
-        self.limit, self.live, self.recording = limit, {}, None
+        self.limit, self.live = limit, {}
 
     def free_bytes(self):
         return (1 << 40) - sum(self.live.values()) if self.limit is None else self.limit - sum(self.live.values())
@@ -78,48 +77,34 @@ class HostMemoryDevice:
         return object()
 
     def synchronize(self, stream):
-        assert self.recording is None
+        """Nothing is under way."""
 
-    def _do(self, what):
-        if self.recording is None:
-            what()
+    def do(self, operation, stream):
+        if isinstance(operation, abi.Launch):
+            self._launch(operation)
+        elif isinstance(operation, abi.Gemm):
+            self._gemm(operation)
         else:
-            self.recording.append(what)
+            self._copy(operation)
 
-    def upload(self, address, pinned, stream):
-        self._do(lambda: self.write(address, pinned))
-
-    def download(self, pinned, address, stream):
-        self._do(lambda: self.read(pinned, address))
-
-    def capture(self, work, stream):
-        self.recording = []
-        try:
-            work()
-            return self.recording
-        finally:
-            self.recording = None
+    def capture(self, operations, stream):
+        return list(operations)
 
     def replay(self, graph, stream):
-        for what in graph:
-            what()
+        for operation in graph:
+            self.do(operation, stream)
 
-    def gemm(self, weights, x, out, rows, cols, n, ld, stream):
-        self._do(lambda: self._gemm(weights, x, out, rows, cols, n, ld))
+    def _copy(self, copy):
+        if copy.to_device:
+            self.write(copy.address, copy.pinned)
+        else:
+            self.read(copy.pinned, copy.address)
 
-    def _gemm(self, weights, x, out, rows, cols, n, ld):
-        w = view(weights, 2 * rows * cols).view(np.float16).reshape(rows, cols).astype(np.float32)
-        inputs = view(x, 2 * n * cols).view(np.float16).reshape(n, cols).astype(np.float32)
-        to = np.lib.stride_tricks.as_strided(
-            view(out, 4 * ((n - 1) * ld + rows)).view(np.float32), (n, rows), (4 * ld, 4)
-        )
-        to[:] = inputs @ w.T
-
-    def launch(self, launch, stream):
-        self._do(lambda: self._run(launch))
-
-    def prepare(self, launch):
-        """CudaDevice compiles here."""
+    def _gemm(self, g):
+        weights = view(g.weights, 2 * g.rows * g.cols).view(np.float16).reshape(g.rows, g.cols).astype(np.float32)
+        x = view(g.x, 2 * g.n * g.cols).view(np.float16).reshape(g.n, g.cols).astype(np.float32)
+        out = view(g.out, 4 * ((g.n - 1) * g.ld + g.rows)).view(np.float32)
+        np.lib.stride_tricks.as_strided(out, (g.n, g.rows), (4 * g.ld, 4))[:] = x @ weights.T
 
 
 class HostDevice(HostMemoryDevice):
@@ -134,7 +119,7 @@ class HostDevice(HostMemoryDevice):
             for name in abi.kernel_names(text):
                 self._functions[name] = getattr(library, f"launch_{name}")
 
-    def _run(self, launch):
+    def _launch(self, launch):
         args = (ctypes.c_void_p * len(launch.args))(*(a.ctypes.data for a in launch.args))
         self._functions[launch.kernel](*map(ctypes.c_uint, (*launch.grid, *launch.block)), ctypes.c_size_t(launch.shared), args)
 
@@ -154,36 +139,18 @@ def compiled(module, text):
     return ctypes.CDLL(str(path))
 
 
-class Gemm(NamedTuple):
-    weights: int
-    x: int
-    out: int
-    rows: int
-    cols: int
-    n: int
-    ld: int
-
-
 class RecordingDevice(HostMemoryDevice):
-    """`done`: the launches, products and copies ("upload", "download") of the streams, in order."""
+    """`done`: what its streams were asked for, in order; of that only copies are made. `graphs`: those captured."""
 
     def __init__(self, limit=None):
         super().__init__(limit)
-        self.done, self.graphs = [], 0
+        self.done, self.graphs = [], []
 
-    def capture(self, work, stream):
-        self.graphs += 1
-        return super().capture(work, stream)
+    def capture(self, operations, stream):
+        self.graphs.append(super().capture(operations, stream))
+        return self.graphs[-1]
 
-    def _run(self, launch):
-        self.done.append(launch)
-
-    def _gemm(self, *numbers):
-        self.done.append(Gemm(*numbers))
-
-    def upload(self, address, pinned, stream):
-        super().upload(address, pinned, stream)
-        self._do(lambda: self.done.append(("upload", address, pinned.nbytes)))
-
-    def download(self, pinned, address, stream):
-        self._do(lambda: self.done.append(("download", address, pinned.nbytes)))
+    def do(self, operation, stream):
+        self.done.append(operation)
+        if isinstance(operation, abi.Copy):
+            self._copy(operation)
