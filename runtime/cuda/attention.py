@@ -1,5 +1,5 @@
-"""Grids, shared memory and buffers of the cache and attention kernels: what `cache.cu`, `attention.cu` and `attention_chunk.cu`
-expect of whoever launches them.
+"""Grids, shared memory and buffers of the cache and attention kernels: what `cache.cu`, `attention.cu` and
+`attention_chunk.cu` expect of whoever launches them.
 
 `layout` is a mapping with the numbers of abi.LAYOUT, as `_core.KVCache.geometry` returns them.
 """

@@ -21,23 +21,25 @@ MODULES = ("cache", "attention", "attention_chunk")
 
 
 @cache
-def kernels():
-    """Launchers by name."""
+def kernels(defines=()):
+    """Launchers by name. defines: options of NVRTC ("-DNAME=1"), which only attention takes."""
     found = {}
     for module in MODULES:
-        text = abi.source(module)
+        macros = defines if module != "cache" else ()
+        text = "".join(f"#define {' '.join(macro[2:].split('='))}\n" for macro in macros) + abi.source(module)
         library = compiled(module, text)
         found |= {name: getattr(library, f"launch_{name}") for name in abi.kernel_names(text)}
     return found
 
 
-def launch(name, grid, block, shared, *args):
+def launch(name, grid, block, shared, *args, defines=()):
     """args: NumPy arrays are passed by their address, structures and numbers of NumPy by value."""
-    values = [np.array([a.ctypes.data], np.uint64) if isinstance(a, np.ndarray) and a.dtype not in BY_VALUE else a for a in args]
+    pointers = [isinstance(a, np.ndarray) and a.dtype not in BY_VALUE for a in args]
+    values = [np.uint64(a.ctypes.data) if p else a for a, p in zip(args, pointers, strict=True)]
     values = [np.ascontiguousarray(a).reshape(1) for a in values]
     grid = (*grid, 1, 1)[:3]
     pointers = (ctypes.c_void_p * len(values))(*(a.ctypes.data for a in values))
-    kernels()[name](*map(ctypes.c_uint, (*grid, block, 1, 1)), ctypes.c_size_t(shared), pointers)
+    kernels(defines)[name](*map(ctypes.c_uint, (*grid, block, 1, 1)), ctypes.c_size_t(shared), pointers)
 
 
 BY_VALUE = (abi.LAYOUT, abi.ROPES)
@@ -52,7 +54,8 @@ def aligned(n_bytes, fill=JUNK):
 class KernelCache:
     """One layer: `kv` is the core's cache with the same layout, which counts tokens; `memory` is the device's.
 
-    scale, softcap: of attention. spans: blocks that share a KV head in decoding.
+    scale, softcap: of attention. spans: blocks that share a KV head in decoding. defines: macros of the attention
+    kernels, none: they take any head size and formats.
     """
 
     def __init__(self, k, v, head_dim, n_kv_heads=1, sight=0, scale=0.17, softcap=0.0, spans=3, fill=JUNK, **options):
@@ -69,13 +72,13 @@ class KernelCache:
         self.layout = abi.struct(
             abi.LAYOUT, base=self.memory.ctypes.data, **{name: {**self.geometry, **layer}[name] for name in names}
         )
-        self.packed_ever = 0
+        self.packed_ever, self.defines = 0, ()
 
     def copy(self):
         d = self.kv.description
         options = dict(ctx=self.kv.ctx, sinks=self.kv.n_sinks, window=self.kv.window)
-        other = KernelCache(self.kv.k, self.kv.v, d.head_dim, d.n_kv_heads, d.sliding_windows[0], self.scale, self.softcap,
-                            self.spans, **options)  # fmt: skip
+        other = KernelCache(self.kv.k, self.kv.v, d.head_dim, d.n_kv_heads, d.sliding_windows[0], self.scale,
+                            self.softcap, self.spans, **options)  # fmt: skip
         other.memory[:], other.packed_ever = self.memory, self.packed_ever
         other.kv.count(self.kv.n_tokens, self.packed_ever)
         return other
@@ -97,7 +100,7 @@ class KernelCache:
         return self.kv
 
     def feed(self, q, k, v, inv_freq, group):
-        """A chunk: q [n, n_kv_heads * group * head_dim] or None, k and v [n, n_kv_heads * head_dim]. Returns its attention."""
+        """A chunk: q [n, n_kv_heads * group * head_dim] or None, k and v [n, n_kv_heads * head_dim]. Returns its attention"""
         g, n = self.geometry, len(k)
         half, heads, dim = g["head_dim"] // 2, g["n_kv_heads"], g["head_dim"]
         k, v = (np.ascontiguousarray(x, np.float32) for x in (k, v))
@@ -129,14 +132,15 @@ class KernelCache:
         out = np.full((n, width), np.nan, np.float32)
         scale, cap = (np.float32(x * np.log2(np.e)) for x in (self.scale, self.softcap))
         if n > 1:
-            launch("attend_chunk", attention.chunk_grid(g, group, n), attention.ATTEND_THREADS, attention.chunk_shared(g),
-                   step, self.layout, q, np.int64(width), np.int32(group), scale, cap, *tables, *staged, np.int64(most), out,
-                   np.int64(width))  # fmt: skip
+            grid, shared = attention.chunk_grid(g, group, n), attention.chunk_shared(g)
+            launch("attend_chunk", grid, attention.ATTEND_THREADS, shared, step, self.layout, q, np.int64(width),
+                   np.int32(group), scale, cap, *tables, *staged, np.int64(most), out, np.int64(width),
+                   defines=self.defines)  # fmt: skip
             return out
         grid = self.spans, g["n_kv_heads"], -(-group // 8)
         partial = np.full(attention.partial_floats(g, grid), np.nan, np.float32)
         counters = np.zeros(grid[1] * grid[2], np.int32)
-        launch("attend", grid, attention.ATTEND_THREADS, attention.attend_shared(g), step, self.layout, q, np.int32(group),
-               scale, cap, *tables, partial, counters, out)  # fmt: skip
+        launch("attend", grid, attention.ATTEND_THREADS, attention.attend_shared(g), step, self.layout, q,
+               np.int32(group), scale, cap, *tables, partial, counters, out, defines=self.defines)  # fmt: skip
         assert not counters.any()
         return out

@@ -1,4 +1,4 @@
-"""Attention of the device's kernels, run on the host, against float64 NumPy over what the cache holds, and against the core."""
+"""Attention of the device's kernels, run on the host, against float64 NumPy over what the cache holds and the core."""
 
 from functools import lru_cache
 from itertools import cycle
@@ -6,12 +6,15 @@ from itertools import cycle
 import numpy as np
 import pytest
 from kernel_cache import KernelCache
-from test_attention import (CODE_BITS, CTX, OPTIONS, SCALE, TURNS, Held, advance, attend, check_held, exact, ordinary, rms)
+from test_attention import (CODE_BITS, CTX, OPTIONS, SCALE, TURNS, Held, advance, attend, check_held, exact, ordinary,
+                            rms)  # fmt: skip
 from test_ring import ListCache
 
 from kvrun._core import probe
+from kvrun.cuda import attention
 
-FORMATS = [("f32", "f32"), ("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q2", "q2"), ("q4", "q2"), ("q8", "f16"), ("f32", "q4")]
+FORMATS = [("f32", "f32"), ("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q2", "q2"), ("q4", "q2"), ("q8", "f16"),
+           ("f32", "q4")]  # fmt: skip
 HEAD_DIMS = [64, 80, 96, 128, 256]
 
 # Errors of an output, as root mean square relative to it. One token: floats are summed in float32; with float16 queries
@@ -23,7 +26,8 @@ CHUNK_TOLERANCE = 2e-3
 CORE_TOLERANCE = {"f32": 2e-3, "f16": 2e-3, "q8": 3e-3, "q4": 0.08, "q2": 0.08}
 
 # Lengths of the text: the first tokens, the first window, tiles packed and evicted, ten turns.
-LENGTHS = [1, 3, 5, 64, 68, 70, 131, 132, 133, CTX - 1, CTX, CTX + 2, CTX + 63, CTX + 64, CTX + 66, TURNS[0] + 28, TURNS[0] + 29]
+LENGTHS = [1, 3, 5, 64, 68, 70, 131, 132, 133, CTX - 1, CTX, CTX + 2, CTX + 63, CTX + 64, CTX + 66, TURNS[0] + 28,
+           TURNS[0] + 29]  # fmt: skip
 
 
 def queries(text, start, end, group):
@@ -103,7 +107,7 @@ def exact_outputs(head_dim, transformed, first, last):
 @pytest.mark.parametrize("k, v", FORMATS)
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_every_token_of_a_chunk_without_rounding(head_dim, k, v):
-    """A token too many or too few shows alike in every format. Never one alone: its kernel rounds queries to 11 bits."""
+    """A token too many or too few shows alike in every format. None comes alone: that kernel rounds queries."""
     first, last, turn = CTX - 100, CTX + 135, HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
     text, expected = exact_outputs(head_dim, v in CODE_BITS, first, last)
     cache, group = KernelCache(k, v, head_dim, scale=SCALE, **OPTIONS), 1 + turn % 3
@@ -134,7 +138,7 @@ def test_sliding_windows_and_odd_options(sight, options):
         q = (rng.standard_normal((n, 2 * group * 32)) * 1.5 / SCALE / 32**0.5).astype(np.float32)
         out = cache.feed(q, keys, values, inv_freq, group)
         expected = probe.attention(core, q, keys, values, inv_freq, level="scalar")
-        assert rms(out - expected) <= worse(CORE_TOLERANCE, k, v) * rms(expected), f"{cache.kv.n_tokens} tokens, {n} at once"
+        assert rms(out - expected) <= worse(CORE_TOLERANCE, k, v) * rms(expected), f"{n} to {cache.kv.n_tokens}"
 
 
 def test_after_taking_back():
@@ -151,13 +155,21 @@ def test_after_taking_back():
             cache.truncate(keep)
 
 
+def test_compiled_for_one_head_size_and_formats():
+    """As a GPU has them: the same to the bit."""
+    text, ctx = ordinary(128, 400), 260
+    caches = [KernelCache("q4", "q2", 128, scale=SCALE, ctx=ctx, sinks=4, window=64) for _ in range(2)]
+    caches[1].defines = attention.defines(caches[1].geometry)
+    for n in (1, 70, 71, 200, 201, 330, 331):
+        np.testing.assert_array_equal(*(feed(cache, text, n, 3) for cache in caches), f"{n} tokens")
+
+
 @pytest.mark.parametrize("k, v", FORMATS)
 def test_nothing_is_seen_of_an_earlier_text(k, v):
     """What it left in the room of tokens yet to come has no weight, not even as part of a product."""
     text = ordinary(64, 400)
     used, fresh = (KernelCache(k, v, 64, scale=SCALE, **OPTIONS) for _ in range(2))
-    used.memory[:], fresh.memory[:] = 0x7C, 0xFF  # as float16: NaN both
-    fresh.memory.view(np.uint16)[:] = 0x7C00  # infinity
+    used.memory.view(np.uint16)[:], fresh.memory[:] = 0x7C00, 0xFF  # infinity as float16, and no number
     for n in (1, 3, 5, 70, 75, 132, 133, 200, 300, 301):
         np.testing.assert_array_equal(feed(used, text, n, 3), feed(fresh, text, n, 3), f"{n} tokens")
 
@@ -169,7 +181,8 @@ def test_large_and_small_numbers(size, k, v):
     rng, n = np.random.default_rng(5), 300
     cache = KernelCache(k, v, 64, scale=SCALE, fill=0, **OPTIONS)
     core, inv_freq = cache.reference(), 10000.0 ** (-np.arange(32) / 32)
-    keys, values, q = rng.standard_normal((3, n, 64)).astype(np.float32) * np.float32([size, size, 1.2 / size])[:, None, None]
+    sizes = np.float32([size, size, 1.2 / size])[:, None, None]
+    keys, values, q = rng.standard_normal((3, n, 64)).astype(np.float32) * sizes
     for part in (slice(0, n - 1), slice(n - 1, n)):
         out = cache.feed(q[part], keys[part], values[part], inv_freq, 1)
         expected = probe.attention(core, q[part], keys[part], values[part], inv_freq, level="scalar")

@@ -7,7 +7,8 @@ from kernel_cache import BY_VALUE, KernelCache, launch
 from kvrun._core import probe
 from kvrun.cuda import abi, attention
 
-FORMATS = [("f32", "f32"), ("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q2", "q2"), ("q4", "q2"), ("f32", "q8"), ("q2", "f16")]
+FORMATS = [("f32", "f32"), ("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q2", "q2"), ("q4", "q2"), ("f32", "q8"),
+           ("q2", "f16")]  # fmt: skip
 HEAD_DIMS = [16, 64, 72, 80, 96, 128, 256]
 OPTIONS = [dict(ctx=132, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1),
            dict(ctx=300, sinks=17, window=129)]  # fmt: skip

@@ -1,5 +1,5 @@
-// Attention of one token: its tiles split among blocks and warps, all heads of a KV head at once, the parts put together by
-// the block that ends last.
+// Attention of one token: its tiles split among blocks and warps, all heads of a KV head at once, the parts put
+// together by the block that ends last.
 //
 // attend(step, layout, q, group, scale, softcap, cos, sin, sink_cos, sink_sin, partial, counters, out)
 //   grid (spans, n_kv_heads, ceil(group / 8)), block 128; shared memory and buffers: attention.py
@@ -9,7 +9,7 @@
 #include "attention_items.cuh"
 #include "attention_products.cuh"
 
-// A warp's work ------------------------------------------------------------------------------------------------------
+// A warp's work -----------------------------------------------------------------------------------------------------
 
 struct Warp {
     const CacheLayout &c;
@@ -51,7 +51,8 @@ DEVICE void attend_sinks(const Warp &w, const Items &items, int number, const fl
     add_floats(c, sink_values(c, w.head) + (int64_t)start * head_pad_of(c), seen.to, s, (float *)w.values, r, w.lane);
 }
 
-// An item's first token in its tile, where codes are concerned: known when the kernel is compiled if both K and V have codes.
+// An item's first token in its tile, where codes are concerned: known when the kernel is compiled if both K and V
+// have codes.
 DEVICE int first_of(const CacheLayout &c, const Item &item) { return both_coded(c) ? 0 : item.first; }
 
 DEVICE void score(const Warp &w, const Item &item, Square *s)
@@ -121,10 +122,10 @@ DEVICE void attend_items(const Warp &w, const Items &items, int number, int end,
     wait_all();
 }
 
-// Putting parts together -----------------------------------------------------------------------------------------------
+// Putting parts together --------------------------------------------------------------------------------------------
 
-// Part of a KV head's output, in shared memory for each warp or in global memory for each block: [8][pad] outputs, and
-// top and total of each row.
+// Part of a KV head's output, in shared memory for each warp or in global memory for each block: [8][pad] outputs,
+// and top and total of each row.
 DEVICE void store_running(const Running &r, int pad, float *acc, float *tops, float *totals, int lane)
 {
     const int g = lane / 4, t = lane % 4;
@@ -149,7 +150,8 @@ DEVICE void store_running(const Running &r, int pad, float *acc, float *tops, fl
 // The output [rows][head_dim] from `spans` parts, each [8][pad + 2]. One warp takes a row at a time.
 DEVICE void combine(const CacheLayout &c, const float *parts, int spans, int rows, float *scratch, float *out)
 {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pad = head_pad_of(c), dim = head_dim_of(c), ld = pad + 2;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int pad = head_pad_of(c), dim = head_dim_of(c), ld = pad + 2;
     float *to = scratch + warp * MAX_PAD;
     for (int row = warp; row < rows; row += WARPS) {
         const float *part = parts + row * ld;

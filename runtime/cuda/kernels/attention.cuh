@@ -22,7 +22,7 @@ DEVICE int head_pad_of(const CacheLayout &c) { return (head_dim_of(c) + 15) / 16
 
 enum { MAX_STEPS = MAX_PAD / 16, MAX_GROUPS = (MAX_PAD + GROUP - 1) / GROUP };
 
-// Pairs of float16 in a register -----------------------------------------------------------------------------------------
+// Pairs of float16 in a register ------------------------------------------------------------------------------------
 
 #ifdef KVRUN_HOST
 

@@ -1,12 +1,11 @@
 // Attention of a chunk of tokens: blocked, causal, on tensor cores (FlashAttention-2, arXiv 2307.08691).
 //
-// attend_chunk(step, layout, q, ld, group, scale, softcap, cos, sin, sink_cos, sink_sin, staged_windows, staged_tiles, max_tiles,
-//              out, ld_out)
-//   heads = min(group, 64), tokens = 64 // heads; grid (blocks, n_kv_heads * ceil(group / heads)), block 128; the number of
-//   blocks, shared memory and buffers: attention.py
+// attend_chunk(step, layout, q, ld, group, scale, softcap, cos, sin, sink_cos, sink_sin, staged_windows, staged_tiles,
+//              max_tiles, out, ld_out)
+//   grid (blocks, n_kv_heads * ceil(group / min(group, 64))), block 128; see attention.py for blocks and buffers
 //
-// A block has up to 64 rows: tokens that see the same tiles packed, times heads of a KV head; a warp 16 of them. Every tile
-// is unpacked once for the block, to float16 as the cache lays it out: K [head_dim][64], V [64][head_dim].
+// A block has up to 64 rows: tokens that see the same tiles packed, times heads of a KV head; a warp 16 of them.
+// Every tile is unpacked once for the block, to float16 as the cache lays it out: K [head_dim][64], V [64][head_dim].
 #include "common.cuh"
 #include "cache.cuh"
 #include "attention.cuh"
@@ -44,7 +43,7 @@ DEVICE bool find_block(const Step *step, const CacheLayout &c, int number, int t
     return true;
 }
 
-// Tiles as float16 in shared memory -------------------------------------------------------------------------------------
+// Tiles as float16 in shared memory ---------------------------------------------------------------------------------
 
 struct Shared {
     uint8_t *q, *k, *v;
@@ -69,10 +68,11 @@ DEVICE void copy_tile(int format, const uint8_t *from, int rows, int real, int p
     }
 }
 
-// Panels of 16 lanes, `depth` inputs deep: to[input][lane] = code * scale + minimum. params: float16 scales of the inputs, and
-// minima `depth` later; another set of 2 depth for every `panels_of_set` panels. A thread has two lanes of a line at a time.
-DEVICE void unpack_panels(int bits, const uint8_t *codes, int panels, int depth, const uint8_t *params, int panels_of_set,
-                          uint8_t *to, int pitch)
+// Panels of 16 lanes, `depth` inputs deep: to[input][lane] = code * scale + minimum. params: float16 scales of the
+// inputs, and minima `depth` later; another set of 2 depth for every `panels_of_set` panels. A thread has two lanes
+// of a line at a time.
+DEVICE void unpack_panels(int bits, const uint8_t *codes, int panels, int depth, const uint8_t *params,
+                          int panels_of_set, uint8_t *to, int pitch)
 {
     const int lines = depth * bits / 32, fields = 8 / bits; // of a panel
     for (int at = threadIdx.x; at < panels * lines * 8; at += THREADS) {
@@ -89,7 +89,8 @@ DEVICE void unpack_panels(int bits, const uint8_t *codes, int panels, int depth,
             if (f >= fields)
                 break;
             const int input = block + 4 * (f * of_block + in_block);
-            const uint2 scales = *(const uint2 *)(set + 2 * input), minima = *(const uint2 *)(set + 2 * (depth + input));
+            const uint2 scales = *(const uint2 *)(set + 2 * input);
+            const uint2 minima = *(const uint2 *)(set + 2 * (depth + input));
             KV_UNROLL
             for (int i = 0; i < 4; i++) {
                 const uint32_t mask = ((1u << bits) - 1) * 0x10001u, twice = i % 2 ? 0x3232 : 0x1010;
@@ -108,7 +109,8 @@ DEVICE void load_keys(const CacheLayout &c, const uint8_t *tile, bool packed, co
     if (packed && is_quantised(format))
         unpack_panels(bits, tile, TILE / LANES, pad, tile + TILE * pad * bits / 8, TILE / LANES, s.k, K_PITCH);
     else
-        copy_tile(format == FORMAT_F32 ? FORMAT_F32 : FORMAT_F16, tile, head_dim_of(c), head_dim_of(c), TILE / 8, s.k, K_PITCH);
+        copy_tile(format == FORMAT_F32 ? FORMAT_F32 : FORMAT_F16, tile, head_dim_of(c), head_dim_of(c), TILE / 8, s.k,
+                  K_PITCH);
 }
 
 // Values of the first `tokens`; zeros for the others, which nobody has written.
@@ -136,9 +138,10 @@ DEVICE void load_sinks(const CacheLayout &c, int head, int start, int tokens, co
               head_pad_of(c) / 8, s.v, v_pitch(c));
 }
 
-// A warp's rows --------------------------------------------------------------------------------------------------------
+// A warp's rows -----------------------------------------------------------------------------------------------------
 
-// 16 rows; this thread has rows g and g + 8 (g = lane / 4), and of every 8 tokens or channels 2t and 2t + 1 (t = lane % 4).
+// 16 rows; this thread has rows g and g + 8 (g = lane / 4), and of every 8 tokens or channels 2t and 2t + 1 (t = lane
+// % 4).
 struct Rows {
     int64_t position[2];
     float top[2], total[2];
@@ -151,7 +154,8 @@ DEVICE void right_sides(const uint8_t *from, int pitch, int row, int piece, int 
     load_transposed(b, from + piece_at(pitch, row + lane % 16, piece + lane / 16));
 }
 
-DEVICE void score_tile(const CacheLayout &c, const Shared &s, const uint32_t (*kept)[4], int warp, int lane, float (*scores)[4])
+DEVICE void score_tile(const CacheLayout &c, const Shared &s, const uint32_t (*kept)[4], int warp, int lane,
+                       float (*scores)[4])
 {
     const int g = lane / 4, t = lane % 4;
     KV_UNROLL
@@ -181,8 +185,10 @@ DEVICE void score_tile(const CacheLayout &c, const Shared &s, const uint32_t (*k
     }
 }
 
-// From scores to weights, 0 for tokens that a row does not see; start: position of the tile's first token, which has `tokens`.
-DEVICE void weigh_tile(const CacheLayout &c, Rows &r, float (*scores)[4], int64_t start, int tokens, float softcap, int lane)
+// From scores to weights, 0 for tokens that a row does not see; start: position of the tile's first token, which has
+// `tokens`.
+DEVICE void weigh_tile(const CacheLayout &c, Rows &r, float (*scores)[4], int64_t start, int tokens, float softcap,
+                       int lane)
 {
     const int t = lane % 4;
     KV_UNROLL
@@ -236,7 +242,7 @@ DEVICE void add_tile(const CacheLayout &c, const Shared &s, const float (*p)[4],
     }
 }
 
-// The kernel -----------------------------------------------------------------------------------------------------------
+// The kernel --------------------------------------------------------------------------------------------------------
 
 // Row r: token start + r / heads of the chunk, head first_head + r % heads.
 struct Assigned {
@@ -257,7 +263,8 @@ DEVICE void load_queries(const CacheLayout &c, const Assigned &a, const float *q
         const int row = at / half, i = at % half;
         const int64_t t = a.start + row / a.heads;
         const float *x = q + t * ld + (int64_t)(a.first_head + row % a.heads) * head_dim_of(c);
-        const float u = mul(x[i], scale), v = mul(x[i + half], scale), cosine = cosines[t * half + i], sine = sines[t * half + i];
+        const float cosine = cosines[t * half + i], sine = sines[t * half + i];
+        const float u = mul(x[i], scale), v = mul(x[i + half], scale);
         uint16_t *to = (uint16_t *)(s.q + row * q_pitch(c));
         to[i] = float_to_half(bounded(sub(mul(u, cosine), mul(v, sine))));
         to[i + half] = float_to_half(bounded(add(mul(v, cosine), mul(u, sine))));
@@ -265,8 +272,8 @@ DEVICE void load_queries(const CacheLayout &c, const Assigned &a, const float *q
     __syncthreads();
 }
 
-DEVICE void store_rows(const CacheLayout &c, const Assigned &a, Rows &r, float *scratch, float *out, int64_t ld_out, int warp,
-                       int lane)
+DEVICE void store_rows(const CacheLayout &c, const Assigned &a, Rows &r, float *scratch, float *out, int64_t ld_out,
+                       int warp, int lane)
 {
     const int g = lane / 4, t = lane % 4, pad = head_pad_of(c), dim = head_dim_of(c);
     float *mine = scratch + WARP_ROWS * warp * pad;
@@ -296,9 +303,9 @@ DEVICE void store_rows(const CacheLayout &c, const Assigned &a, Rows &r, float *
 }
 
 extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 3 : 1) attend_chunk(
-    const Step *step, CacheLayout c, const float *q, int64_t ld, int group, float scale, float softcap, const float *cosines,
-    const float *sines, const float *sink_cosines, const float *sink_sines, uint8_t *staged_windows, uint8_t *staged_tiles,
-    int64_t max_tiles, float *out, int64_t ld_out)
+    const Step *step, CacheLayout c, const float *q, int64_t ld, int group, float scale, float softcap,
+    const float *cosines, const float *sines, const float *sink_cosines, const float *sink_sines,
+    uint8_t *staged_windows, uint8_t *staged_tiles, int64_t max_tiles, float *out, int64_t ld_out)
 {
     SHARED(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, most_heads = group < ROWS ? group : (int)ROWS;
@@ -342,16 +349,16 @@ extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 3 : 1) attend
     const int64_t oldest = step->first + b.start, newest = step->first + b.end - 1, last = tile_of(c, newest);
     const int64_t before = tiles_evicted(step, c.n_slots, tiles_packed(c, step->first + 1));
     const int place = c.sight ? 0 : (int)(1 + tiles_evicted(step, c.n_slots, b.packed) - before);
-    const int64_t sinks = newest + 1 < c.n_sinks ? newest + 1 : c.n_sinks, seen_sinks = c.sight ? oldest + 1 - c.sight : 0;
-    int64_t tile = first_tile(step, c, oldest, b.packed) - (seen_sinks < sinks ? (sinks + TILE - 1) / TILE : 0);
+    const int64_t sinks = newest + 1 < c.n_sinks ? newest + 1 : c.n_sinks;
+    const int64_t sink_tiles = (c.sight ? oldest + 1 - c.sight : 0) < sinks ? (sinks + TILE - 1) / TILE : 0;
     const int64_t first = first_tile(step, c, oldest, b.packed);
     float scores[TILE / 8][4];
-    for (; tile <= last || tile < first; tile++) { // sinks come in numbers before the first tile
+    for (int64_t tile = first - sink_tiles; tile <= last || tile < first; tile++) { // sinks come before the first tile
         int64_t start = c.n_sinks + tile * TILE;
         int count = TILE;
         __syncthreads();
         if (tile < first) {
-            start = (tile - first + (sinks + TILE - 1) / TILE) * TILE;
+            start = (tile - first + sink_tiles) * TILE;
             count = (int)(sinks - start < TILE ? sinks - start : TILE);
             load_sinks(c, head, (int)start, count, sink_cosines, sink_sines, place, s);
         } else {

@@ -4,7 +4,7 @@
 
 enum { WARPS = 4, THREADS = 32 * WARPS, ROWS = 8, SINK_ITEM = 8 };
 
-// Sizes --------------------------------------------------------------------------------------------------------------
+// Sizes -------------------------------------------------------------------------------------------------------------
 
 DEVICE bool both_coded(const CacheLayout &c) { return is_quantised(k_format_of(c)) && is_quantised(v_format_of(c)); }
 DEVICE int ring_tokens(const CacheLayout &c) { return both_coded(c) ? TILE : 32; }   // of an item
@@ -41,7 +41,7 @@ DEVICE int warp_room(const CacheLayout &c)
 
 DEVICE int fragment_bytes(const CacheLayout &c) { return head_pad_of(c) / 16 * 32 * 8; }
 
-// Items --------------------------------------------------------------------------------------------------------------
+// Items -------------------------------------------------------------------------------------------------------------
 
 // What a warp does at a time: up to 64 tokens of one tile.
 struct Item {
@@ -88,7 +88,8 @@ DEVICE Item item_at(const CacheLayout &c, const Items &s, int head, int number)
     int i = number - s.n_sinks;
     item.packed = i >= s.n_windows;
     item.tokens = item.packed ? ring_tokens(c) : window_tokens(c);
-    int64_t start = item.packed ? s.ring_start + (int64_t)(i - s.n_windows) * item.tokens : s.window_start + i * item.tokens;
+    int64_t start = item.packed ? s.ring_start + (int64_t)(i - s.n_windows) * item.tokens
+                                : s.window_start + i * item.tokens;
     int64_t tile = (start - c.n_sinks) / TILE;
     item.first = (int)((start - c.n_sinks) % TILE);
     item.k = item.packed ? ring_tile(c, head, tile) : window_tile(c, head, tile);
@@ -107,8 +108,8 @@ DEVICE int v_format(const CacheLayout &c, const Item &item)
     return v_format_of(c) == FORMAT_F32 ? FORMAT_F32 : item.packed ? v_format_of(c) : FORMAT_F16;
 }
 
-// Where a piece of codes lies in shared memory, so that no two lanes meet in a bank: halves of lines 2, 3, 6, 7 ... change
-// places. Two bits need nothing of the kind.
+// Where a piece of codes lies in shared memory, so that no two lanes meet in a bank: halves of lines 2, 3, 6, 7 ...
+// change places. Two bits need nothing of the kind.
 DEVICE int place_of(int bits, int at) { return bits > 2 ? at ^ (at >> 2 & 32) : at; }
 
 DEVICE void fetch_codes(int bits, uint8_t *to, const uint8_t *from, int codes, int params, int lane)
@@ -127,7 +128,8 @@ DEVICE void fetch_keys(const CacheLayout &c, const Item &item, uint8_t *to, int 
     if (format == FORMAT_F16) {
         for (int at = lane; at < head_dim_of(c) * pieces; at += 32) {
             int channel = at / pieces, piece = at % pieces;
-            copy_16(to + channel * k_pitch(c) + 16 * piece, item.k + 2 * (channel * TILE + item.first + 8 * piece), true);
+            copy_16(to + channel * k_pitch(c) + 16 * piece, item.k + 2 * (channel * TILE + item.first + 8 * piece),
+                    true);
         }
     } else if (format != FORMAT_F32) {
         const int pad = head_pad_of(c), bits = bits_of(k_format_of(c));

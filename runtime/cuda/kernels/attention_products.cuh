@@ -1,16 +1,17 @@
 // Scores, weights and outputs of the items of `attend`.
 //
-// Scores are K times the queries, outputs V transposed times the weights: m16n8k16 products with tokens or channels down
-// and up to 8 heads across, so that a thread keeps the same two heads throughout. Codes meet the tensor cores as they lie in
-// memory, as float16 below the normal ones: a code c is c 2^-24. Scales are folded into the queries or weights, minima are a
-// product of their own. Where K or V is float16 queries or weights are two float16, 22 bits in all.
+// Scores are K times the queries, outputs V transposed times the weights: m16n8k16 products with tokens or channels
+// down and up to 8 heads across, so that a thread keeps the same two heads throughout. Codes meet the tensor cores as
+// they lie in memory, as float16 below the normal ones: a code c is c 2^-24. Scales are folded into the queries or
+// weights, minima are a product of their own. Where K or V is float16 queries or weights are two float16, 22 bits in
+// all.
 #pragma once
 #include "attention_items.cuh"
 
-// Queries ------------------------------------------------------------------------------------------------------------
+// Queries -----------------------------------------------------------------------------------------------------------
 
-// In shared memory: q [head_dim][8] float32; fragments of it for products: high and low halves of q / 2^e, and as codes
-// want it; down[row]: 2^e of a row, which brings its largest to [1, 2).
+// In shared memory: q [head_dim][8] float32; fragments of it for products: high and low halves of q / 2^e, and as
+// codes want it; down[row]: 2^e of a row, which brings its largest to [1, 2).
 struct Queries {
     float *q, *down;
     uint2 *high, *low, *coded;
@@ -65,9 +66,10 @@ DEVICE void prepare_queries(const CacheLayout &c, const Queries &s, const float 
     __syncthreads();
 }
 
-// Scores -------------------------------------------------------------------------------------------------------------
+// Scores ------------------------------------------------------------------------------------------------------------
 
-// Of 16 tokens and 8 rows: this thread has tokens 2g and 2g + 1 (g = lane / 4), each with rows 2t and 2t + 1 (t = lane % 4).
+// Of 16 tokens and 8 rows: this thread has tokens 2g and 2g + 1 (g = lane / 4), each with rows 2t and 2t + 1 (t =
+// lane % 4).
 typedef float Square[4];
 
 // Two neighbouring words of codes at base + at, base a multiple of 128 where the bits are more than 2.
@@ -83,7 +85,8 @@ DEVICE void multiply_codes(int bits, float *d, uint2 words, int field, const uin
     multiply(d, words.x & mask, words.y & mask, words.x >> 8 & mask, words.y >> 8 & mask, w[0], w[1]);
 }
 
-// What rounding took from queries or weights, once scales are in them, counts as if it met a code of the middle: no bias.
+// What rounding took from queries or weights, once scales are in them, counts as if it met a code of the middle: no
+// bias.
 DEVICE float middle(int bits) { return 0.5f * ((1 << bits) - 1); }
 
 DEVICE void score_codes(int bits, const CacheLayout &c, const uint8_t *tile, int first, int count, const Queries &q,
@@ -147,7 +150,8 @@ DEVICE void score_codes(int bits, const CacheLayout &c, const uint8_t *tile, int
     }
 }
 
-// Halves of rows 4t .. 4t + 3 (of a step of 16) at columns 2g and 2g + 1, as a product with these columns down wants them.
+// Halves of rows 4t .. 4t + 3 (of a step of 16) at columns 2g and 2g + 1, as a product with these columns down wants
+// them.
 DEVICE void columns(const uint8_t *from, int pitch, uint32_t *a)
 {
     uint2 x = {*(const uint32_t *)from, *(const uint32_t *)(from + 2 * pitch)};
@@ -212,7 +216,7 @@ DEVICE void score_floats(const CacheLayout &c, const float *keys, int stride, in
     }
 }
 
-// Softmax ------------------------------------------------------------------------------------------------------------
+// Softmax -----------------------------------------------------------------------------------------------------------
 
 // The running state of a thread's two rows: weights are 2^(score - top + 8), which float16 holds down to 2^-33 of the
 // largest. The output is acc (times 2^24 while codes are added up) plus the constants, over total.
@@ -239,8 +243,8 @@ DEVICE void count_in_codes(Running &r, int steps, bool coded)
     r.coded = coded;
 }
 
-// From scores to weights in place; those of tokens that are not seen are 0. room: 2 to this is kept free of the largest
-// float16 weight, for large scales.
+// From scores to weights in place; those of tokens that are not seen are 0. room: 2 to this is kept free of the
+// largest float16 weight, for large scales.
 DEVICE void weigh(Running &r, int steps, Square *s, Seen seen, float softcap, float room, int lane)
 {
     const int g = lane / 4;
@@ -282,7 +286,7 @@ DEVICE void weigh(Running &r, int steps, Square *s, Seen seen, float softcap, fl
         }
 }
 
-// Values -------------------------------------------------------------------------------------------------------------
+// Values ------------------------------------------------------------------------------------------------------------
 
 // Weights of 16 tokens as the right side of a product over them: of row g tokens 4t, 4t + 2 and 4t + 1, 4t + 3.
 DEVICE void turn(const float *s, uint32_t *w)
@@ -316,8 +320,8 @@ DEVICE float room_for(const CacheLayout &c, const uint8_t *params, int first, in
     return (float)((int)(most >> 10) - 21); // of an exponent of 2^7: 1, since the mantissa may be anything
 }
 
-DEVICE void add_codes(int bits, const CacheLayout &c, const uint8_t *tile, int first, int count, const Square *s, Running &r,
-                      int lane)
+DEVICE void add_codes(int bits, const CacheLayout &c, const uint8_t *tile, int first, int count, const Square *s,
+                      Running &r, int lane)
 {
     const int g = lane / 4, t = lane % 4, pad = head_pad_of(c), panel = LANES * TILE * bits / 8;
     const uint8_t *params = tile + TILE * pad * bits / 8 + 8 * t + 2 * first;
@@ -392,8 +396,8 @@ DEVICE void add_halves(const CacheLayout &c, const uint8_t *values, int count, c
 }
 
 // values: [tokens][head_pad]; weights: room for [32][8] in shared memory.
-DEVICE void add_floats(const CacheLayout &c, const float *values, int tokens, const Square *s, float *weights, Running &r,
-                       int lane)
+DEVICE void add_floats(const CacheLayout &c, const float *values, int tokens, const Square *s, float *weights,
+                       Running &r, int lane)
 {
     const int g = lane / 4, t = lane % 4, pad = head_pad_of(c);
     __syncwarp();

@@ -1,8 +1,11 @@
 // What goes into a cache: angles, append, commit.
 //
-// step_angles(step, ropes, any, cache_n_slots, sink_rows, cos, sin, sink_cos, sink_sin)   grid any
-// append(step, layout, k, v, ld, cos, sin, staged_windows, staged_tiles, max_tiles)       grid (1 + tiles, n_kv_heads, 2), block 256
-// commit(step, layout, staged_windows, staged_tiles, max_tiles)                           grid (2 max_tiles, n_kv_heads)
+// step_angles(step, ropes, any, cache_n_slots, sink_rows, cos, sin, sink_cos, sink_sin)
+//   grid any
+// append(step, layout, k, v, ld, cos, sin, staged_windows, staged_tiles, max_tiles)
+//   grid (1 + tiles, n_kv_heads, 2), block 256
+// commit(step, layout, staged_windows, staged_tiles, max_tiles)
+//   grid (2 max_tiles, n_kv_heads), block any
 //
 // One token is appended without staging (max_tiles 0): what a tile that it packs replaces is not seen any more.
 #include "common.cuh"
@@ -10,8 +13,9 @@
 
 enum { APPEND_THREADS = 256, MOST_CHANNELS = 256 };
 
-extern "C" __global__ void step_angles(const Step *step, Ropes ropes, CacheLayout any, int64_t cache_n_slots, int sink_rows,
-                                       float *cosines, float *sines, float *sink_cosines, float *sink_sines)
+extern "C" __global__ void step_angles(
+    const Step *step, Ropes ropes, CacheLayout any, int64_t cache_n_slots, int sink_rows, float *cosines, float *sines,
+    float *sink_cosines, float *sink_sines)
 {
     angles(step, ropes, any, cache_n_slots, sink_rows, cosines, sines, sink_cosines, sink_sines,
            (int64_t)blockIdx.x * blockDim.x + threadIdx.x, (int64_t)gridDim.x * blockDim.x);
@@ -64,9 +68,9 @@ DEVICE void put_values(const CacheLayout &c, uint8_t *tile, int first_lane, cons
     }
 }
 
-// Rows of f16, `ld` apart, to a tile: row r of group g (of 64 numbers, `width` in all) has its range at
-// params + g * params_of_group. The codes come in panels of 16 `lanes`: K: lanes are a row's numbers, inputs the rows; V:
-// the reverse.
+// Rows of f16, `ld` apart, to a tile: row r of group g (of 64 numbers, `width` in all) has its range at params + g *
+// params_of_group. The codes come in panels of 16 `lanes`: K: lanes are a row's numbers, inputs the rows; V: the
+// reverse.
 DEVICE void pack_rows(int bits, const uint16_t *x, int rows, int n_rows, int ld, int width, bool values, uint8_t *tile,
                       uint8_t *codes)
 {
@@ -137,8 +141,9 @@ DEVICE void append_sinks(const Step *step, const CacheLayout &c, int head, const
 
 // Puts the chunk's tokens of one tile into its window copy and packs the tile if it leaves the window: keys in blocks
 // with z 0, values in the others. Block x 0 keeps the sinks.
-extern "C" __global__ void __launch_bounds__(256) append(const Step *step, CacheLayout c, const float *k, const float *v,
-    int64_t ld, const float *cosines, const float *sines, uint8_t *staged_windows, uint8_t *staged_tiles, int64_t max_tiles)
+extern "C" __global__ void __launch_bounds__(256) append(
+    const Step *step, CacheLayout c, const float *k, const float *v, int64_t ld, const float *cosines,
+    const float *sines, uint8_t *staged_windows, uint8_t *staged_tiles, int64_t max_tiles)
 {
     __shared__ uint4 scratch[MOST_CHANNELS * TILE / 16];
     int head = blockIdx.y;
@@ -200,6 +205,7 @@ extern "C" __global__ void commit(const Step *step, CacheLayout c, uint8_t *stag
         int64_t tile = s.packed_before + c.n_window_tiles;
         tile = (tile > packed_after ? tile : packed_after) + blockIdx.x - max_tiles;
         if (tile <= tile_of(c, end - 1))
-            copy_bytes(window_tile(c, head, tile), unpacked_tile(c, s, head, tile), c.window_k_bytes + c.window_v_bytes);
+            copy_bytes(window_tile(c, head, tile), unpacked_tile(c, s, head, tile),
+                       c.window_k_bytes + c.window_v_bytes);
     }
 }

@@ -1,4 +1,5 @@
-// Where things are in a cache (as _core/kv.pxd has it), what a step sees, and how tiles are packed (as tile.c does it).
+// Where things are in a cache (as _core/kv.pxd has it), what a step sees, and how tiles are packed (as tile.c does
+// it).
 #pragma once
 #include "common.cuh"
 
@@ -10,7 +11,7 @@ DEVICE int bits_of(int format) { return format == FORMAT_Q8 ? 8 : format == FORM
 DEVICE bool is_quantised(int format) { return format >= FORMAT_Q8; }
 DEVICE int n_groups(int head_dim) { return (head_dim + GROUP - 1) / GROUP; }
 
-// Layout -------------------------------------------------------------------------------------------------------------
+// Layout ------------------------------------------------------------------------------------------------------------
 
 DEVICE uint8_t *head_at(const CacheLayout &c, int head) { return c.base + c.start + head * c.head_bytes; }
 DEVICE float *sink_keys(const CacheLayout &c, int head) { return (float *)head_at(c, head); }
@@ -63,8 +64,8 @@ DEVICE int64_t first_tile(const Step *step, const CacheLayout &c, int64_t positi
     return tile > 0 ? tile : 0;
 }
 
-// Tiles while a chunk is under way: those beyond the window, and those that it packs, are staged until every query of the
-// chunk is done. Nothing is staged where max_tiles is 0.
+// Tiles while a chunk is under way: those beyond the window, and those that it packs, are staged until every query of
+// the chunk is done. Nothing is staged where max_tiles is 0.
 struct Staged {
     uint8_t *windows, *tiles; // [n_kv_heads][max_tiles]
     int64_t max_tiles, packed_before;
@@ -86,9 +87,10 @@ DEVICE uint8_t *packed_tile(const CacheLayout &c, const Staged &s, int head, int
     return s.tiles + (head * s.max_tiles + fresh) * (c.k_bytes + c.v_bytes);
 }
 
-// Angles -------------------------------------------------------------------------------------------------------------
+// Angles ------------------------------------------------------------------------------------------------------------
 
-DEVICE void angle(const Ropes &ropes, int64_t rope, int64_t half, int64_t i, int64_t position, float *cosine, float *sine)
+DEVICE void angle(const Ropes &ropes, int64_t rope, int64_t half, int64_t i, int64_t position, float *cosine,
+                  float *sine)
 {
     double turn = position * ropes.inv_freq[rope * half + i];
     double amplitude = ropes.amplitude ? ropes.amplitude[rope * half + i] : 1;
@@ -96,9 +98,9 @@ DEVICE void angle(const Ropes &ropes, int64_t rope, int64_t half, int64_t i, int
     *sine = (float)(amplitude * sin(turn));
 }
 
-// Cosines and sines of the new tokens, [ropes.n][n][half], and of the sinks, [ropes.n][sink_rows][n_sinks][half]: row 0
-// where they were, row 1 + s moved up by 64 * (tiles evicted before + s). Thread `item` of `items`. any: the layout of any
-// layer; cache_n_slots: slots of a ring without sight.
+// Cosines and sines of the new tokens, [ropes.n][n][half], and of the sinks, [ropes.n][sink_rows][n_sinks][half]: row
+// 0 where they were, row 1 + s moved up by 64 * (tiles evicted before + s). Thread `item` of `items`. any: the layout
+// of any layer; cache_n_slots: slots of a ring without sight.
 DEVICE void angles(const Step *step, const Ropes &ropes, const CacheLayout &any, int64_t cache_n_slots, int sink_rows,
                    float *cosines, float *sines, float *sink_cosines, float *sink_sines, int64_t item, int64_t items)
 {
@@ -118,7 +120,7 @@ DEVICE void angles(const Step *step, const Ropes &ropes, const CacheLayout &any,
     }
 }
 
-// Arithmetic of the scalar kernels, operation by operation: nothing is contracted ---------------------------------------
+// Arithmetic of the scalar kernels, operation by operation: nothing is contracted -----------------------------------
 
 #ifdef KVRUN_HOST
 DEVICE float mul(float a, float b) { return a * b; }
@@ -157,10 +159,10 @@ DEVICE void hadamard(float *x, int n, int lane)
     __syncwarp();
 }
 
-// Packing ------------------------------------------------------------------------------------------------------------
+// Packing -----------------------------------------------------------------------------------------------------------
 
-// A row of numbers (a channel of K over 64 tokens, a token of V over up to 64 channels) is packed by ROW_LANES lanes of
-// a warp that lie side by side, each with ROW_EACH numbers: lane l has numbers 8 l to 8 l + 7 of n.
+// A row of numbers (a channel of K over 64 tokens, a token of V over up to 64 channels) is packed by ROW_LANES lanes
+// of a warp that lie side by side, each with ROW_EACH numbers: lane l has numbers 8 l to 8 l + 7 of n.
 enum { ROW_LANES = 8, ROW_EACH = 8 };
 
 DEVICE float row_max(float x)
@@ -216,7 +218,8 @@ DEVICE Range better(const Range &a, const Range &b)
     return r;
 }
 
-// The range of least squared error for two bits, searched as tile.c does: regression from clipped ranges, twice improved.
+// The range of least squared error for two bits, searched as tile.c does: regression from clipped ranges, twice
+// improved.
 DEVICE void search_range(const float *x, int mine, int n, float least, float most, float *scale, float *minimum)
 {
     float low = bounded(least), high = bounded(most), unit = sub(high, low) / 255.f;
@@ -244,8 +247,10 @@ DEVICE void search_range(const float *x, int mine, int n, float least, float mos
     *minimum = add(mul(add(best.origin, 128.f), unit), low);
 }
 
-// Codes of this lane's numbers, 0 from the n-th on, and the range of the row as it is stored. Every lane of a warp calls it.
-DEVICE void pack_row(int bits, const float *x, int lane, int n, uint8_t *codes, uint16_t *scale_bits, uint16_t *minimum_bits)
+// Codes of this lane's numbers, 0 from the n-th on, and the range of the row as it is stored. Every lane of a warp
+// calls it.
+DEVICE void pack_row(int bits, const float *x, int lane, int n, uint8_t *codes, uint16_t *scale_bits,
+                     uint16_t *minimum_bits)
 {
     float most = (float)((1 << bits) - 1), low = x[0], high = x[0];
     int mine = n - lane * ROW_EACH;
