@@ -28,27 +28,18 @@ def padded(n: int, multiple: int = PANEL) -> int:
 
 
 class Arena:
-    """Pieces of one allocation: `take` says where each will be, `place` makes the memory."""
+    """One allocation in named pieces of these sizes. abi.DeviceMemoryError if there is no room."""
 
-    def __init__(self, device: Any) -> None:
-        self._device, self.n_bytes, self._starts = device, 0, {}
-        self._memory: Any = None
-
-    def take(self, name: str, n_bytes: int) -> None:
-        self._starts[name] = self.n_bytes
-        self.n_bytes += padded(max(n_bytes, 1), ALIGNMENT)
-
-    def place(self) -> Arena:
-        """abi.DeviceMemoryError if there is no room."""
-        self._memory = self._device.alloc(self.n_bytes)
-        return self
+    def __init__(self, device: Any, sizes: Mapping[str, int]) -> None:
+        self._starts, self.n_bytes = {}, 0
+        for name, size in sizes.items():
+            self._starts[name] = self.n_bytes
+            self.n_bytes += padded(max(size, 1), ALIGNMENT)
+        self._memory = device.alloc(self.n_bytes)
 
     def __getitem__(self, name: str) -> int:
         """The address of a piece."""
         return self._memory.ptr + self._starts[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._starts
 
 
 @dataclass
@@ -83,17 +74,13 @@ class DeviceWeights:
     ) -> None:
         self.description, self._weights, self._vectors = description, weights, vectors
         d = description
-        arena = self._arena = Arena(device)
-        for name, tensor in weights.items():
-            arena.take(name, tensor.data.nbytes)
-        for name, vector in vectors.items():
-            arena.take(name, vector.nbytes)
         mixtures = [i for i in range(d.n_layers) if d.has_experts(i)]
-        for i in mixtures:
-            for part in ("gate", "up", "down"):
-                arena.take(f"layers.{i}.{part}", d.n_experts * abi.MATRIX.itemsize)
+        sizes = {name: tensor.data.nbytes for name, tensor in weights.items()}
+        sizes |= {name: vector.nbytes for name, vector in vectors.items()}
+        tables = [f"layers.{i}.{part}" for i in mixtures for part in ("gate", "up", "down")]
+        sizes |= dict.fromkeys(tables, (d.n_experts or 0) * abi.MATRIX.itemsize)
+        arena = self._arena = Arena(device, sizes)
         self.n_bytes = arena.n_bytes
-        arena.place()
         for name, tensor in weights.items():
             device.write(arena[name], tensor.data)
         for name, vector in vectors.items():
@@ -169,7 +156,9 @@ class DeviceWeights:
 def slices(matrix: np.ndarray, n_bytes: int) -> list[tuple[np.ndarray, int, int]]:
     """A matrix in parts of one segment whose float16 values take at most so many bytes, or one panel: for each its
     abi.MATRIX, the first output, and the outputs."""
-    parts = []
+    parts: list[tuple[np.ndarray, int, int]] = []
+    if not matrix["n_segments"][0]:
+        return parts
     most = max(1, n_bytes // (2 * PANEL * int(matrix["cols"][0])))  # panels
     for i in range(int(matrix["n_segments"][0])):
         segment = matrix["segments"][0, i]
