@@ -26,8 +26,9 @@ def _blocks(n: int, of: int) -> int:
     return -(-n // of)
 
 
-def _padded_floats(n: int) -> int:
-    return 4 * 16 * _blocks(n, 16)
+def _input_bytes(m: np.ndarray) -> int:
+    """Of the shared memory that a matrix's input takes as floats, in whole blocks of 32."""
+    return 4 * 32 * _blocks(int(m["cols"][0]), 32)
 
 
 # One token ----------------------------------------------------------------------------------------------------------
@@ -104,12 +105,11 @@ def activate_to_half(
 ) -> Launch:  # fmt: skip
     """out float16 [n][rows of up] times out_scale [n]: activation(gate) * up, or activation(up), of products without their
     scales and biases; row_scale 0: with them."""
-    rows = int(up["segments"][0, 0]["rows"])
     args = (
         gate, up, int32(ACTIVATIONS[activation]), pointer(gate_out), pointer(up_out), int64(ld), pointer(row_scale),
         pointer(out), pointer(out_scale),
     )  # fmt: skip
-    return _launch("activate_to_half", (n,), THREADS, 4 * rows, *args)
+    return _launch("activate_to_half", (n,), THREADS, 0, *args)
 
 
 def add_chunk(
@@ -122,7 +122,7 @@ def add_chunk(
         matrix, norm, pointer(row_scale), pointer(branch), int64(ld_branch), int32(hidden), float32(scale), pointer(x),
         int64(ld),
     )  # fmt: skip
-    return _launch("add_chunk", (n,), THREADS, 4 * hidden, *args)
+    return _launch("add_chunk", (n,), THREADS, 0, *args)
 
 
 def logits_chunk(row_scale: int, scale: float, softcap: float, logits: int, ld: int, n: int) -> Launch:
@@ -147,8 +147,7 @@ def experts_gated(
     args = (
         pointer(gate), pointer(up), norm, pointer(x), pointer(chosen), int32(ACTIVATIONS[activation]), pointer(out)
     )  # fmt: skip
-    shared = _padded_floats(int(one["cols"][0]))
-    return _launch("experts_gated", (int(one["panels"][0]), used), EXPERT_THREADS, shared, *args)
+    return _launch("experts_gated", (int(one["panels"][0]), used), EXPERT_THREADS, _input_bytes(one), *args)
 
 
 def experts_down(
@@ -158,13 +157,13 @@ def experts_down(
     args = (
         pointer(down), pointer(x), int64(ld), pointer(chosen), pointer(share), int32(used), pointer(out), int32(add)
     )  # fmt: skip
-    return _launch("experts_down", (int(one["panels"][0]),), EXPERT_THREADS, 0, *args)
+    return _launch("experts_down", (int(one["panels"][0]),), EXPERT_THREADS, _input_bytes(one), *args)
 
 
 def route(router: np.ndarray, norm: np.ndarray, x: int, ld: int, scores: int, n: int) -> Launch:
     """scores [n][width of router]: router times the norm of x [n][ld]."""
     args = (router, norm, pointer(x), int64(ld), pointer(scores), int64(int(router["width"][0])))
-    return _launch("route", (n,), THREADS, _padded_floats(int(router["cols"][0])), *args)
+    return _launch("route", (n,), THREADS, _input_bytes(router), *args)
 
 
 def slot_tiles(n: int, used: int, n_experts: int) -> int:
@@ -178,7 +177,7 @@ def slot_ints(n: int, used: int, n_experts: int) -> int:
 
 def sort_slots(chosen: int, n: int, used: int, n_experts: int, slots: int) -> Launch:
     args = (pointer(chosen), int32(n), int32(used), int32(n_experts), pointer(slots))
-    return _launch("sort_slots", (1,), THREADS, 4 * (2 * n_experts + 2), *args)
+    return _launch("sort_slots", (1,), THREADS, 4 * (2 * n_experts + 1), *args)
 
 
 def experts_matmul(
@@ -203,4 +202,4 @@ def experts_add(
         norm, pointer(slots), pointer(share), int32(used), pointer(slot_out), int64(ld_slots), int32(hidden),
         float32(scale), int32(n), int32(n_experts), pointer(x), int64(ld),
     )  # fmt: skip
-    return _launch("experts_add", (n,), THREADS, 4 * hidden, *args)
+    return _launch("experts_add", (n,), THREADS, 0, *args)

@@ -71,7 +71,9 @@ def feed(engine, kv, ids, chunks):
     return np.concatenate(rows)
 
 
-def difference(a, b):
-    """The largest, relative to the largest logit."""
+def difference(a, b, share=1.0):
+    """The largest difference of logits [n, vocab] or [vocab], relative to the largest logit; with a share, of so many
+    tokens, those that differ least."""
     assert a.shape == b.shape and np.isfinite(a).all() and np.isfinite(b).all()
-    return float(np.abs(a - b).max() / np.abs(b).max())
+    by_token = np.abs(np.atleast_2d(a - b)).max(axis=1)
+    return float(np.quantile(by_token, share) / np.abs(b).max())
