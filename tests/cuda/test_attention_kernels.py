@@ -55,11 +55,12 @@ def worse(tolerance, k, v):
 @pytest.mark.parametrize("k, v", FORMATS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_one_token(head_dim, k, v):
-    """At every boundary, for numbers of queries per KV head in turn, and work split among blocks in different ways."""
+    """At every boundary (at others of them for each pair of formats where heads are large), for numbers of queries per KV
+    head in turn, and work split among blocks in different ways."""
     text, turn = ordinary(head_dim, LENGTHS[-1]), HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
     cache, shown = KernelCache(k, v, head_dim, scale=SCALE, **OPTIONS), ListCache(**OPTIONS)
     held = Held(cache.kv)
-    for i, n in enumerate(LENGTHS):
+    for i, n in list(enumerate(LENGTHS))[turn % 2 if head_dim > 80 else 0::2 if head_dim > 80 else 1]:
         group = [1, 8, 3, 4, 9, 2, 7, 5, 6][(i + turn) % 9]
         cache.spans = [1, 3, 2, 11][(i + turn) % 4]
         skip_to(cache, text, n - 1)
@@ -74,9 +75,9 @@ def test_one_token(head_dim, k, v):
 CHUNKS = [(40, 100, 33, 64, 65), (200, 1, 90), (3, 16, 64, 1, 150, 11), (17, 66, 5, 130)]
 
 
-@pytest.mark.parametrize("k, v", FORMATS)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_chunks_see_what_single_tokens_see(head_dim, k, v):
+@pytest.mark.parametrize("k, v, head_dim", [
+    (*formats, dim) for i, formats in enumerate(FORMATS) for j, dim in enumerate(HEAD_DIMS) if (i + j) % 2 == 0])  # fmt: skip
+def test_chunks_see_what_single_tokens_see(k, v, head_dim):
     """While tiles are packed and evicted and the sinks move. Some tokens of every chunk are asked again alone."""
     text, turn = ordinary(head_dim, CTX + 300), HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
     cache = KernelCache(k, v, head_dim, scale=SCALE, **OPTIONS)
@@ -86,7 +87,7 @@ def test_chunks_see_what_single_tokens_see(head_dim, k, v):
         start, n = cache.kv.n_tokens, next(sizes)
         alone = cache.copy()
         out = feed(cache, text, start + n, group)
-        for t in sorted({0, 1, n // 3, 2 * n // 3, n - 2, n - 1} & set(range(n))):
+        for t in sorted({0, n // 3, 2 * n // 3, n - 1} & set(range(n))):
             skip_to(alone, text, start + t)
             expected = feed(alone, text, start + t + 1, group)[0]
             error = rms(out[t] - expected) / rms(expected)
@@ -129,11 +130,11 @@ def test_sliding_windows_and_odd_options(sight, options):
     """Against the core, one token and chunks, with a soft cap, several KV heads and more heads than a block takes."""
     turn = SLIDING.index(options) + sight
     k, v = FORMATS[turn % len(FORMATS)]
-    group, cap = [1, 2, 9, 17][turn % 4], [0, 20.0][turn % 2]
+    group, cap = [1, 2, 3, 9][turn % 4], [0, 20.0][turn // 2 % 2]
     cache = KernelCache(k, v, 32, 2, sight, softcap=cap, scale=SCALE, **options)
     core, rng = cache.reference(), np.random.default_rng(turn)
     inv_freq = 10000.0 ** (-np.arange(16) / 16)
-    for n in (1, 1, 1, 60, 1, 100, 1, 1, 64, 1, 150, 1):
+    for n in (1, 1, 63, 1, 75, 1, 64, 90, 1):
         keys, values = rng.standard_normal((2, n, 64)).astype(np.float32)
         q = (rng.standard_normal((n, 2 * group * 32)) * 1.5 / SCALE / 32**0.5).astype(np.float32)
         out = cache.feed(q, keys, values, inv_freq, group)
@@ -164,7 +165,7 @@ def test_compiled_for_one_head_size_and_formats():
         np.testing.assert_array_equal(*(feed(cache, text, n, 3) for cache in caches), f"{n} tokens")
 
 
-@pytest.mark.parametrize("k, v", FORMATS)
+@pytest.mark.parametrize("k, v", FORMATS[1:5])
 def test_nothing_is_seen_of_an_earlier_text(k, v):
     """What it left in the room of tokens yet to come has no weight, not even as part of a product."""
     text = ordinary(64, 400)
