@@ -77,6 +77,7 @@ class CudaDevice:
         text = abi.source(module)
         compiled = cupy.RawModule(code=text, options=(*OPTIONS, *options), backend="nvrtc")
         try:
+            compiled.compile()
             return {(name, options): compiled.get_function(name) for name in abi.kernel_names(text)}
         except (cupy.cuda.compiler.CompileException, ImportError, RuntimeError) as error:
             raise KvrunError(f"device: the kernels in {module}.cu cannot be compiled: {one_line(error)[:500]}") from None

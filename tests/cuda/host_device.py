@@ -79,6 +79,10 @@ class HostMemoryDevice:
     def synchronize(self, stream):
         """Nothing is under way."""
 
+    def read_bandwidth(self, seconds):
+        """GB a second: some number."""
+        return 10.0
+
     def do(self, operation, stream):
         if isinstance(operation, abi.Launch):
             self._launch(operation)

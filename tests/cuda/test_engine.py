@@ -1,5 +1,6 @@
 """Whole models with the kernels on the host: logits are the CPU's, sessions change sides, and go on."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from test_families import NAMES, cache_of, expected_of, family  # noqa: F401
 
 import kvrun
-from kvrun import _core
+import kvrun.cuda
+from kvrun import _core, cli, speed
+from kvrun._core import bench as core
 from kvrun.model import Model, load
 from kvrun.modelfile import read_model_file
 
@@ -212,3 +215,56 @@ def test_chat_goes_on(models):
     second = "".join(session.stream("And then?", max_tokens=5, temperature=0, ignore_eos=True))
     assert session.n_tokens > n and session.stats.decode_tokens == 4
     assert [m["content"] for m in session.messages] == ["Hello", first, "And then?", second]
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(monkeypatch, device):
+    """`--device cuda` means the host's device."""
+    limits = []
+    monkeypatch.setattr(kvrun.cuda, "open_device", lambda limit: limits.append(limit) or device)
+    return limits
+
+
+def test_an_answer(converted, on_device, capsys):
+    path = str(converted("grouped-tied", "q8_0"))
+    command = [path, "-p", "The cat", "-n", "8", "--temperature", "0", "--ignore-eos", "--raw", "--precise", "--ctx", "256"]
+    texts = []
+    for device in ([], ["--device", "cuda", "--device-memory", "2.5"]):
+        assert cli.main([*command, *device]) == 0
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert "answer 8 tokens" in err
+    assert texts[0] == texts[1] and texts[0].strip() and on_device == [2_500_000_000]
+
+
+def test_bench(converted, on_device, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "SAMPLE_SECONDS", 0.01)
+    path = str(converted("grouped-tied", "q8_0"))
+    command = ["bench", path, "--device", "cuda", "--runs", "1", "--depth", "0", "100", "--prefill", "20", "--kv", "f16", "q4"]
+    assert cli.main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["device"], report["cpu"], report["isa"]) == ("cuda", "host", "host")
+    rows = {(row["test"], row["depth"], row["kv"]): row for row in report["results"]}
+    assert len(rows) == 6 and all(row["tokens_per_second"] > 0 for row in rows.values())
+    cpu = load(path)
+    kv = cpu.engine.new_cache(k="q4", v="q4", ctx=228)
+    read = speed.weight_bytes(cpu) + core.bytes_read(kv, 101)
+    assert rows["decode", 100, "q4"]["bytes_per_token"] == read and rows["decode", 100, "q4"]["bandwidth_fraction"] > 0
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "host, host; memory is read at" in out and "\ndecode" in out
+
+
+def test_perplexity(converted, on_device, capsys, tmp_path):
+    """Of an exact cache as on the CPU."""
+    (tmp_path / "text").write_text("The cat sat on the mat, and the dog did not. " * 3)
+    path = str(converted("grouped-tied"))
+    found = []
+    for device in ("cpu", "cuda"):
+        command = ["perplexity", path, "--text", str(tmp_path / "text"), "--ctx", "64", "--chunks", "1", "--kv", "q8"]
+        assert cli.main([*command, "--device", device, "--json"]) == 0
+        found.append([row["perplexity"] for row in json.loads(capsys.readouterr().out)["results"]])
+    assert np.allclose(found[0], found[1], rtol=2e-2)
