@@ -107,6 +107,7 @@ class CudaDevice:
     def write(self, address: int, data: np.ndarray) -> None:
         """Copy a contiguous array to the device, and wait for it."""
         runtime.memcpy(address, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice)
+        runtime.deviceSynchronize()  # it may be on its way still, and other streams would not wait for it
 
     def read(self, data: np.ndarray, address: int) -> None:
         """Copy from the device into a contiguous array."""
