@@ -9,11 +9,11 @@
 //   add_chunk          grid (n)                            x += residual_scale * norm(products)
 //   logits_chunk       grid (ceil(ld / 1024), n)           scale and soft cap
 //
-// Blocks of 256 threads.
+// Blocks of 256 threads; of up to 512 where each takes a row.
 #include "rows.cuh"
 #include "unpack.cuh"
 
-enum { CHUNK_THREADS = 256, DEQUANTIZE_COLUMNS = 512, OUTPUTS_OF_BLOCK = 1024 };
+enum { CHUNK_THREADS = 256, ROW_THREADS = 512, DEQUANTIZE_COLUMNS = 512, OUTPUTS_OF_BLOCK = 1024 };
 
 extern "C" __global__ void __launch_bounds__(256) embed_chunk(const Step *step, const int *ids, Matrix embed, Matrix positions,
                                                               float embedding_scale, int hidden, float *x, int64_t ld)
@@ -36,14 +36,15 @@ extern "C" __global__ void __launch_bounds__(256) embed_chunk(const Step *step, 
 }
 
 // x [n][ld], out [n][cols]
-extern "C" __global__ void __launch_bounds__(256) norm_to_half(Norm norm, const float *x, int64_t ld, int cols, uint16_t *out,
-                                                               float *row_scale)
+extern "C" __global__ void __launch_bounds__(512, 2) norm_to_half(Norm norm, const float *x, int64_t ld, int cols, uint16_t *out,
+                                                                  float *row_scale)
 {
-    __shared__ float scratch[CHUNK_THREADS / WARP];
-    const float *row = x + blockIdx.x * ld;
-    Normal normal = normal_of(norm, cols, scratch, [&](int i) { return row[i]; });
-    row_to_half(cols, out + blockIdx.x * (int64_t)cols, row_scale + blockIdx.x, scratch,
-                [&](int i) { return normed(norm, normal, i, row[i]); });
+    __shared__ float scratch[ROW_THREADS / WARP];
+    x += blockIdx.x * ld;
+    auto row = read_row<4>(cols, [&](int i) { return four_at(x, i, cols); });
+    Normal normal = normal_of(norm, row, scratch);
+    row_to_half(row, out + blockIdx.x * (int64_t)cols, row_scale + blockIdx.x, scratch,
+                [&](int i, float4 v) { return normed(norm, normal, i, cols, v); });
 }
 
 // Through shared memory, so that both what is read and what is written is contiguous.
@@ -56,9 +57,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(Matrix part, uint16
     const int count = cols - first < DEQUANTIZE_COLUMNS ? cols - first : DEQUANTIZE_COLUMNS;
     unpack(part.segments[0], cols, panel, first, DEQUANTIZE_COLUMNS, threadIdx.x, CHUNK_THREADS,
            [&](int i, int column, float4 v) {
-               tile[(4 * quad + i) * STRIDE + (column - first) / 4] =
-                   make_uint2(float_to_half(v.x) | (uint32_t)float_to_half(v.y) << 16,
-                              float_to_half(v.z) | (uint32_t)float_to_half(v.w) << 16);
+               tile[(4 * quad + i) * STRIDE + (column - first) / 4] = four_halves(v);
            });
     __syncthreads();
     out += (int64_t)PANEL * panel * cols + first;
@@ -81,42 +80,51 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(Matrix part, uint16
 // out [n][ld], products of m
 extern "C" __global__ void __launch_bounds__(256) scale_bias(Matrix m, const float *row_scale, float *out, int64_t ld)
 {
-    float scale = row_scale[blockIdx.y];
+    const float scale = row_scale[blockIdx.y];
+    const bool biased = has_bias(m);
+    const int i = blockIdx.x * OUTPUTS_OF_BLOCK + 4 * threadIdx.x;
+    if (i >= m.width || (scale == 1 && !biased))
+        return;
     out += blockIdx.y * ld;
-    for (int i = threadIdx.x; i < OUTPUTS_OF_BLOCK; i += blockDim.x) {
-        int at = blockIdx.x * OUTPUTS_OF_BLOCK + i;
-        if (at < m.width)
-            out[at] = out[at] * scale + bias_of(m, at);
-    }
+    float4 x = outputs_at(m, biased, out, scale, i, m.width);
+    KV_UNROLL
+    for (int c = 0; c < 4; c++)
+        out[i + c] = of_four(x, c);
 }
 
 // gate_out, up_out [n][ld]: products of gate and up; out [n][rows of up]. Without a gate: activation(up). row_scale 0: they
 // are scaled already. out_scale may be row_scale.
-extern "C" __global__ void __launch_bounds__(256) activate_to_half(Matrix gate, Matrix up, int activation, const float *gate_out,
-                                                                   const float *up_out, int64_t ld, const float *row_scale,
-                                                                   uint16_t *out, float *out_scale)
+extern "C" __global__ void __launch_bounds__(512, 2)
+    activate_to_half(Matrix gate, Matrix up, int activation, const float *gate_out, const float *up_out, int64_t ld,
+                     const float *row_scale, uint16_t *out, float *out_scale)
 {
-    __shared__ float scratch[CHUNK_THREADS / WARP];
-    const int64_t at = blockIdx.x * ld;
+    __shared__ float scratch[ROW_THREADS / WARP];
     const int cols = up.segments[0].rows;
     const float scale = row_scale ? row_scale[blockIdx.x] : 1;
-    row_to_half(cols, out + blockIdx.x * (int64_t)cols, out_scale + blockIdx.x, scratch, [&](int i) {
-        float x = up_out[at + i] * scale + bias_of(up, i);
-        return gate.n_segments ? activated(activation, gate_out[at + i] * scale + bias_of(gate, i)) * x
-                               : activated(activation, x);
+    const bool gate_biased = has_bias(gate), up_biased = has_bias(up);
+    gate_out += blockIdx.x * ld;
+    up_out += blockIdx.x * ld;
+    auto row = read_row<6>(cols, [&](int i) {
+        float4 y = outputs_at(up, up_biased, up_out, scale, i, cols);
+        if (!gate.n_segments)
+            return map_four([&](int c) { return activated(activation, of_four(y, c)); });
+        float4 x = outputs_at(gate, gate_biased, gate_out, scale, i, cols);
+        return map_four([&](int c) { return activated(activation, of_four(x, c)) * of_four(y, c); });
     });
+    row_to_half(row, out + blockIdx.x * (int64_t)cols, out_scale + blockIdx.x, scratch, [](int, float4 v) { return v; });
 }
 
 // branch [n][ld_branch]: products of m, or with row_scale 0 and no segments in m what is added as it is; x [n][ld].
-extern "C" __global__ void __launch_bounds__(256) add_chunk(Matrix m, Norm norm, const float *row_scale, const float *branch,
-                                                            int64_t ld_branch, int hidden, float residual_scale, float *x,
-                                                            int64_t ld)
+extern "C" __global__ void __launch_bounds__(512, 2) add_chunk(Matrix m, Norm norm, const float *row_scale, const float *branch,
+                                                               int64_t ld_branch, int hidden, float residual_scale, float *x,
+                                                               int64_t ld)
 {
-    __shared__ float scratch[CHUNK_THREADS / WARP];
+    __shared__ float scratch[ROW_THREADS / WARP];
     const float scale = row_scale ? row_scale[blockIdx.x] : 1;
+    const bool biased = has_bias(m);
     branch += blockIdx.x * ld_branch;
-    add_row(norm, hidden, residual_scale, x + blockIdx.x * ld, scratch,
-            [&](int i) { return branch[i] * scale + bias_of(m, i); });
+    auto row = read_row<4>(hidden, [&](int i) { return outputs_at(m, biased, branch, scale, i, hidden); });
+    add_row(norm, row, residual_scale, x + blockIdx.x * ld, scratch);
 }
 
 // logits [n][ld]; softcap 0: none

@@ -50,9 +50,12 @@ DEVICE float panel_product(const Matrix &m, int panel, const float *x, float *sc
 // The normed row in shared memory, with zeros up to a multiple of 32.
 DEVICE void put_normed(const Norm &norm, const float *x, int cols, float *to, float *scratch)
 {
-    Normal normal = normal_of(norm, cols, scratch, [&](int i) { return x[i]; });
-    for (int i = threadIdx.x; i < padded_to(cols, BLOCK); i += blockDim.x)
-        to[i] = i < cols ? normed(norm, normal, i, x[i]) : 0;
+    auto row = read_row<4>(cols, [&](int i) { return four_at(x, i, cols); });
+    Normal normal = normal_of(norm, row, scratch);
+    row.each([&](int i, float4 v) { *(float4 *)(to + i) = normed(norm, normal, i, cols, v); });
+    __syncthreads();
+    for (int i = cols + threadIdx.x; i < padded_to(cols, BLOCK); i += blockDim.x)
+        to[i] = 0;
     __syncthreads();
 }
 
@@ -115,8 +118,10 @@ extern "C" __global__ void __launch_bounds__(32) choose(const float *scores, int
         }
     }
     __syncwarp();
+    if (normalize && total == total)
+        total = kept;
     for (int j = lane; j < used; j += WARP)
-        share[j] /= normalize ? kept : total;
+        share[j] /= total;
 }
 
 // One token -------------------------------------------------------------------------------------------------------------------
@@ -274,9 +279,7 @@ extern "C" __global__ void __launch_bounds__(128) experts_matmul(const Matrix *m
                 weights[i] = 0;
             __syncwarp();
             unpack(segment, cols, panel, column, TILE_COLUMNS, lane, WARP, [&](int i, int c, float4 v) {
-                *(uint2 *)(weights + (lane % 4 * 4 + i) * TILE_STRIDE + c - column) =
-                    make_uint2(float_to_half(v.x) | (uint32_t)float_to_half(v.y) << 16,
-                               float_to_half(v.z) | (uint32_t)float_to_half(v.w) << 16);
+                *(uint2 *)(weights + (lane % 4 * 4 + i) * TILE_STRIDE + c - column) = four_halves(v);
             });
         }
         __syncthreads();
@@ -296,17 +299,20 @@ extern "C" __global__ void __launch_bounds__(128) experts_matmul(const Matrix *m
 }
 
 // slot_out [n * used][ld_slots], share [n][used], x [n][ld]
-extern "C" __global__ void __launch_bounds__(256) experts_add(Norm norm, const int *slots, const float *share, int used,
-                                                              const float *slot_out, int64_t ld_slots, int hidden,
-                                                              float residual_scale, int n, int n_experts, float *x, int64_t ld)
+extern "C" __global__ void __launch_bounds__(512, 2)
+    experts_add(Norm norm, const int *slots, const float *share, int used, const float *slot_out, int64_t ld_slots, int hidden,
+                float residual_scale, int n, int n_experts, float *x, int64_t ld)
 {
-    __shared__ float scratch[256 / WARP];
+    __shared__ float scratch[512 / WARP];
     const int first = blockIdx.x * used;
     const int *slot = slots_in((int *)slots, n * used, n_experts).of + first;
-    add_row(norm, hidden, residual_scale, x + blockIdx.x * ld, scratch, [&](int i) {
-        float sum = 0;
-        for (int j = 0; j < used; j++)
-            sum += share[first + j] * slot_out[slot[j] * ld_slots + i];
+    auto row = read_row<4>(hidden, [&](int i) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int j = 0; j < used; j++) {
+            float4 x = four_at(slot_out + slot[j] * ld_slots, i, hidden);
+            sum = map_four([&](int c) { return of_four(sum, c) + share[first + j] * of_four(x, c); });
+        }
         return sum;
     });
+    add_row(norm, row, residual_scale, x + blockIdx.x * ld, scratch);
 }
