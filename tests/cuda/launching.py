@@ -60,7 +60,12 @@ class Matrices:
 
     def __init__(self, tensors, biases=None):
         """tensors: (type, float32 [rows, cols]) of each segment. biases: float32 [rows] of each, or None."""
-        self.struct, self.values, self._kept, offset = abi.struct(abi.MATRIX, n_segments=len(tensors)), [], [], 0
+        self.struct, self.values, self._kept, offset = (
+            abi.struct(abi.MATRIX, n_segments=len(tensors)),
+            [],
+            [],
+            0,
+        )
         for i, (kind, weights) in enumerate(tensors):
             rows, cols = weights.shape
             packed = array(_core.pack(kind, weights), np.uint8)
@@ -82,7 +87,9 @@ def norm_of(kind, n, rng):
         return abi.struct(abi.NORM), lambda x: x.astype(np.float64), None
     weight, bias = array(1 + rng.normal(0, 0.3, n)), array(rng.normal(0, 0.3, n))
     layer = kind == "layer"
-    struct = abi.struct(abi.NORM, weight=at(weight), bias=at(bias) if layer else 0, eps=1e-5, layer_norm=layer)
+    struct = abi.struct(
+        abi.NORM, weight=at(weight), bias=at(bias) if layer else 0, eps=1e-5, layer_norm=layer
+    )
 
     def reference(x):
         x = x.astype(np.float64)

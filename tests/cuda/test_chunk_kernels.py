@@ -90,7 +90,8 @@ def test_norm_to_half(kind, cols, rng):
     assert (np.frexp(scale)[0] == 0.5).all()
     expected = reference(x[:, :cols])
     tops = np.maximum(np.abs(expected).max(1, keepdims=True), 1e-30)
-    assert (np.abs(half.astype(np.float64) * scale[:, None] - expected) <= 2.0**-11 * np.abs(expected) + 2e-6 * tops).all()
+    error = np.abs(half.astype(np.float64) * scale[:, None] - expected)
+    assert (error <= 2.0**-11 * np.abs(expected) + 2e-6 * tops).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -135,8 +136,12 @@ def test_activate_to_half(name, gated, scaled, rng):
         gate.struct if gated else NONE, up.struct, name, at(products[0]), at(products[1]), up.width,
         at(out_scale) if scaled else 0, at(half), at(out_scale), n,
     ))  # fmt: skip
-    g, u = (p[:, :rows] * (scale[:, None] if scaled else 1) + b for p, b in zip(products, biases, strict=True))
-    expected = np.array([probe.activate(name, g[t], u[t]) if gated else probe.activate(name, u[t]) for t in range(n)])
+    g, u = (
+        p[:, :rows] * (scale[:, None] if scaled else 1) + b for p, b in zip(products, biases, strict=True)
+    )
+    expected = np.array(
+        [probe.activate(name, g[t], u[t]) if gated else probe.activate(name, u[t]) for t in range(n)]
+    )
     for t in range(n):
         close(half[t].astype(np.float32) * out_scale[t], expected[t], 6e-4)
 

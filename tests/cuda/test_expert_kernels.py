@@ -41,7 +41,9 @@ class Experts:
             self.of[part] = [
                 Matrices([(k, rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32))]) for k in kind
             ]
-            self.table[part] = array(np.concatenate([m.struct for m in self.of[part]]).view(np.uint8), np.uint8)
+            self.table[part] = array(
+                np.concatenate([m.struct for m in self.of[part]]).view(np.uint8), np.uint8
+            )
 
     def one(self, part):
         return self.of[part][0].struct
@@ -90,7 +92,12 @@ def test_route(kind, rng):
     close(scores[:, :n_experts], reference(x[:, :hidden]) @ router.values[0].astype(np.float64).T, 1e-5)
 
 
-SIZES = [(("f32",), 96, 80), (("q4_0", "q8_0"), 96, 80), (("f16", "bf16", "q4_1"), 33, 50), (SUPER_TYPES, 256, 512)]
+SIZES = [
+    (("f32",), 96, 80),
+    (("q4_0", "q8_0"), 96, 80),
+    (("f16", "bf16", "q4_1"), 33, 50),
+    (SUPER_TYPES, 256, 512),
+]
 
 
 @pytest.mark.parametrize("add", [True, False])
@@ -100,7 +107,11 @@ def test_one_token(kinds, hidden, size, add, rng):
     norm, reference, _kept = norm_of("rms", hidden, rng)
     chosen, share = array(rng.permutation(5)[None, :used], np.int32), array([[0.6, 0.3, 0.1]])
     width = int(experts.one("up")["width"][0])
-    x, inner, out = array(rng.standard_normal((1, hidden))), empty(used, width), array(rng.standard_normal((1, hidden)))
+    x, inner, out = (
+        array(rng.standard_normal((1, hidden))),
+        empty(used, width),
+        array(rng.standard_normal((1, hidden))),
+    )
     before = out.copy()
     tables = {part: at(table) for part, table in experts.table.items()}
     run(matrix.experts_gated(
@@ -135,15 +146,16 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
     run(matrix.sort_slots(at(chosen), n, used, 5, at(order)))
     for part, to in inner.items():
         run(matrix.experts_matmul(
-            at(experts.table[part]), experts.one(part), at(order), n, used, 5, at(half), at(row_scale), False, at(to), width
+            at(experts.table[part]), experts.one(part), at(order), n, used, 5, at(half), at(row_scale), False, at(to),
+            width,
         ))  # fmt: skip
     run(matrix.activate_to_half(
         experts.one("gate"), experts.one("up"), "silu", at(inner["gate"]), at(inner["up"]), width, 0, at(inner_half),
         at(inner_scale), slots,
     ))  # fmt: skip
     run(matrix.experts_matmul(
-        at(experts.table["down"]), experts.one("down"), at(order), n, used, 5, at(inner_half), at(inner_scale), True, at(out),
-        out.shape[1],
+        at(experts.table["down"]), experts.one("down"), at(order), n, used, 5, at(inner_half), at(inner_scale), True,
+        at(out), out.shape[1],
     ))  # fmt: skip
     run(matrix.experts_add(
         post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld
