@@ -1,13 +1,13 @@
-// A chunk of tokens, but for its attention and its matrix products, which cuBLAS does on float16: out [n][ld] float32 from
-// inputs whose rows are divided by powers of two (row scales), so that nothing overflows.
+// A chunk of tokens, but for its attention and its matrix products, which cuBLAS does on float16: out [n][ld] float32
+// from inputs whose rows are divided by powers of two (row scales), so that nothing overflows.
 //
-//   embed_chunk        grid (n)                            x = embeddings
-//   norm_to_half       grid (n)                            out, row_scale = norm of x
-//   dequantize         grid (ceil(cols / 512), panels)     a part of a matrix, one segment, as float16 [16 panels][cols]
-//   scale_bias         grid (ceil(width / 1024), n)        products: row scales, biases
-//   activate_to_half   grid (n)                            out, out_scale = activation(gate) * up, of products as they come
-//   add_chunk          grid (n)                            x += residual_scale * norm(products)
-//   logits_chunk       grid (ceil(ld / 1024), n)           scale and soft cap
+//   embed_chunk        grid (n)                          x = embeddings
+//   norm_to_half       grid (n)                          out, row_scale = norm of x
+//   dequantize         grid (ceil(cols / 512), panels)   part of a matrix, one segment, as float16 [16 panels][cols]
+//   scale_bias         grid (ceil(width / 1024), n)      products: row scales, biases
+//   activate_to_half   grid (n)                          out, out_scale = activation(gate) * up, of raw products
+//   add_chunk          grid (n)                          x += residual_scale * norm(products)
+//   logits_chunk       grid (ceil(ld / 1024), n)         scale and soft cap
 //
 // Blocks of 256 threads; of up to 512 where each takes a row.
 #include "rows.cuh"
@@ -15,8 +15,9 @@
 
 enum { CHUNK_THREADS = 256, ROW_THREADS = 512, DEQUANTIZE_COLUMNS = 512, OUTPUTS_OF_BLOCK = 1024 };
 
-extern "C" __global__ void __launch_bounds__(256) embed_chunk(const Step *step, const int *ids, Matrix embed, Matrix positions,
-                                                              float embedding_scale, int hidden, float *x, int64_t ld)
+extern "C" __global__ void __launch_bounds__(256)
+    embed_chunk(const Step *step, const int *ids, Matrix embed, Matrix positions, float embedding_scale, int hidden,
+                float *x, int64_t ld)
 {
     int t = blockIdx.x;
     x += t * ld;
@@ -36,8 +37,8 @@ extern "C" __global__ void __launch_bounds__(256) embed_chunk(const Step *step, 
 }
 
 // x [n][ld], out [n][cols]
-extern "C" __global__ void __launch_bounds__(512, 2) norm_to_half(Norm norm, const float *x, int64_t ld, int cols, uint16_t *out,
-                                                                  float *row_scale)
+extern "C" __global__ void __launch_bounds__(512, 2)
+    norm_to_half(Norm norm, const float *x, int64_t ld, int cols, uint16_t *out, float *row_scale)
 {
     __shared__ float scratch[ROW_THREADS / WARP];
     x += blockIdx.x * ld;
@@ -56,9 +57,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(Matrix part, uint16
     const int first = blockIdx.x * DEQUANTIZE_COLUMNS, panel = blockIdx.y, cols = part.cols, quad = threadIdx.x % 4;
     const int count = cols - first < DEQUANTIZE_COLUMNS ? cols - first : DEQUANTIZE_COLUMNS;
     unpack(part.segments[0], cols, panel, first, DEQUANTIZE_COLUMNS, threadIdx.x, CHUNK_THREADS,
-           [&](int i, int column, float4 v) {
-               tile[(4 * quad + i) * STRIDE + (column - first) / 4] = four_halves(v);
-           });
+           [&](int i, int column, float4 v) { tile[(4 * quad + i) * STRIDE + (column - first) / 4] = four_halves(v); });
     __syncthreads();
     out += (int64_t)PANEL * panel * cols + first;
     if (cols % 8 == 0) {
@@ -92,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(256) scale_bias(Matrix m, const flo
         out[i + c] = of_four(x, c);
 }
 
-// gate_out, up_out [n][ld]: products of gate and up; out [n][rows of up]. Without a gate: activation(up). row_scale 0: they
-// are scaled already. out_scale may be row_scale.
+// gate_out, up_out [n][ld]: products of gate and up; out [n][rows of up]. Without a gate: activation(up). row_scale 0:
+// they are scaled already. out_scale may be row_scale.
 extern "C" __global__ void __launch_bounds__(512, 2)
     activate_to_half(Matrix gate, Matrix up, int activation, const float *gate_out, const float *up_out, int64_t ld,
                      const float *row_scale, uint16_t *out, float *out_scale)
@@ -111,13 +110,14 @@ extern "C" __global__ void __launch_bounds__(512, 2)
         float4 x = outputs_at(gate, gate_biased, gate_out, scale, i, cols);
         return map_four([&](int c) { return activated(activation, of_four(x, c)) * of_four(y, c); });
     });
-    row_to_half(row, out + blockIdx.x * (int64_t)cols, out_scale + blockIdx.x, scratch, [](int, float4 v) { return v; });
+    row_to_half(row, out + blockIdx.x * (int64_t)cols, out_scale + blockIdx.x, scratch,
+                [](int, float4 v) { return v; });
 }
 
 // branch [n][ld_branch]: products of m, or with row_scale 0 and no segments in m what is added as it is; x [n][ld].
-extern "C" __global__ void __launch_bounds__(512, 2) add_chunk(Matrix m, Norm norm, const float *row_scale, const float *branch,
-                                                               int64_t ld_branch, int hidden, float residual_scale, float *x,
-                                                               int64_t ld)
+extern "C" __global__ void __launch_bounds__(512, 2)
+    add_chunk(Matrix m, Norm norm, const float *row_scale, const float *branch, int64_t ld_branch, int hidden,
+              float residual_scale, float *x, int64_t ld)
 {
     __shared__ float scratch[ROW_THREADS / WARP];
     const float scale = row_scale ? row_scale[blockIdx.x] : 1;
@@ -128,8 +128,8 @@ extern "C" __global__ void __launch_bounds__(512, 2) add_chunk(Matrix m, Norm no
 }
 
 // logits [n][ld]; softcap 0: none
-extern "C" __global__ void __launch_bounds__(256) logits_chunk(const float *row_scale, float scale, float softcap, float *logits,
-                                                               int64_t ld)
+extern "C" __global__ void __launch_bounds__(256)
+    logits_chunk(const float *row_scale, float scale, float softcap, float *logits, int64_t ld)
 {
     scale *= row_scale[blockIdx.y];
     logits += blockIdx.y * ld;

@@ -1,4 +1,5 @@
-// Mixture of experts (as _core/experts.pxi): a router's scores choose a few experts for each token, and shares for them.
+// Mixture of experts (as _core/experts.pxi): a router's scores choose a few experts for each token, and
+// shares for them.
 //
 // One token, after the router's scores:
 //   choose           grid (1)
@@ -11,8 +12,8 @@
 //   experts_matmul   grid (panels / 4, tiles)        for gate, for up, and (by_slot) for down
 //   experts_add      grid (n)                        x += residual_scale * norm(sum of share * slot_out)
 //
-// Experts have no biases, and their matrices one segment each; `const Matrix *` is a table of all experts in the device's
-// memory. Only the weights of chosen experts are read.
+// Experts have no biases, and their matrices one segment each; `const Matrix *` is a table of all experts in the
+// device's memory. Only the weights of chosen experts are read.
 #include "rows.cuh"
 #include "unpack.cuh"
 
@@ -20,15 +21,16 @@ enum { ROUTE_THREADS = 256, EXPERT_THREADS = 128, TILE_SLOTS = 64, TILE_PANELS =
 
 DEVICE int padded_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Rows of a panel times x [cols, and zeros up to a multiple of 32], by all threads of a block; thread r < 16 gets row r.
-// x, scratch [16 * warps]: shared; scratch is free again on return.
+// Rows of a panel times x [cols, and zeros up to a multiple of 32], by all threads of a block; thread r < 16 gets row
+// r. x, scratch [16 * warps]: shared; scratch is free again on return.
 DEVICE float panel_product(const Matrix &m, int panel, const float *x, float *scratch)
 {
     float sums[4] = {0, 0, 0, 0};
-    unpack(m.segments[0], m.cols, panel, 0, padded_to(m.cols, 64), threadIdx.x, blockDim.x, [&](int i, int column, float4 w) {
-        float4 v = *(const float4 *)(x + column);
-        sums[i] += w.x * v.x + w.y * v.y + (w.z * v.z + w.w * v.w);
-    });
+    unpack(m.segments[0], m.cols, panel, 0, padded_to(m.cols, 64), threadIdx.x, blockDim.x,
+           [&](int i, int column, float4 w) {
+               float4 v = *(const float4 *)(x + column);
+               sums[i] += w.x * v.x + w.y * v.y + (w.z * v.z + w.w * v.w);
+           });
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     KV_UNROLL
     for (int i = 0; i < 4; i++) {
@@ -60,8 +62,8 @@ DEVICE void put_normed(const Norm &norm, const float *x, int cols, float *to, fl
 }
 
 // Shared memory: the input, padded to a multiple of 32. scores [n][ld_scores]
-extern "C" __global__ void __launch_bounds__(256) route(Matrix router, Norm norm, const float *x, int64_t ld, float *scores,
-                                                        int64_t ld_scores)
+extern "C" __global__ void __launch_bounds__(256)
+    route(Matrix router, Norm norm, const float *x, int64_t ld, float *scores, int64_t ld_scores)
 {
     SHARED(space);
     __shared__ float scratch[PANEL * ROUTE_THREADS / WARP];
@@ -81,8 +83,8 @@ DEVICE bool before(float score, int index, float other, int other_index)
 }
 
 // scores [n][ld], chosen and share [n][used]: the largest of the softmax of all scores. Blocks of one warp.
-extern "C" __global__ void __launch_bounds__(32) choose(const float *scores, int64_t ld, int n_experts, int used, int normalize,
-                                                        int *chosen, float *share)
+extern "C" __global__ void __launch_bounds__(32)
+    choose(const float *scores, int64_t ld, int n_experts, int used, int normalize, int *chosen, float *share)
 {
     const int lane = threadIdx.x;
     float top = -INFINITY, total = 0, kept = 0, last = INFINITY;
@@ -124,11 +126,13 @@ extern "C" __global__ void __launch_bounds__(32) choose(const float *scores, int
         share[j] /= total;
 }
 
-// One token -------------------------------------------------------------------------------------------------------------------
+// One token
+// -------------------------------------------------------------------------------------------------------------------
 
 // Shared memory: the input, padded to a multiple of 32.
-extern "C" __global__ void __launch_bounds__(128) experts_gated(const Matrix *gate, const Matrix *up, Norm norm, const float *x,
-                                                                const int *chosen, int activation, float *out)
+extern "C" __global__ void __launch_bounds__(128)
+    experts_gated(const Matrix *gate, const Matrix *up, Norm norm, const float *x, const int *chosen, int activation,
+                  float *out)
 {
     SHARED(space);
     __shared__ float scratch[PANEL * EXPERT_THREADS / WARP];
@@ -141,9 +145,9 @@ extern "C" __global__ void __launch_bounds__(128) experts_gated(const Matrix *ga
 }
 
 // in [used][ld_in]. Shared memory: a row of it, padded to a multiple of 32.
-extern "C" __global__ void __launch_bounds__(128) experts_down(const Matrix *down, const float *in, int64_t ld_in,
-                                                               const int *chosen, const float *share, int used, float *out,
-                                                               int add)
+extern "C" __global__ void __launch_bounds__(128)
+    experts_down(const Matrix *down, const float *in, int64_t ld_in, const int *chosen, const float *share, int used,
+                 float *out, int add)
 {
     SHARED(space);
     __shared__ float scratch[PANEL * EXPERT_THREADS / WARP];
@@ -160,12 +164,13 @@ extern "C" __global__ void __launch_bounds__(128) experts_down(const Matrix *dow
         out[row] = add ? out[row] + sum : sum;
 }
 
-// A chunk ---------------------------------------------------------------------------------------------------------------------
+// A chunk
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Slots of one expert come one after the other, and tiles have up to 64 of them.
 struct Slots {
-    int *choice; // [slots] the place in `chosen` of each slot
-    int *of;     // [slots] and back
+    int *choice;                           // [slots] the place in `chosen` of each slot
+    int *of;                               // [slots] and back
     int *n_tiles, *expert, *first, *count; // [tiles] of each tile
 };
 
@@ -177,7 +182,8 @@ DEVICE Slots slots_in(int *memory, int n_slots, int n_experts)
 }
 
 // slots: int [2 * n * used + 1 + 3 * tiles], tiles = n * used / 64 + n_experts. Shared memory: int [2 * n_experts + 1].
-extern "C" __global__ void __launch_bounds__(256) sort_slots(const int *chosen, int n, int used, int n_experts, int *slots)
+extern "C" __global__ void __launch_bounds__(256)
+    sort_slots(const int *chosen, int n, int used, int n_experts, int *slots)
 {
     SHARED(space);
     int *first = (int *)space, *next = first + n_experts + 1; // expert e has slots [first[e], first[e + 1])
@@ -213,7 +219,8 @@ extern "C" __global__ void __launch_bounds__(256) sort_slots(const int *chosen, 
 
 enum { TILE_STRIDE = TILE_COLUMNS + 8 }; // halves of a row of a tile
 
-// x [rows of the tile][TILE_COLUMNS] from channel `column` on; zeros where there are none. row: of each slot, -1 for none.
+// x [rows of the tile][TILE_COLUMNS] from channel `column` on; zeros where there are none. row: of each slot, -1 for
+// none.
 DEVICE void gather(const uint16_t *x, const int *row, int column, int cols, uint16_t *tile)
 {
     if (cols % 8 == 0) {
@@ -248,15 +255,16 @@ DEVICE void multiply(const uint16_t *weights, const uint16_t *x, int count, floa
         KV_UNROLL
         for (int j = 0; j < TILE_SLOTS / 8; j++)
             if (8 * j < count)
-                mma_m16n8k16(sums[j], a0, a1, a2, a3, pair_at(x, 8 * j + g, k + pair), pair_at(x, 8 * j + g, k + 8 + pair));
+                mma_m16n8k16(sums[j], a0, a1, a2, a3, pair_at(x, 8 * j + g, k + pair),
+                             pair_at(x, 8 * j + g, k + 8 + pair));
     }
 }
 
-// out [n * used][ld] = each slot's expert's matrix times its input: that of its token in x [n][cols], or (by_slot) its own in
-// x [n * used][cols], times the row scale. A warp has a panel.
-extern "C" __global__ void __launch_bounds__(128) experts_matmul(const Matrix *matrices, const int *slots, int n, int used,
-                                                                 int n_experts, const uint16_t *x, const float *row_scale,
-                                                                 int by_slot, float *out, int64_t ld)
+// out [n * used][ld] = each slot's expert's matrix times its input: that of its token in x [n][cols], or (by_slot) its
+// own in x [n * used][cols], times the row scale. A warp has a panel.
+extern "C" __global__ void __launch_bounds__(128)
+    experts_matmul(const Matrix *matrices, const int *slots, int n, int used, int n_experts, const uint16_t *x,
+                   const float *row_scale, int by_slot, float *out, int64_t ld)
 {
     __shared__ uint4 weight_space[TILE_PANELS * PANEL * TILE_STRIDE / 8], input_space[TILE_SLOTS * TILE_STRIDE / 8];
     __shared__ int row[TILE_SLOTS];
@@ -291,17 +299,17 @@ extern "C" __global__ void __launch_bounds__(128) experts_matmul(const Matrix *m
     KV_UNROLL
     for (int j = 0; j < TILE_SLOTS / 8; j++)
         KV_UNROLL
-        for (int i = 0; i < 4; i++) {
-            int slot = 8 * j + lane % 4 * 2 + i % 2;
-            if (slot < count)
-                out[(first + slot) * ld + PANEL * panel + lane / 4 + i / 2 * 8] = sums[j][i] * row_scale[row[slot]];
-        }
+    for (int i = 0; i < 4; i++) {
+        int slot = 8 * j + lane % 4 * 2 + i % 2;
+        if (slot < count)
+            out[(first + slot) * ld + PANEL * panel + lane / 4 + i / 2 * 8] = sums[j][i] * row_scale[row[slot]];
+    }
 }
 
 // slot_out [n * used][ld_slots], share [n][used], x [n][ld]
 extern "C" __global__ void __launch_bounds__(512, 2)
-    experts_add(Norm norm, const int *slots, const float *share, int used, const float *slot_out, int64_t ld_slots, int hidden,
-                float residual_scale, int n, int n_experts, float *x, int64_t ld)
+    experts_add(Norm norm, const int *slots, const float *share, int used, const float *slot_out, int64_t ld_slots,
+                int hidden, float residual_scale, int n, int n_experts, float *x, int64_t ld)
 {
     __shared__ float scratch[512 / WARP];
     const int first = blockIdx.x * used;

@@ -104,8 +104,8 @@ DEVICE float activated(int activation, float x)
     return x / (1 + expf(-2 * u));
 }
 
-// The scale of a row whose largest element is `top`: 1 where float16 has room for it and is fine enough, or where it has no
-// largest element; or the power of two that brings it to at most 2^15.
+// The scale of a row whose largest element is `top`: 1 where float16 has room for it and is fine enough, or where it
+// has no largest element; or the power of two that brings it to at most 2^15.
 DEVICE float row_scale_of(float top)
 {
     if (!(top > 0 && top < INFINITY) || (top >= 0.125f && top < 32768))
@@ -123,7 +123,8 @@ DEVICE uint2 four_halves(float4 x)
 }
 
 // change(i, elements) of a row as float16: out * *row_scale.
-template <class R, class F> DEVICE void row_to_half(const R &row, uint16_t *out, float *row_scale, float *scratch, F change)
+template <class R, class F>
+DEVICE void row_to_half(const R &row, uint16_t *out, float *row_scale, float *scratch, F change)
 {
     float top = 0;
     row.each([&](int i, float4 x) {

@@ -4,7 +4,10 @@
 
 // Four bytes as numbers.
 DEVICE float byte_at(uint32_t word, int i) { return (float)(int)(word >> 8 * i & 255); }
-DEVICE float4 bytes_to_floats(uint32_t w) { return make_float4(byte_at(w, 0), byte_at(w, 1), byte_at(w, 2), byte_at(w, 3)); }
+DEVICE float4 bytes_to_floats(uint32_t w)
+{
+    return make_float4(byte_at(w, 0), byte_at(w, 1), byte_at(w, 2), byte_at(w, 3));
+}
 
 // x * scale + offset
 DEVICE float4 scaled(float4 x, float scale, float offset)
@@ -21,10 +24,10 @@ DEVICE float half_of(uint2 v, int i) { return half_to_float((uint16_t)((i < 2 ? 
 DEVICE uint4 load_16(const uint8_t *p) { return *(const uint4 *)p; }
 DEVICE uint2 load_8(const uint8_t *p) { return *(const uint2 *)p; }
 
-// A thread unpacks four rows, a *quad*, of a few channels at a time: 16 bytes of a line. put(i, column, values): channels
-// [column, column + 4) of row 4 quad + i, where i is a constant once loops are unrolled. Each function takes `item`, the
-// place of these channels among those of the panel; beyond the panel's channels nothing is put, and what only pads the last
-// four is 0 or as the panel has it.
+// A thread unpacks four rows, a *quad*, of a few channels at a time: 16 bytes of a line. put(i, column, values):
+// channels [column, column + 4) of row 4 quad + i, where i is a constant once loops are unrolled. Each function takes
+// `item`, the place of these channels among those of the panel; beyond the panel's channels nothing is put, and what
+// only pads the last four is 0 or as the panel has it.
 
 template <class F> DEVICE void unpack_f32(const uint8_t *panel, int cols, int item, int quad, F put)
 {
@@ -37,8 +40,9 @@ template <class F> DEVICE void unpack_f32(const uint8_t *panel, int cols, int it
         line[c] = column + c < cols ? load_16(panel + 64 * (int64_t)(column + c) + 16 * quad) : make_uint4(0, 0, 0, 0);
     KV_UNROLL
     for (int i = 0; i < 4; i++)
-        put(i, column, make_float4(__uint_as_float(word_of(line[0], i)), __uint_as_float(word_of(line[1], i)),
-                                   __uint_as_float(word_of(line[2], i)), __uint_as_float(word_of(line[3], i))));
+        put(i, column,
+            make_float4(__uint_as_float(word_of(line[0], i)), __uint_as_float(word_of(line[1], i)),
+                        __uint_as_float(word_of(line[2], i)), __uint_as_float(word_of(line[3], i))));
 }
 
 template <class F> DEVICE void unpack_f16(const uint8_t *panel, int cols, int item, int quad, F put)
@@ -63,17 +67,20 @@ template <class F> DEVICE void unpack_bf16(const uint8_t *panel, int cols, int i
     uint4 line[2];
     KV_UNROLL
     for (int c = 0; c < 2; c++)
-        line[c] = column + 2 * c < cols ? load_16(panel + 32 * (int64_t)(column + 2 * c) + 16 * quad) : make_uint4(0, 0, 0, 0);
+        line[c] = column + 2 * c < cols ? load_16(panel + 32 * (int64_t)(column + 2 * c) + 16 * quad)
+                                        : make_uint4(0, 0, 0, 0);
     KV_UNROLL
     for (int i = 0; i < 4; i++) {
         uint32_t a = word_of(line[0], i), b = word_of(line[1], i);
-        put(i, column, make_float4(__uint_as_float(a << 16), __uint_as_float(a & 0xffff0000u), __uint_as_float(b << 16),
-                                   __uint_as_float(b & 0xffff0000u)));
+        put(i, column,
+            make_float4(__uint_as_float(a << 16), __uint_as_float(a & 0xffff0000u), __uint_as_float(b << 16),
+                        __uint_as_float(b & 0xffff0000u)));
     }
 }
 
 // q8_0 (BITS 8) and q4_1 and q4_0 (4, with and without MINIMUM): an item is a line.
-template <int BITS, bool MINIMUM, class F> DEVICE void unpack_blocks(const uint8_t *panel, int cols, int item, int quad, F put)
+template <int BITS, bool MINIMUM, class F>
+DEVICE void unpack_blocks(const uint8_t *panel, int cols, int item, int quad, F put)
 {
     const int lines = BITS, head = MINIMUM ? 128 : 64;
     int block = item / lines, line = item % lines;
@@ -150,8 +157,8 @@ template <class F> DEVICE void unpack_q6_k(const uint8_t *panel, int cols, int i
     }
 }
 
-// Channels [column, column + count) of a panel, both multiples of 64, or of what is there of them, by `threads` threads, a
-// multiple of 4: thread t has quad t % 4.
+// Channels [column, column + count) of a panel, both multiples of 64, or of what is there of them, by `threads`
+// threads, a multiple of 4: thread t has quad t % 4.
 template <class F>
 DEVICE void unpack(const Segment &s, int cols, int panel, int column, int count, int thread, int threads, F put)
 {
@@ -193,8 +200,8 @@ DEVICE void unpack(const Segment &s, int cols, int panel, int column, int count,
     }
 }
 
-// One row, by all threads of a block: put(column, values of channels [column, column + 4)); those beyond cols are 0 or as the
-// panel has them.
+// One row, by all threads of a block: put(column, values of channels [column, column + 4)); those beyond cols are 0 or
+// as the panel has them.
 template <class F> DEVICE void unpack_row(const Segment &s, int cols, int row, F put)
 {
     int r = row % PANEL;
