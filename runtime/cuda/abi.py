@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 KERNELS = Path(__file__).with_name("kernels")
-MODULES = ("matrix", "chunk", "experts", "cache", "attention", "attention_chunk", "bandwidth")
+MODULES = ("step", "matrix", "chunk", "experts", "cache", "attention", "attention_chunk", "bandwidth")
 MAX_SEGMENTS = 3
 
 # As in kernels/common.cuh; aligned like C's.
