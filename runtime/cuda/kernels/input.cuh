@@ -1,12 +1,12 @@
-// The input of a decode product: normed, as floats, and (for block types) as int8 in blocks of 32, in two planes of which the
-// second has steps 256 times finer: 16 bits in all, as kv_input of kernels.h. In shared memory; each block of threads makes its
-// own.
+// The input of a product: normed, as floats, and (for block types) as int8 in blocks of 32, in two planes of which the
+// second has steps 256 times finer: 16 bits in all, as kv_input of kernels.h has it. In shared memory; each block of
+// threads makes its own.
 #pragma once
 #include "rows.cuh"
 
-// floats: [cols, padded with zeros to 32]. codes: [4][blocks]: of line l of block b, channels 4 l.. and 16 + 4 l.. of the first
-// plane, then of the second. sums: [blocks]: the step of the second plane, and 256 times the sum of the codes of the first plane
-// plus that of the second.
+// floats: [cols, padded with zeros to 32]. codes [4][blocks]: of line l of a block, channels from 4 l and from 16 + 4 l
+// on of the first plane, then of the second. sums [blocks]: the step of the second plane, and 256 times the sum of the
+// codes of the first plane plus that of the second.
 struct Input {
     float *floats;
     uint4 *codes;
@@ -60,7 +60,8 @@ DEVICE void put_codes(const Input &in, int i, float4 x)
 }
 
 // scratch: a float for each warp. The caller waits for all threads before it reads the input.
-DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols, bool floats, bool codes, float *scratch)
+DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols, bool floats, bool codes,
+                    float *scratch)
 {
     auto row = read_row<2>(cols, [&](int i) { return four_at(x, i, cols); });
     const Normal normal = normal_of(norm, row, scratch);

@@ -6,8 +6,8 @@
 //   out = activation(gate norm(x)) * (up norm(x)); activation(up norm(x)) if gate has no segments
 //   grid any, block 512. Of outputs only rows that are there are written.
 //   split: warps that share a panel, a power of two up to 16.
-//   Shared memory: 72 bytes for each 32 channels of the input, rounded up to 16, where a segment takes int8, and 128 bytes for
-//   each 32 where one takes floats.
+//   Shared memory: 72 bytes for each 32 channels of the input, rounded up to 16, where a segment takes int8, and 128
+//   bytes for each 32 where one takes floats.
 //   next: memory that a later kernel reads first, which is fetched into the L2 cache; 0: not known.
 #include "products.cuh"
 
@@ -53,11 +53,11 @@ DEVICE Part part_of_either(const Matrix &a, const Matrix &b, bool of_a, int pane
     return of_a ? x : y;
 }
 
-// put(output, before(output), product of the first matrix, of the second) of every output; if n_matrices is 1 both are of the
-// second. Groups of `split` warps take a panel each, first of one matrix and then of the other.
+// put(output, before(output), product of the first matrix, of the second) of every output; if n_matrices is 1 both are
+// of the second. Groups of `split` warps take a panel each, first of one matrix and then of the other.
 template <class P, class B>
-DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, const Norm &norm, const float *x, int split,
-                     const uint8_t *next, int64_t next_bytes, B before, P put)
+DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, const Norm &norm, const float *x,
+                     int split, const uint8_t *next, int64_t next_bytes, B before, P put)
 {
     SHARED(shared);
     __shared__ Sums sums;
@@ -105,8 +105,9 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) matvec(Matrix m, Norm norm, const float *x, float *out, int add, float scale,
-                                                            float softcap, int split, const uint8_t *next, int64_t next_bytes)
+extern "C" __global__ void __launch_bounds__(512, 2) matvec(
+    Matrix m, Norm norm, const float *x, float *out, int add, float scale, float softcap, int split,
+    const uint8_t *next, int64_t next_bytes)
 {
     products(m, m, 1, norm, x, split, next, next_bytes, [&](int i) { return add ? out[i] : 0.f; },
              [&](int i, float prior, float y, float) {
@@ -117,8 +118,9 @@ extern "C" __global__ void __launch_bounds__(512, 2) matvec(Matrix m, Norm norm,
              });
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) matvec_gated(Matrix gate, Matrix up, Norm norm, const float *x, int activation,
-                                                                  float *out, int split, const uint8_t *next, int64_t next_bytes)
+extern "C" __global__ void __launch_bounds__(512, 2) matvec_gated(
+    Matrix gate, Matrix up, Norm norm, const float *x, int activation, float *out, int split, const uint8_t *next,
+    int64_t next_bytes)
 {
     const bool gated = gate.n_segments;
     products(gate, up, gated ? 2 : 1, norm, x, split, next, next_bytes, [&](int) { return 0.f; },

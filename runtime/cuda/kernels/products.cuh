@@ -1,5 +1,5 @@
-// Panels times an input, for one token, by a group of warps. A thread takes a *unit* at a time: four rows, a quad, of a few
-// channels, which are four loads of 16 bytes. lane % 4 is the quad throughout (of f16, lane % 2 is the half of the panel).
+// Panels times an input, by a group of warps. A thread takes a *unit* at a time: four rows, a quad, of a few channels,
+// which are four loads of 16 bytes. lane % 4 is the quad throughout (of f16, lane % 2 is the half of the panel).
 #pragma once
 #include "input.cuh"
 #include "unpack.cuh"
@@ -78,7 +78,8 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, int cols, in
         u.scale = load_pair(pair + super % 2 * 32 + 8 * quad);
     } else if (TYPE == WEIGHT_Q8_0) {
         const int half = t / 4, block = half / 2;
-        const uint8_t *pair = panel + block / 2 * 1088, *from = pair + (64 + block % 2 * 512 + half % 2 * 256 + 16 * quad);
+        const uint8_t *pair = panel + block / 2 * 1088;
+        const uint8_t *from = pair + (64 + block % 2 * 512 + half % 2 * 256 + 16 * quad);
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = load_stream(from + 64 * i);
@@ -203,7 +204,7 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, int t, float
             if (TYPE == WEIGHT_Q4_1)
                 sum[r] += half_of(u.minimum, r) * total;
             if (TYPE == WEIGHT_Q4_K) {
-                const uint32_t mine = word_of(u.sixes, r); // a warp has a super-block: each of its lanes a line of scales
+                const uint32_t mine = word_of(u.sixes, r); // a warp has a super-block, each of its lanes a line
                 const uint32_t a = __shfl_sync(0xffffffffu, mine, t % 4), b = __shfl_sync(0xffffffffu, mine, 4 + t % 4);
                 const uint32_t c = __shfl_sync(0xffffffffu, mine, 8 + t % 4);
                 const int shift = block % 4 * 8;
@@ -273,7 +274,8 @@ DEVICE void load_first(Unit &u, const Part &p, int cols, int t)
 }
 
 // sum [4]: of the quad that the lane has; u: the first unit, loaded. `threads` of a group.
-template <int TYPE> DEVICE void add_units(Unit &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
+template <int TYPE>
+DEVICE void add_units(Unit &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
 {
     if (!HAS_TYPE(TYPE))
         return;
@@ -300,8 +302,8 @@ template <int TYPE> DEVICE void add_units(Unit &u, const Part &p, const Input &i
     }
 }
 
-// sum [4] = the product of a panel as far as this thread has it: of the quad that its lane has. Every lane of a warp calls it
-// with the same part, whose first unit is loaded.
+// sum [4] = the product of a panel as far as this thread has it: of the quad that its lane has. Every lane of a warp
+// calls it with the same part, whose first unit is loaded.
 DEVICE void multiply(Unit &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
 {
     sum[0] = sum[1] = sum[2] = sum[3] = 0;

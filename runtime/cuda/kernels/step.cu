@@ -1,7 +1,7 @@
 // One token's embedding and angles; norms of heads.
 //
-// begin_step(step, ids, embed, positions, embedding_scale, hidden, x, ropes, any, cache_n_slots, sink_rows, cos, sin, sink_cos,
-//            sink_sin)
+// begin_step(step, ids, embed, positions, embedding_scale, hidden, x, ropes, any, cache_n_slots, sink_rows, cos, sin,
+//            sink_cos, sink_sin)
 //   grid at least 2, block 256
 // norm_heads(qkv, ld, k_offset, q_norm, k_norm, n_heads, n_kv_heads, head_dim, eps, all)
 //   grid (n_heads + n_kv_heads, n), or with all (2, n); block of whole warps, at most 256
@@ -10,8 +10,9 @@
 #include "cache.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) begin_step(
-    const Step *step, const int *ids, Matrix embed, Matrix positions, float embedding_scale, int hidden, float *x, Ropes ropes,
-    CacheLayout any, int64_t cache_n_slots, int sink_rows, float *cosines, float *sines, float *sink_cosines, float *sink_sines)
+    const Step *step, const int *ids, Matrix embed, Matrix positions, float embedding_scale, int hidden, float *x,
+    Ropes ropes, CacheLayout any, int64_t cache_n_slots, int sink_rows, float *cosines, float *sines,
+    float *sink_cosines, float *sink_sines)
 {
     if (blockIdx.x) {
         angles(step, ropes, any, cache_n_slots, sink_rows, cosines, sines, sink_cosines, sink_sines,
@@ -36,9 +37,9 @@ extern "C" __global__ void __launch_bounds__(256) begin_step(
 }
 
 // Queries and keys of a token in place, each head by itself or all at once.
-extern "C" __global__ void __launch_bounds__(256) norm_heads(float *qkv, int64_t ld, int k_offset, const float *q_norm,
-                                                             const float *k_norm, int n_heads, int n_kv_heads, int head_dim,
-                                                             float eps, int all)
+extern "C" __global__ void __launch_bounds__(256) norm_heads(
+    float *qkv, int64_t ld, int k_offset, const float *q_norm, const float *k_norm, int n_heads, int n_kv_heads,
+    int head_dim, float eps, int all)
 {
     __shared__ float scratch[256 / WARP];
     const int queries = all ? 1 : n_heads, j = blockIdx.x;
