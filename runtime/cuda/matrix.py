@@ -1,4 +1,4 @@
-"""Launches of the matrix kernels: what `matrix.cu`, `chunk.cu` and `experts.cu` expect of whoever launches them.
+"""Launches of `step.cu`, `chunk.cu` and `experts.cu`: what they expect of whoever launches them.
 
 Addresses are numbers, structures abi's; `n`: tokens, or rows. A norm without a weight is none, a matrix without segments is not
 there.
@@ -40,22 +40,6 @@ def begin_step(
     """x: the token's embedding; and the tables of angles, with the arguments of step_angles after its Step."""
     args = (pointer(step), pointer(ids), embed, positions, float32(scale), int32(hidden), pointer(x), *angles)
     return _launch("begin_step", (BEGIN_BLOCKS,), THREADS, 0, *args)
-
-
-def matvec(
-    matrix: np.ndarray, norm: np.ndarray, x: int, out: int, add: bool = False, scale: float = 1.0, softcap: float = 0.0
-) -> Launch:
-    """out [width] (+)= matrix times the norm of x, times scale, capped."""
-    args = (matrix, norm, pointer(x), pointer(out), int32(add), float32(scale), float32(softcap))
-    return _launch("matvec", (int(matrix["panels"][0]),), THREADS, 0, *args)
-
-
-def matvec_gated(
-    gate: np.ndarray, up: np.ndarray, norm: np.ndarray, x: int, activation: str, out: int
-) -> Launch:
-    """out [width of up] = activation(gate x) * (up x), or activation(up x) without a gate, of the norm of x."""
-    args = (gate, up, norm, pointer(x), int32(ACTIVATIONS[activation]), pointer(out))
-    return _launch("matvec_gated", (int(up["panels"][0]),), THREADS, 0, *args)
 
 
 def norm_heads(
