@@ -14,7 +14,7 @@ import numpy as np
 from kvrun import _core
 from kvrun.cuda import abi, attention
 from kvrun.cuda.cache import CudaKVCache
-from kvrun.cuda.steps import Buffers, Chunk, Workspace, decode_step, write_step
+from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, write_step
 from kvrun.cuda.weights import DeviceWeights
 from kvrun.errors import OptionError
 
@@ -95,7 +95,7 @@ class CudaEngine:
         """float32 [1, vocab]"""
         buffers, device = kv.buffers, self.device
         if buffers.graph is None:
-            buffers.graph = device.capture(decode_step(self, buffers), buffers.stream)
+            buffers.graph = device.capture(OneToken(self, buffers).operations(), buffers.stream)
         write_step(buffers.pinned, ids, kv)
         device.replay(buffers.graph, buffers.stream)
         device.synchronize(buffers.stream)

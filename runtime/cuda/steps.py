@@ -1,7 +1,7 @@
 """What a call of the engine consists of: its buffers, and its operations in order.
 
-`decode_step` and `Chunk` read from top to bottom like `forward` in _core/engine.pyx; `attention.py` and `matrix.py` know how
-kernels want to be launched.
+`OneToken` and `Chunk` read from top to bottom like `forward` in _core/engine.pyx; `attention.py`, `matrix.py` and `products.py`
+know how kernels want to be launched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvrun.cuda import abi, attention, matrix
+from kvrun.cuda import abi, attention, matrix, products
 from kvrun.cuda.weights import Arena, DeviceWeights, Layer, slices
 
 if TYPE_CHECKING:
@@ -160,56 +160,116 @@ class Workspace:
 # One token ----------------------------------------------------------------------------------------------------------
 
 
-def decode_step(engine: CudaEngine, b: Buffers) -> list[abi.Operation]:
-    """From a token's id to its logits, both in pinned memory, for one cache."""
-    d, w, at = engine.description, engine.weights, b.arena
-    operations: list[abi.Operation] = [
-        abi.Copy(b.pinned, at["step"], True),
-        matrix.begin_step(
-            at["step"], at["step"] + IDS_AT, w.embed, w.positions, d.embedding_scale, d.hidden_size, at["x"],
-            *b.angle_args(at, 1),
-        ),
-    ]  # fmt: skip
-    for i, layer in enumerate(w.layers):
-        operations.append(matrix.matvec(layer.qkv, layer.attn_norm, at["x"], at["qkv"]))
-        operations += _norm_heads(w, layer, at["qkv"], 1)
-        operations += _attend(engine, b, i, layer)
-        operations += _add(w, layer.o, at["attended"], at, layer.attn_post_norm)
-        if layer.experts:
-            operations += _mixture(w, layer, at)
-        else:
-            operations.append(matrix.matvec_gated(layer.gate, layer.up, layer.mlp_norm, at["x"], d.activation, at["gate"]))
-            operations += _add(w, layer.down, at["gate"], at, layer.mlp_post_norm)
-    operations.append(last_logits(w, at["x"], at["logits"]))
-    operations.append(abi.Copy(b.pinned_logits, at["logits"], False))
-    return operations
-
-
-def last_logits(w: DeviceWeights, x: int, logits: int) -> abi.Launch:
-    d = w.description
-    return matrix.matvec(w.head, w.norm, x, logits, scale=d.logit_scale, softcap=d.logit_softcap or 0.0)
-
-
 def has_branch(w: DeviceWeights) -> bool:
     """Whether what a layer adds is normed or scaled first."""
     return w.description.post_norms or w.description.residual_scale != 1
 
 
-def _add(w: DeviceWeights, m: np.ndarray, x: int, at: Arena, norm: np.ndarray) -> list[abi.Operation]:
-    """The residual stream += m x, at once or by way of a norm and a scale."""
-    if not has_branch(w):
-        return [matrix.matvec(m, matrix.NO_NORM, x, at["x"], add=True)]
-    return [matrix.matvec(m, matrix.NO_NORM, x, at["branch"]), _add_branch(w, at, norm)]
+def first_of_mlp(layer: Layer) -> np.ndarray:
+    """The matrix that the feed-forward step of a layer reads first."""
+    return layer.router if layer.experts else layer.gate if there(layer.gate) else layer.up
 
 
-def _add_branch(w: DeviceWeights, at: Arena, norm: np.ndarray) -> abi.Launch:
-    d, ld = w.description, hidden_pad(w)
-    return matrix.add_chunk(
-        matrix.NO_MATRIX, norm, 0, at["branch"], ld, d.hidden_size, d.residual_scale, at["x"], ld, 1
-    )  # fmt: skip
+class OneToken:
+    """The operations of one token with one cache. Buffers and sizes are the same whatever the token and the depth."""
+
+    def __init__(self, engine: CudaEngine, b: Buffers) -> None:
+        self.w, self.d, self.b, self.at = engine.weights, engine.description, b, b.arena
+        self._n_multiprocessors = engine.device.n_multiprocessors
+
+    def operations(self) -> list[abi.Operation]:
+        """From a token's id to its logits, both in pinned memory."""
+        d, w, at, operations = self.d, self.w, self.at, []
+        operations.append(abi.Copy(self.b.pinned, at["step"], True))
+        operations.append(
+            matrix.begin_step(
+                at["step"], at["step"] + IDS_AT, w.embed, w.positions, d.embedding_scale, d.hidden_size, at["x"],
+                *self.b.angle_args(at, 1),
+            )
+        )  # fmt: skip
+        for i, layer in enumerate(w.layers):
+            after = w.layers[i + 1].qkv if i + 1 < d.n_layers else w.head
+            operations.append(
+                self._matvec(layer.qkv, layer.attn_norm, at["x"], at["qkv"], then=layer.o, ahead=products.AHEAD_OF_ATTENTION)
+            )
+            operations += norm_heads(w, layer, at["qkv"], 1)
+            operations += self._attend(i, layer)
+            operations += self._add(layer.o, at["attended"], layer.attn_post_norm, first_of_mlp(layer))
+            if layer.experts:
+                operations += self._mixture(layer)
+            else:
+                operations.append(
+                    products.matvec_gated(
+                        layer.gate, layer.up, layer.mlp_norm, at["x"], d.activation, at["gate"], then=layer.down,
+                        n_multiprocessors=self._n_multiprocessors,
+                    )
+                )  # fmt: skip
+                operations += self._add(layer.down, at["gate"], layer.mlp_post_norm, after)
+        operations.append(self.logits(at["x"]))
+        operations.append(abi.Copy(self.b.pinned_logits, at["logits"], False))
+        return operations
+
+    def logits(self, x: int) -> abi.Launch:
+        """From a token's residual stream to `logits`."""
+        d = self.d
+        return self._matvec(
+            self.w.head, self.w.norm, x, self.at["logits"], scale=d.logit_scale, softcap=d.logit_softcap or 0.0
+        )
+
+    def _matvec(self, m: np.ndarray, norm: np.ndarray, x: int, out: int, **options: Any) -> abi.Launch:
+        return products.matvec(m, norm, x, out, n_multiprocessors=self._n_multiprocessors, **options)
+
+    def _add(self, m: np.ndarray, x: int, norm: np.ndarray, then: np.ndarray) -> list[abi.Operation]:
+        """The residual stream += m x, at once or by way of a norm and a scale."""
+        if not has_branch(self.w):
+            return [self._matvec(m, matrix.NO_NORM, x, self.at["x"], add=True, then=then)]
+        return [self._matvec(m, matrix.NO_NORM, x, self.at["branch"], then=then), self._add_branch(norm)]
+
+    def _add_branch(self, norm: np.ndarray) -> abi.Launch:
+        d, at, ld = self.d, self.at, hidden_pad(self.w)
+        return matrix.add_chunk(
+            matrix.NO_MATRIX, norm, 0, at["branch"], ld, d.hidden_size, d.residual_scale, at["x"], ld, 1
+        )
+
+    def _attend(self, i: int, layer: Layer) -> list[abi.Operation]:
+        """From q, k and v to `attended`; the cache has the token afterwards."""
+        at, b, layout, geometry = self.at, self.b, self.b.layouts[i], self.b.geometry
+        cos, sin, *sinks = b.tables(at, i, 1)
+        step, nothing = abi.pointer(at["step"]), (abi.pointer(0), abi.pointer(0), abi.int64(0))
+        append = (step, layout, *keys_and_values(layer, at["qkv"]), cos, sin, *nothing)
+        rest = (abi.pointer(at[name]) for name in ("partial", "counters", "attended"))
+        attend = (step, layout, abi.pointer(at["qkv"]), *scores(self.w), cos, sin, *sinks, *rest)
+        shared, options = attention.attend_shared(geometry), attention.defines(geometry)
+        return [
+            abi.Launch("append", attention.append_grid(geometry, 1), (attention.APPEND_THREADS, 1, 1), 0, append),
+            abi.Launch("attend", b.attend_grid, (attention.ATTEND_THREADS, 1, 1), shared, attend, options),
+        ]
+
+    def _mixture(self, layer: Layer) -> list[abi.Operation]:
+        """Through the experts that the router chooses."""
+        d, at, one, tables, used = self.d, self.at, one_expert(self.w), layer.expert_tables, self.d.experts_used
+        branch = has_branch(self.w)
+        operations: list[abi.Operation] = [
+            self._matvec(layer.router, layer.mlp_norm, at["x"], at["scores"]),
+            matrix.choose(
+                at["scores"], width(layer.router), d.n_experts, used, d.normalize_experts, at["chosen"], at["share"], 1
+            ),
+            matrix.experts_gated(
+                tables["gate"], tables["up"], one["up"], layer.mlp_norm, at["x"], at["chosen"], used, d.activation,
+                at["slot_gate"],
+            ),
+            matrix.experts_down(
+                tables["down"], one["down"], at["slot_gate"], width(one["up"]), at["chosen"], at["share"], used,
+                at["branch" if branch else "x"], not branch,
+            ),
+        ]  # fmt: skip
+        return [*operations, self._add_branch(layer.mlp_post_norm)] if branch else operations
 
 
-def _norm_heads(w: DeviceWeights, layer: Layer, qkv: int, n: int) -> list[abi.Operation]:
+# Of both ------------------------------------------------------------------------------------------------------------
+
+
+def norm_heads(w: DeviceWeights, layer: Layer, qkv: int, n: int) -> list[abi.Operation]:
     d = w.description
     if not layer.q_norm:
         return []
@@ -222,53 +282,17 @@ def _norm_heads(w: DeviceWeights, layer: Layer, qkv: int, n: int) -> list[abi.Op
     ]  # fmt: skip
 
 
-def _keys_and_values(layer: Layer, qkv: int) -> tuple[np.ndarray, ...]:
+def keys_and_values(layer: Layer, qkv: int) -> tuple[np.ndarray, ...]:
     """k, v and ld, as append takes them."""
     k, v = (abi.pointer(qkv + 4 * int(layer.qkv["segments"][0, part]["offset"])) for part in (1, 2))
     return k, v, abi.int64(width(layer.qkv))
 
 
-def _scores(w: DeviceWeights) -> tuple[np.ndarray, ...]:
+def scores(w: DeviceWeights) -> tuple[np.ndarray, ...]:
     """group, scale and soft cap, as the attention kernels take them: the softmax is to the base 2."""
     d = w.description
     cap = abi.float32((d.attention_softcap or 0.0) * LOG2E)
     return abi.int32(d.n_heads // d.n_kv_heads), abi.float32(d.attention_scale * LOG2E), cap
-
-
-def _attend(engine: CudaEngine, b: Buffers, i: int, layer: Layer) -> list[abi.Operation]:
-    """From q, k and v of one token to `attended`; the cache has the token afterwards."""
-    at, layout, geometry = b.arena, b.layouts[i], b.geometry
-    cos, sin, *sinks = b.tables(at, i, 1)
-    step, nothing = abi.pointer(at["step"]), (abi.pointer(0), abi.pointer(0), abi.int64(0))
-    append = (step, layout, *_keys_and_values(layer, at["qkv"]), cos, sin, *nothing)
-    rest = (abi.pointer(at[name]) for name in ("partial", "counters", "attended"))
-    attend = (step, layout, abi.pointer(at["qkv"]), *_scores(engine.weights), cos, sin, *sinks, *rest)
-    shared, options = attention.attend_shared(geometry), attention.defines(geometry)
-    return [
-        abi.Launch("append", attention.append_grid(geometry, 1), (attention.APPEND_THREADS, 1, 1), 0, append),
-        abi.Launch("attend", b.attend_grid, (attention.ATTEND_THREADS, 1, 1), shared, attend, options),
-    ]
-
-
-def _mixture(w: DeviceWeights, layer: Layer, at: Arena) -> list[abi.Operation]:
-    """One token through the experts that the router chooses for it."""
-    d, one, tables, used = w.description, one_expert(w), layer.expert_tables, w.description.experts_used
-    branch = has_branch(w)
-    operations: list[abi.Operation] = [
-        matrix.matvec(layer.router, layer.mlp_norm, at["x"], at["scores"]),
-        matrix.choose(
-            at["scores"], width(layer.router), d.n_experts, used, d.normalize_experts, at["chosen"], at["share"], 1
-        ),
-        matrix.experts_gated(
-            tables["gate"], tables["up"], one["up"], layer.mlp_norm, at["x"], at["chosen"], used, d.activation,
-            at["slot_gate"],
-        ),
-        matrix.experts_down(
-            tables["down"], one["down"], at["slot_gate"], width(one["up"]), at["chosen"], at["share"], used,
-            at["branch" if branch else "x"], not branch,
-        ),
-    ]  # fmt: skip
-    return [*operations, _add_branch(w, at, layer.mlp_post_norm)] if branch else operations
 
 
 # Chunks -------------------------------------------------------------------------------------------------------------
@@ -300,7 +324,7 @@ class Chunk:
                 self._normed(layer.attn_norm, at["x"]),
                 *self._product(layer.qkv, at["qkv"], n),
                 matrix.scale_bias(layer.qkv, at["row_scale"], at["qkv"], width(layer.qkv), n),
-                *_norm_heads(w, layer, at["qkv"], n),
+                *norm_heads(w, layer, at["qkv"], n),
                 *self._attend(i, layer),
                 matrix.norm_to_half(
                     matrix.NO_NORM, at["attended"], d.n_heads * d.head_dim, d.n_heads * d.head_dim, at["half"],
@@ -315,7 +339,7 @@ class Chunk:
     def last_logits(self) -> list[abi.Operation]:
         """Those of the last token, to where one token's go."""
         x, own = self.at["x"] + 4 * hidden_pad(self.w) * (self.n - 1), self.b
-        return [last_logits(self.w, x, own.arena["logits"]), abi.Copy(own.pinned_logits, own.arena["logits"], False)]
+        return [OneToken(self.engine, own).logits(x), abi.Copy(own.pinned_logits, own.arena["logits"], False)]
 
     def all_logits(self) -> Iterator[tuple[int, list[abi.Operation], np.ndarray]]:
         """Those of LOGIT_ROWS tokens at a time: (the first, operations, float32 [tokens][width] when they are done)."""
@@ -370,9 +394,9 @@ class Chunk:
         step, cos, sin, *sinks = abi.pointer(at["step"]), *b.tables(self.of_cache, i, n)
         staged = (*(abi.pointer(self.of_cache[name]) for name in ("staged_windows", "staged_tiles")),
                   abi.int64(attention.max_tiles(geometry, n)))  # fmt: skip
-        append = (step, layout, *_keys_and_values(layer, at["qkv"]), cos, sin, *staged)
+        append = (step, layout, *keys_and_values(layer, at["qkv"]), cos, sin, *staged)
         attend = (
-            step, layout, abi.pointer(at["qkv"]), abi.int64(width(layer.qkv)), *_scores(self.w), cos, sin, *sinks,
+            step, layout, abi.pointer(at["qkv"]), abi.int64(width(layer.qkv)), *scores(self.w), cos, sin, *sinks,
             *staged, abi.pointer(at["attended"]), abi.int64(self.d.n_heads * self.d.head_dim),
         )  # fmt: skip
         group = self.d.n_heads // self.d.n_kv_heads
