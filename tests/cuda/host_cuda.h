@@ -25,6 +25,7 @@
 #define __device__
 #define __constant__ static
 #define __shared__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))

@@ -137,6 +137,22 @@ DEVICE void mma_m16n8k16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32
 
 #endif
 
+// Of kernels that may start before the one before them has ended (programmatic dependent launch): waits for its end;
+// lets the next one start. Nothing where they are not launched so.
+DEVICE void wait_for_previous()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void let_next_start()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEVICE float bf16_to_float(uint16_t b) { return __uint_as_float((uint32_t)b << 16); }
 
 // The low and the high half of a register.
@@ -177,28 +193,24 @@ DEVICE float warp_max(float x)
 // Of a block of whole warps in one dimension. scratch: shared, a float for each warp; free again on return.
 DEVICE float block_sum(float x, float *scratch)
 {
-    int warps = blockDim.x / WARP;
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     x = warp_sum(x);
-    if (threadIdx.x % WARP == 0)
+    if (lane == 0)
         scratch[threadIdx.x / WARP] = x;
     __syncthreads();
-    x = 0;
-    for (int i = 0; i < warps; i++)
-        x += scratch[i];
+    x = warp_sum(lane < warps ? scratch[lane] : 0.f);
     __syncthreads();
     return x;
 }
 
 DEVICE float block_max(float x, float *scratch)
 {
-    int warps = blockDim.x / WARP;
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     x = warp_max(x);
-    if (threadIdx.x % WARP == 0)
+    if (lane == 0)
         scratch[threadIdx.x / WARP] = x;
     __syncthreads();
-    x = scratch[0];
-    for (int i = 1; i < warps; i++)
-        x = fmaxf(x, scratch[i]);
+    x = warp_max(scratch[lane < warps ? lane : 0]);
     __syncthreads();
     return x;
 }

@@ -4,6 +4,12 @@
 #pragma once
 #include "rows.cuh"
 
+#ifdef KVRUN_HOST
+#define KV_NO_UNROLL
+#else
+#define KV_NO_UNROLL _Pragma("unroll 1")
+#endif
+
 // floats: [cols, padded with zeros to 32]. codes [4][blocks]: of line l of a block, channels from 4 l and from 16 + 4 l
 // on of the first plane, then of the second. sums [blocks]: the step of the second plane, and 256 times the sum of the
 // codes of the first plane plus that of the second.
@@ -56,21 +62,87 @@ DEVICE void put_codes(const Input &in, int i, float4 x)
     at[0] = first;
     at[2] = second;
     if (word == 0)
-        in.sums[block] = make_uint2(__float_as_uint(largest / 127 / 256), (uint32_t)sum);
+        in.sums[block] = make_uint2(__float_as_uint(largest * (1 / (127 * 256.f))), (uint32_t)sum);
 }
 
-// scratch: a float for each warp. The caller waits for all threads before it reads the input.
+// Elements [i, i + 4) of a row of n, which is aligned to 16 bytes; 0 beyond it.
+DEVICE float4 four_of(const float *row, int i, int n)
+{
+    if (i + 4 <= n)
+        return *(const float4 *)(row + i);
+    return map_four([&](int c) { return i + c < n ? row[i + c] : 0.f; });
+}
+
+DEVICE float sum_of(float4 x) { return x.x + x.y + (x.z + x.w); }
+
+// The sum of (x - mean)^2 of those of four elements that are among n; of x if linear.
+DEVICE float part_of_sum(float4 x, int i, int n, float mean, bool linear)
+{
+    return sum_of(map_four([&](int c) {
+        const float v = i + c < n ? of_four(x, c) - mean : 0;
+        return linear ? v : v * v;
+    }));
+}
+
+// Rows are read by all threads of a block, four elements each at a time, two times ahead.
+struct Reader {
+    const float *row;
+    int n, step;
+    float4 now, next;
+};
+
+DEVICE Reader read(const float *row, int n)
+{
+    Reader r = {row, n, 4 * (int)blockDim.x};
+    r.now = four_of(row, 4 * threadIdx.x, n);
+    r.next = four_of(row, 4 * threadIdx.x + r.step, n);
+    return r;
+}
+
+// Goes on from element i of `now`.
+DEVICE void advance(Reader &r, int i)
+{
+    r.now = r.next;
+    r.next = four_of(r.row, i + 2 * r.step, r.n);
+}
+
+DEVICE float row_sum_of(const Reader &r, float mean, bool linear, float *scratch)
+{
+    const int i = 4 * threadIdx.x;
+    float sum = part_of_sum(r.now, i, r.n, mean, linear) + part_of_sum(r.next, i + r.step, r.n, mean, linear);
+    KV_NO_UNROLL
+    for (int j = i + 2 * r.step; j < r.n; j += r.step)
+        sum += part_of_sum(four_of(r.row, j, r.n), j, r.n, mean, linear);
+    return block_sum(sum, scratch);
+}
+
+// x may be what the kernel before writes. scratch: a float for each warp. The caller waits for all threads before it
+// reads the input.
 DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols, bool floats, bool codes,
                     float *scratch)
 {
-    auto row = read_row<2>(cols, [&](int i) { return four_at(x, i, cols); });
-    const Normal normal = normal_of(norm, row, scratch);
-    for (int k = 0; 4 * (int)(threadIdx.x / WARP * WARP + k * blockDim.x) < BLOCK * in.blocks; k++) {
-        const int i = 4 * (threadIdx.x + k * blockDim.x);
-        float4 v = make_float4(0, 0, 0, 0);
-        if (i < cols) {
-            v = normed(norm, normal, i, cols, k == 0 ? row.kept[0] : k == 1 ? row.kept[1] : row.value(i));
-            v = map_four([&](int c) { return i + c < cols ? of_four(v, c) : 0; });
+    const bool normed = norm.weight, centred = normed && norm.layer_norm;
+    Reader weight = {};
+    float mean = 0, factor = 1;
+    if (normed)
+        weight = read(norm.weight, cols);
+    wait_for_previous();
+    Reader values = read(x, cols);
+    if (centred)
+        mean = row_sum_of(values, 0, true, scratch) / cols;
+    if (normed)
+        factor = 1 / sqrtf(row_sum_of(values, mean, false, scratch) / cols + norm.eps);
+    KV_NO_UNROLL
+    for (int i = 4 * threadIdx.x; i - 4 * (int)(threadIdx.x % WARP) < BLOCK * in.blocks; i += values.step) {
+        float4 v = values.now, w = weight.now;
+        advance(values, i);
+        if (normed) {
+            advance(weight, i);
+            v = map_four([&](int c) { return (of_four(v, c) - mean) * factor * of_four(w, c); });
+        }
+        if (centred) {
+            const float4 bias = four_of(norm.bias, i, cols);
+            v = map_four([&](int c) { return of_four(v, c) + of_four(bias, c); });
         }
         if (floats && i < BLOCK * in.blocks)
             *(float4 *)(in.floats + i) = v;

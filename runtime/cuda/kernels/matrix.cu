@@ -42,15 +42,10 @@ typedef float Sums[2][2][MATVEC_WARPS][PANEL];
 DEVICE float total_of(const float (*sums)[PANEL], int warps, int lane)
 {
     float total = 0;
-    for (int w = lane / PANEL; w < warps; w += 2)
-        total += sums[w][lane % PANEL];
+    KV_UNROLL
+    for (int w = 0; w < MATVEC_WARPS; w += 2)
+        total += w + lane / PANEL < warps ? sums[w + lane / PANEL][lane % PANEL] : 0.f;
     return total + __shfl_xor_sync(0xffffffffu, total, 16);
-}
-
-DEVICE Part part_of_either(const Matrix &a, const Matrix &b, bool of_a, int panel)
-{
-    const Part x = part_of(a, panel), y = part_of(b, panel);
-    return of_a ? x : y;
 }
 
 // put(output, before(output), product of the first matrix, of the second) of every output; if n_matrices is 1 both are
@@ -61,13 +56,13 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
 {
     SHARED(shared);
     __shared__ Sums sums;
-    const int cols = second.cols, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = warp / split;
-    const int groups = MATVEC_WARPS / split, leader = group * split, thread = threadIdx.x - leader * WARP;
-    const int stride = gridDim.x * groups;
+    const int cols = second.cols, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, shift = __ffs(split) - 1;
+    const int group = warp >> shift, groups = MATVEC_WARPS >> shift, leader = group << shift;
+    const int thread = threadIdx.x - leader * WARP, stride = gridDim.x * groups;
     int panel = blockIdx.x * groups + group;
     Unit unit;
     const bool two = n_matrices == 2;
-    Part part = part_of_either(first, second, two, panel);
+    Part part = two ? part_of(first, panel, lane) : part_of(second, panel, lane);
     load_first(unit, part, cols, thread);
     const bool codes = any_type(second, true) || (two && any_type(first, true));
     const Input in = input_in(shared, cols, codes);
@@ -76,15 +71,16 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     float bias = 0;
     KV_NO_UNROLL
     for (int turn = 0, at = 0; blockIdx.x * groups + turn * stride < second.panels;) {
-        const bool last = at + 1 == n_matrices, leads = last && warp == leader + turn % split, there = lane < part.rows;
-        const int type = part.type, output = PANEL * panel + lane;
-        const float prior = leads && there ? before(output) : 0, other_bias = bias;
-        bias = part.bias && there ? part.bias[lane] : 0;
+        const bool last = at + 1 == n_matrices, leads = last && warp == leader + (turn & (split - 1));
+        const int type = part.type, output = part.output;
+        const float other_bias = bias;
+        bias = part.bias;
         float sum[4];
         multiply(unit, part, in, cols, thread, split * WARP, sum);
+        const float prior = leads && output >= 0 ? before(output) : 0;
         if (last)
             panel += stride;
-        part = part_of_either(first, second, last && two, panel);
+        part = last && two ? part_of(first, panel, lane) : part_of(second, panel, lane);
         load_first(unit, part, cols, thread);
         put_sums(sum, type, lane, sums[turn % 2][at][warp]);
         if (!last) {
@@ -97,7 +93,7 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
         if (leads) {
             const float y = total_of(sums[turn % 2][at] + leader, split, lane) + bias;
             const float x = two ? total_of(sums[turn % 2][0] + leader, split, lane) + other_bias : y;
-            if (there)
+            if (output >= 0)
                 put(output, prior, x, y);
         }
         at = 0;
@@ -106,8 +102,8 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
 }
 
 extern "C" __global__ void __launch_bounds__(512, 2) matvec(
-    Matrix m, Norm norm, const float *x, float *out, int add, float scale, float softcap, int split,
-    const uint8_t *next, int64_t next_bytes)
+    const __grid_constant__ Matrix m, const __grid_constant__ Norm norm, const float *x, float *out, int add,
+    float scale, float softcap, int split, const uint8_t *next, int64_t next_bytes)
 {
     products(m, m, 1, norm, x, split, next, next_bytes, [&](int i) { return add ? out[i] : 0.f; },
              [&](int i, float prior, float y, float) {
@@ -119,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(512, 2) matvec(
 }
 
 extern "C" __global__ void __launch_bounds__(512, 2) matvec_gated(
-    Matrix gate, Matrix up, Norm norm, const float *x, int activation, float *out, int split, const uint8_t *next,
-    int64_t next_bytes)
+    const __grid_constant__ Matrix gate, const __grid_constant__ Matrix up, const __grid_constant__ Norm norm,
+    const float *x, int activation, float *out, int split, const uint8_t *next, int64_t next_bytes)
 {
     const bool gated = gate.n_segments;
     products(gate, up, gated ? 2 : 1, norm, x, split, next, next_bytes, [&](int) { return 0.f; },

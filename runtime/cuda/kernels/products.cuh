@@ -4,12 +4,6 @@
 #include "input.cuh"
 #include "unpack.cuh"
 
-#ifdef KVRUN_HOST
-#define KV_NO_UNROLL
-#else
-#define KV_NO_UNROLL _Pragma("unroll 1")
-#endif
-
 // Compiled for the types of a model when KV_WEIGHT_TYPES has a bit for each of them, else for all.
 #ifdef KV_WEIGHT_TYPES
 #define HAS_TYPE(type) (KV_WEIGHT_TYPES >> (type) & 1)
@@ -217,31 +211,29 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, int t, float
     }
 }
 
-// A panel and what to do with it; data 0: there is none.
+// A panel; data 0: there is none. For lanes that have one of its rows: which output that is, else -1, and its bias.
 struct Part {
     const uint8_t *data;
-    const float *bias; // of its first row, or 0
-    int type, rows;    // rows: that are there, at most 16
+    int type, output;
+    float bias;
 };
 
-DEVICE Part part_of(const Matrix &m, int panel)
+DEVICE Part part_of(const Matrix &m, int panel, int lane)
 {
-    Part part = {0, 0, 0, 0};
-    int first = 0;
-    KV_UNROLL
-    for (int k = 0; k < 3; k++)
-        if (k < m.n_segments) {
-            const Segment &s = m.segments[k];
-            const int at = panel - first;
-            if (at >= 0 && at < s.panels) {
-                const int rows = s.rows - PANEL * at;
-                part.data = s.data + at * s.panel_bytes;
-                part.bias = s.bias ? s.bias + PANEL * at : 0;
-                part.type = s.type;
-                part.rows = rows < PANEL ? rows : (int)PANEL;
-            }
-            first += s.panels;
-        }
+    Part part = {0, 0, -1, 0};
+    if (panel >= m.panels)
+        return part;
+    int k = 0, at = panel; // the segment, and the panel in it
+    while (at >= m.segments[k].panels)
+        at -= m.segments[k++].panels;
+    const Segment &s = m.segments[k];
+    part.data = s.data + at * s.panel_bytes;
+    part.type = s.type;
+    if (lane < PANEL && PANEL * at + lane < s.rows) {
+        part.output = PANEL * panel + lane;
+        if (s.bias)
+            part.bias = s.bias[PANEL * at + lane];
+    }
     return part;
 }
 

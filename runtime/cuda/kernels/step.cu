@@ -14,6 +14,8 @@ extern "C" __global__ void __launch_bounds__(256) begin_step(
     Ropes ropes, CacheLayout any, int64_t cache_n_slots, int sink_rows, float *cosines, float *sines,
     float *sink_cosines, float *sink_sines)
 {
+    let_next_start();
+    wait_for_previous();
     if (blockIdx.x) {
         angles(step, ropes, any, cache_n_slots, sink_rows, cosines, sines, sink_cosines, sink_sines,
                (int64_t)(blockIdx.x - 1) * blockDim.x + threadIdx.x, (int64_t)(gridDim.x - 1) * blockDim.x);
@@ -47,6 +49,8 @@ extern "C" __global__ void __launch_bounds__(256) norm_heads(
     float *at = qkv + blockIdx.y * ld + (j < queries ? j * size : k_offset + (j - queries) * size);
     const float *weight = j < queries ? q_norm : k_norm;
     float squares = 0;
+    let_next_start();
+    wait_for_previous();
     for (int i = threadIdx.x; i < size; i += blockDim.x)
         squares += at[i] * at[i];
     const float factor = 1 / sqrtf(block_sum(squares, scratch) / size + eps);
