@@ -6,6 +6,7 @@ CUPY_CACHE_DIR). Addresses are plain integers, and streams CuPy's.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,8 +21,43 @@ from kvrun.errors import KvrunError, OptionError, one_line
 OPTIONS = ("--std=c++17",)
 SHARED_BY_DEFAULT = 48 << 10  # bytes of dynamic shared memory that a kernel has without asking
 LEAST_CAPABILITY = (7, 5)
+EARLY_CAPABILITY = (9, 0)  # kernels may start before the one before them has ended
 _R_32F, _R_16F, _COMPUTE_32F, _N, _T, _GEMM_DEFAULT = 0, 2, 68, 0, 1, -1  # of cuBLAS
 BANDWIDTH_BYTES = 1 << 30
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: 64 bytes of value."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+def _early_launcher(capability: tuple[int, int]) -> Any:
+    """The driver's cuLaunchKernelEx, None where kernels wait for each other in any case. CuPy does not have it."""
+    if capability < EARLY_CAPABILITY:
+        return None
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return function
 
 
 class CudaDevice:
@@ -39,6 +75,7 @@ class CudaDevice:
                 f"at least {'.'.join(map(str, LEAST_CAPABILITY))} is needed"
             )
         self.architecture = "sm_{}{}".format(*self.capability)
+        self._launch_early = _early_launcher(self.capability)
         self._limit = memory_limit
         self._pool = cupy.cuda.MemoryPool()
         if memory_limit is not None:
@@ -137,8 +174,7 @@ class CudaDevice:
     def do(self, operation: abi.Operation, stream: Any) -> None:
         """Ask a stream for a launch, a matrix product or a copy."""
         if isinstance(operation, abi.Launch):
-            with stream:
-                self.prepare(operation)(operation.grid, operation.block, operation.args, shared_mem=operation.shared)
+            self._launch(operation, stream)
         elif isinstance(operation, abi.Gemm):
             self._gemm(operation, stream)
         else:
@@ -147,6 +183,20 @@ class CudaDevice:
                 runtime.memcpyAsync(address, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, stream.ptr)
             else:
                 runtime.memcpyAsync(data.ctypes.data, address, data.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+
+    def _launch(self, launch: abi.Launch, stream: Any) -> None:
+        kernel = self.prepare(launch)
+        if self._launch_early is None or launch.kernel not in abi.EARLY:
+            with stream:
+                kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared)
+            return
+        early = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+        grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block)
+        config = _Config(grid, block, launch.shared, stream.ptr, ctypes.pointer(early), 1)
+        args = (ctypes.c_void_p * len(launch.args))(*(arg.ctypes.data for arg in launch.args))
+        status = self._launch_early(ctypes.byref(config), kernel.kernel.ptr, args, None)
+        if status:
+            raise KvrunError(f"the GPU does not take {launch.kernel}: error {status} of cuLaunchKernelEx")
 
     def _gemm(self, g: abi.Gemm, stream: Any) -> None:
         from cupy_backends.cuda.libs import cublas

@@ -210,3 +210,9 @@ def test_what_engines_refuse():
 def test_a_model_that_does_not_fit():
     with pytest.raises(OptionError, match=r"device: the model does not fit: .* GB of the GPU's memory are needed, .* free"):
         made(RecordingDevice(100_000))
+
+
+def test_kernels_that_start_early_wait():
+    """Those that may start before the one before them has ended wait for it before they read what it writes."""
+    for kernel in abi.EARLY:
+        assert "wait_for_previous()" in abi.source(abi.module_of(kernel)).replace("void wait_for_previous()", "")
