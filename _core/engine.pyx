@@ -534,8 +534,8 @@ cdef class Engine:
             kv.lock.release()
 
     def checked(self, tokens, KVCache kv not None, logits, most=MAX_CHUNK):
-        """The tokens as int32 [n], if ``forward`` can take them, or another engine that takes `most` at a time; ValueError
-        as there."""
+        """The tokens as int32 [n], if ``forward`` can take them, or another engine that takes `most` at a time;
+        ValueError as there."""
         cdef const int32_t[::1] ids = np.ascontiguousarray(tokens, np.int32)
         cdef int64_t n = ids.shape[0], i
         if not 1 <= n <= most:
@@ -554,8 +554,8 @@ cdef class Engine:
         return np.asarray(ids)
 
     def ropes_of(self, ctx):
-        """Rotary tables for caches of `ctx` tokens, which are kept: float64 [tables, head_dim / 2] inv_freq and amplitude,
-        int64 [n_layers] of_layer."""
+        """Rotary tables for caches of `ctx` tokens, which are kept: float64 [tables, head_dim / 2] inv_freq and
+        amplitude, int64 [n_layers] of_layer."""
         if ctx not in self.ropes:
             tables, d = self.rope_tables(ctx), self.description
             kept = (np.array(tables.inv_freq, np.float64), np.array(tables.amplitude, np.float64),

@@ -290,8 +290,8 @@ cdef class KVCache:
         return np.frombuffer(self.memory, np.uint8)[:self.nbytes]
 
     def geometry(self):
-        """The layout for kernels that are not the core's: numbers of kv.pxd by name, formats as in enum kv_format_id, and
-        `layers`, for each its start, head_bytes, sight and n_slots."""
+        """The layout for kernels that are not the core's: numbers of kv.pxd by name, formats as in enum kv_format_id,
+        and `layers`, for each its start, head_bytes, sight and n_slots."""
         cdef const Cache* c = &self.c
         names = list(KV_FORMATS)
         exact = {name: KV_FORMAT_F32 if name == "f32" else KV_FORMAT_F16 for name in (self.k, self.v)}
@@ -307,8 +307,8 @@ cdef class KVCache:
         }
 
     def count(self, n_tokens, packed_ever):
-        """Says what the cache holds when something else than the core has put it there: `n_tokens` and `packed_ever` are
-        those afterwards. ValueError for numbers that no cache has."""
+        """Says what the cache holds when something else than the core has put it there: `n_tokens` and `packed_ever`
+        are those afterwards. ValueError for numbers that no cache has."""
         if not (0 <= n_tokens <= MAX_TOKENS and 0 <= packed_ever <= MAX_TOKENS):
             raise ValueError(f"a cache cannot have {n_tokens} tokens, and {packed_ever} tiles packed before")
         with self.lock:

@@ -52,7 +52,7 @@ def pair(kv: str) -> tuple[str, str]:
 
 
 def stage_compile(device: Any) -> None:
-    """Every module, for the formats that are measured; registers, spilled bytes and static shared memory of each kernel."""
+    """Every module, for the formats that are measured; registers, spilled bytes and static shared memory."""
     layouts = []
     for head_dim in (64, 128):
         for k, v in map(pair, ("f16", "q4", "q2")):
@@ -82,14 +82,18 @@ def show(name: str, logits: np.ndarray, expected: np.ndarray) -> None:
 
     same = float((logits.argmax(1) == expected.argmax(1)).mean())
     most, half = difference(logits, expected), difference(logits, expected, 0.5)
-    say(f"  {'LARGE ' if half > 2e-2 else ''}{name}: at most {most:.1e}, half {half:.1e}, likeliest equal {same:.3f}")
+    say(
+        f"  {'LARGE ' if half > 2e-2 else ''}{name}: at most {most:.1e}, half {half:.1e}, likeliest equal {same:.3f}"
+    )
 
 
 def stage_equal(device: Any) -> None:
-    """Logits of tiny models beside the CPU's: weight types, cache formats, kinds of model; sessions that change sides."""
+    """Logits of tiny models beside the CPU's: weight types, caches, kinds of model; sessions that change sides."""
     from tiny_models import engines, feed, tiny, tokens
 
-    def compare(name: str, model: Any, kv: str = "f16", chunks: tuple[int, ...] = (1,), n: int = 140, **options: Any) -> None:
+    def compare(
+        name: str, model: Any, kv: str = "f16", chunks: tuple[int, ...] = (1,), n: int = 140, **options: Any
+    ) -> None:
         try:
             cpu, gpu = engines(model, device, 8)
             k, v = pair(kv)
@@ -109,7 +113,8 @@ def stage_equal(device: Any) -> None:
         compare("q4_0", tiny("q4_0", head_dim=64, attention_scale=0.125), kv, (200, 100), n=300)
     more = {
         "softcaps, windows, post norms": dict(
-            sliding_windows=(40, None), attention_softcap=20.0, logit_softcap=15.0, post_norms=True, activation="gelu_tanh"
+            sliding_windows=(40, None), attention_softcap=20.0, logit_softcap=15.0, post_norms=True,
+            activation="gelu_tanh",
         ),
         "experts": dict(n_experts=6, experts_used=2, expert_size=64),
         "gpt2": dict(
@@ -140,7 +145,12 @@ def _sides(device: Any) -> None:
     cpu, gpu = engines(model, device, 8)
     options = dict(k="q4", v="q4", ctx=256, sinks=4, window=64)
     expected = feed(cpu, cpu.new_cache(**options), ids, (1,))
-    caches = [cpu.new_cache(**options), gpu.new_cache(**options), cpu.new_cache(**options), gpu.new_cache(**options)]
+    caches = [
+        cpu.new_cache(**options),
+        gpu.new_cache(**options),
+        cpu.new_cache(**options),
+        gpu.new_cache(**options),
+    ]
     rows = []
     for i, (engine, kv) in enumerate(zip((cpu, gpu, cpu, gpu), caches)):
         if i:
@@ -211,7 +221,7 @@ def _model(shape: str, kind: str, device: Any) -> Any:
 
 
 def stage_speed(device: Any) -> None:
-    """Llama-2-7B's shape in q4_0: decode at depth 0 and 32,768 as shares of the bandwidth, prefill, kernels one by one."""
+    """Llama-2-7B's shape in q4_0: decode at depth 0 and 32,768 beside the bandwidth, prefill, kernels one by one."""
     from kvrun._core import bench as core
     from kvrun.speed import weight_bytes
 
@@ -244,7 +254,9 @@ def stage_speed(device: Any) -> None:
     for depth, formats in ((0, ("f16",)), (DEEP, ("f16", "q8", "q4", "q2"))):
         for name in formats:
             try:
-                kv = engine.new_cache(k=name, v=name, ctx=max(2048, depth + 256), window=128 if name == "q2" else 64)
+                kv = engine.new_cache(
+                    k=name, v=name, ctx=max(2048, depth + 256), window=128 if name == "q2" else 64
+                )
                 seconds = decode(kv, depth, 48)
                 read = weights + core.bytes_read(kv.host, depth + 1)
                 note(f"decode, depth {depth}, {name}", 1 / seconds, "tok/s")
@@ -267,7 +279,11 @@ def stage_speed(device: Any) -> None:
                 times.append(time.perf_counter() - began)
             seconds = median(times)
             d = model.description
-            matrices = sum(w.rows * w.cols for name_, w in model.file.weights.items() if name_ not in ("embed.weight", "head.weight"))
+            matrices = sum(
+                w.rows * w.cols
+                for name_, w in model.file.weights.items()
+                if name_ not in ("embed.weight", "head.weight")
+            )
             flops = 2 * 4096 * matrices + 2 * 4096 * 4096 * d.n_heads * d.head_dim * d.n_layers
             note(f"prefill 4096, {name}", 4096 / seconds, "tok/s")
             note(f"prefill 4096, {name}, rate", flops / seconds / 1e12, "TFLOP/s")
@@ -303,7 +319,9 @@ def kernel_times(device: Any, engine: Any, kv: Any, step: float) -> None:
     graph = median(
         device.seconds(lambda: device.replay(buffers.graph, buffers.stream), buffers.stream) for _ in range(10)
     )
-    say(f"  a step takes {1e3 * step:.3f} ms, of which the graph {1e3 * graph:.3f} ms; {len(operations)} operations:")
+    say(
+        f"  a step takes {1e3 * step:.3f} ms, of which the graph {1e3 * graph:.3f} ms; {len(operations)} operations:"
+    )
     _times(device, operations, buffers.stream)
 
 

@@ -21,7 +21,15 @@ EARLY = frozenset(("begin_step", "matvec", "matvec_gated", "norm_heads"))
 
 # As in kernels/common.cuh; aligned like C's.
 SEGMENT = np.dtype(
-    [("data", "u8"), ("bias", "u8"), ("panel_bytes", "i8"), ("type", "i4"), ("rows", "i4"), ("panels", "i4"), ("offset", "i4")],
+    [
+        ("data", "u8"),
+        ("bias", "u8"),
+        ("panel_bytes", "i8"),
+        ("type", "i4"),
+        ("rows", "i4"),
+        ("panels", "i4"),
+        ("offset", "i4"),
+    ],
     align=True,
 )
 MATRIX = np.dtype(

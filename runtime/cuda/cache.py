@@ -1,7 +1,7 @@
 """A key/value cache on the device: the same bytes in the same places as `_core.KVCache` has.
 
-What moves tiles or takes them apart is done by a `_core.KVCache` with the same layout, on what it needs of the memory; so is
-the counting. Its own memory is only address space.
+What moves tiles or takes them apart is done by a `_core.KVCache` with the same layout, on what it needs of the memory;
+so is the counting. Its own memory is only address space.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The GPU by way of CuPy: memory, kernels, streams, captured graphs, matrix products. Knows nothing of models.
 
-Kernels are compiled by NVRTC when they are first prepared; CuPy keeps them in its cache (~/.cupy/kernel_cache, or the folder
-CUPY_CACHE_DIR). Addresses are plain integers, and streams CuPy's.
+Kernels are compiled by NVRTC when they are first prepared; CuPy keeps them in its cache (~/.cupy/kernel_cache, or the
+folder CUPY_CACHE_DIR). Addresses are plain integers, and streams CuPy's.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class CudaDevice:
             raise OptionError("device: cuda needs an NVIDIA GPU, and the driver finds none")
 
     def prepare(self, launch: abi.Launch) -> Any:
-        """The compiled kernel of a launch, which has the shared memory that it wants. KvrunError if it does not compile."""
+        """The compiled kernel of a launch, with the shared memory that it wants. KvrunError if it does not compile."""
         key = launch.kernel, launch.options
         if key not in self._kernels:
             self._kernels |= self._compile(abi.module_of(launch.kernel), launch.options)
@@ -117,7 +117,9 @@ class CudaDevice:
             compiled.compile()
             return {(name, options): compiled.get_function(name) for name in abi.kernel_names(text)}
         except (cupy.cuda.compiler.CompileException, ImportError, RuntimeError) as error:
-            raise KvrunError(f"device: the kernels in {module}.cu cannot be compiled: {one_line(error)[:500]}") from None
+            raise KvrunError(
+                f"device: the kernels in {module}.cu cannot be compiled: {one_line(error)[:500]}"
+            ) from None
 
     # --- memory -------------------------------------------------------------------------------------------
 

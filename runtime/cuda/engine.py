@@ -44,8 +44,8 @@ class CudaEngine:
         self.host, self.device, self.description = engine, device, engine.description
         if self.description.head_dim > attention.MAX_HEAD_DIM:
             raise OptionError(
-                f"device: the GPU's kernels take heads of at most {attention.MAX_HEAD_DIM} channels, and this model's have "
-                f"{self.description.head_dim}"
+                f"device: the GPU's kernels take heads of at most {attention.MAX_HEAD_DIM} channels, and this model's "
+                f"have {self.description.head_dim}"
             )
         self.sliding_windows, self.threads = engine.sliding_windows, engine.threads
         self._lock = threading.Lock()  # chunks share the workspace

@@ -1,7 +1,7 @@
 """Launches of `step.cu`, `chunk.cu` and `experts.cu`: what they expect of whoever launches them.
 
-Addresses are numbers, structures abi's; `n`: tokens, or rows. A norm without a weight is none, a matrix without segments is not
-there.
+Addresses are numbers, structures abi's; `n`: tokens, or rows. A norm without a weight is none, a matrix without
+segments is not there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from kvrun.cuda.abi import MATRIX, NORM, Launch, float32, int32, int64, pointer,
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 NO_NORM, NO_MATRIX = struct(NORM), struct(MATRIX)
 THREADS, EXPERT_THREADS, CHOOSE_THREADS = 256, 128, 32
+ROW_THREADS = 512  # of a block that has a row to itself
 COLUMNS, OUTPUTS = 512, 1024  # of a block of `dequantize`, and of those that work on rows of outputs
 BEGIN_BLOCKS = 32
 SLOTS = 64  # of a tile of `experts_matmul`
@@ -35,7 +36,14 @@ def _input_bytes(m: np.ndarray) -> int:
 
 
 def begin_step(
-    step: int, ids: int, embed: np.ndarray, positions: np.ndarray, scale: float, hidden: int, x: int, *angles: np.ndarray
+    step: int,
+    ids: int,
+    embed: np.ndarray,
+    positions: np.ndarray,
+    scale: float,
+    hidden: int,
+    x: int,
+    *angles: np.ndarray,
 ) -> Launch:
     """x: the token's embedding; and the tables of angles, with the arguments of step_angles after its Step."""
     args = (pointer(step), pointer(ids), embed, positions, float32(scale), int32(hidden), pointer(x), *angles)
@@ -43,8 +51,8 @@ def begin_step(
 
 
 def norm_heads(
-    qkv: int, ld: int, k_offset: int, q_norm: int, k_norm: int, n_heads: int, n_kv_heads: int, head_dim: int, eps: float,
-    all_heads: bool, n: int,
+    qkv: int, ld: int, k_offset: int, q_norm: int, k_norm: int, n_heads: int, n_kv_heads: int, head_dim: int,
+    eps: float, all_heads: bool, n: int,
 ) -> Launch:  # fmt: skip
     """RMS norms of the queries and keys in qkv [n][ld], of each head or of all heads at once, in place."""
     args = (
@@ -58,7 +66,15 @@ def norm_heads(
 
 
 def embed_chunk(
-    step: int, ids: int, embed: np.ndarray, positions: np.ndarray, scale: float, hidden: int, x: int, ld: int, n: int
+    step: int,
+    ids: int,
+    embed: np.ndarray,
+    positions: np.ndarray,
+    scale: float,
+    hidden: int,
+    x: int,
+    ld: int,
+    n: int,
 ) -> Launch:
     """x [n][ld]: the tokens' rows of `embed` times scale, plus those of `positions`."""
     args = (pointer(step), pointer(ids), embed, positions, float32(scale), int32(hidden), pointer(x), int64(ld))
@@ -68,7 +84,7 @@ def embed_chunk(
 def norm_to_half(norm: np.ndarray, x: int, ld: int, cols: int, out: int, row_scale: int, n: int) -> Launch:
     """out float16 [n][cols] times row_scale [n] is the norm of x [n][ld]."""
     args = (norm, pointer(x), int64(ld), int32(cols), pointer(out), pointer(row_scale))
-    return _launch("norm_to_half", (n,), THREADS, 0, *args)
+    return _launch("norm_to_half", (n,), ROW_THREADS, 0, *args)
 
 
 def dequantize(part: np.ndarray, out: int) -> Launch:
@@ -87,26 +103,26 @@ def activate_to_half(
     gate: np.ndarray, up: np.ndarray, activation: str, gate_out: int, up_out: int, ld: int, row_scale: int, out: int,
     out_scale: int, n: int,
 ) -> Launch:  # fmt: skip
-    """out float16 [n][rows of up] times out_scale [n]: activation(gate) * up, or activation(up), of products without their
-    scales and biases; row_scale 0: with them."""
+    """out float16 [n][rows of up] times out_scale [n]: activation(gate) * up, or activation(up), of products without
+    their scales and biases; row_scale 0: with them."""
     args = (
         gate, up, int32(ACTIVATIONS[activation]), pointer(gate_out), pointer(up_out), int64(ld), pointer(row_scale),
         pointer(out), pointer(out_scale),
     )  # fmt: skip
-    return _launch("activate_to_half", (n,), THREADS, 0, *args)
+    return _launch("activate_to_half", (n,), ROW_THREADS, 0, *args)
 
 
 def add_chunk(
-    matrix: np.ndarray, norm: np.ndarray, row_scale: int, branch: int, ld_branch: int, hidden: int, scale: float, x: int,
-    ld: int, n: int,
+    matrix: np.ndarray, norm: np.ndarray, row_scale: int, branch: int, ld_branch: int, hidden: int, scale: float,
+    x: int, ld: int, n: int,
 ) -> Launch:  # fmt: skip
-    """x [n][ld] += scale times the norm of branch: a product of `matrix` without its scales and biases, or (no matrix, row_scale
-    0) what it is."""
+    """x [n][ld] += scale times the norm of branch: a product of `matrix` without its scales and biases, or (no matrix,
+    row_scale 0) what it is."""
     args = (
         matrix, norm, pointer(row_scale), pointer(branch), int64(ld_branch), int32(hidden), float32(scale), pointer(x),
         int64(ld),
     )  # fmt: skip
-    return _launch("add_chunk", (n,), THREADS, 0, *args)
+    return _launch("add_chunk", (n,), ROW_THREADS, 0, *args)
 
 
 def logits_chunk(row_scale: int, scale: float, softcap: float, logits: int, ld: int, n: int) -> Launch:
@@ -118,9 +134,19 @@ def logits_chunk(row_scale: int, scale: float, softcap: float, logits: int, ld: 
 # Experts ------------------------------------------------------------------------------------------------------------
 
 
-def choose(scores: int, ld: int, n_experts: int, used: int, normalize: bool, chosen: int, share: int, n: int) -> Launch:
+def choose(
+    scores: int, ld: int, n_experts: int, used: int, normalize: bool, chosen: int, share: int, n: int
+) -> Launch:
     """From scores [n][ld] to chosen int32 [n][used] and their shares float32."""
-    args = (pointer(scores), int64(ld), int32(n_experts), int32(used), int32(normalize), pointer(chosen), pointer(share))
+    args = (
+        pointer(scores),
+        int64(ld),
+        int32(n_experts),
+        int32(used),
+        int32(normalize),
+        pointer(chosen),
+        pointer(share),
+    )
     return _launch("choose", (n,), CHOOSE_THREADS, 0, *args)
 
 
@@ -165,10 +191,11 @@ def sort_slots(chosen: int, n: int, used: int, n_experts: int, slots: int) -> La
 
 
 def experts_matmul(
-    matrices: int, one: np.ndarray, slots: int, n: int, used: int, n_experts: int, x: int, row_scale: int, by_slot: bool,
-    out: int, ld: int,
+    matrices: int, one: np.ndarray, slots: int, n: int, used: int, n_experts: int, x: int, row_scale: int,
+    by_slot: bool, out: int, ld: int,
 ) -> Launch:  # fmt: skip
-    """out [n used][ld]: of each slot its expert's matrix times its input, float16 [n][cols] or by slot, times row_scale."""
+    """out [n used][ld]: of each slot its expert's matrix times its input, float16 [n][cols] or by slot, times
+    row_scale."""
     args = (
         pointer(matrices), pointer(slots), int32(n), int32(used), int32(n_experts), pointer(x), pointer(row_scale),
         int32(by_slot), pointer(out), int64(ld),
@@ -178,12 +205,12 @@ def experts_matmul(
 
 
 def experts_add(
-    norm: np.ndarray, slots: int, share: int, used: int, slot_out: int, ld_slots: int, hidden: int, scale: float, n: int,
-    n_experts: int, x: int, ld: int,
+    norm: np.ndarray, slots: int, share: int, used: int, slot_out: int, ld_slots: int, hidden: int, scale: float,
+    n: int, n_experts: int, x: int, ld: int,
 ) -> Launch:  # fmt: skip
     """x [n][ld] += scale times the norm of the sum of shares times outputs."""
     args = (
         norm, pointer(slots), pointer(share), int32(used), pointer(slot_out), int64(ld_slots), int32(hidden),
         float32(scale), int32(n), int32(n_experts), pointer(x), int64(ld),
     )  # fmt: skip
-    return _launch("experts_add", (n,), THREADS, 0, *args)
+    return _launch("experts_add", (n,), ROW_THREADS, 0, *args)

@@ -1,7 +1,7 @@
 """What a call of the engine consists of: its buffers, and its operations in order.
 
-`OneToken` and `Chunk` read from top to bottom like `forward` in _core/engine.pyx; `attention.py`, `matrix.py` and `products.py`
-know how kernels want to be launched.
+`OneToken` and `Chunk` read from top to bottom like `forward` in _core/engine.pyx; `attention.py`, `matrix.py` and
+`products.py` know how kernels want to be launched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ def there(m: np.ndarray) -> bool:
 def write_step(pinned: np.ndarray, ids: np.ndarray, kv: CudaKVCache) -> None:
     """Numbers and tokens of a call, for the device to fetch."""
     step = pinned[: abi.STEP.itemsize].view(abi.STEP)[0]
-    step["first"], step["packed_ever"], step["n"], step["first_logit"] = kv.n_tokens, kv.host.packed_ever, len(ids), 0
+    step["first"], step["packed_ever"], step["n"], step["first_logit"] = (
+        kv.n_tokens,
+        kv.host.packed_ever,
+        len(ids),
+        0,
+    )
     pinned[IDS_AT : IDS_AT + ids.nbytes].view(np.int32)[:] = ids
 
 
@@ -138,7 +143,8 @@ class Buffers:
 
 
 class Workspace:
-    """What chunks need, whatever the cache; they take turns. Parts that depend on caches are as the largest needs them."""
+    """What chunks need, whatever the cache; they take turns. Parts that depend on caches are as the largest needs
+    them."""
 
     def __init__(self, engine: CudaEngine) -> None:
         self._device, n = engine.device, engine.max_chunk
@@ -190,7 +196,9 @@ class OneToken:
         for i, layer in enumerate(w.layers):
             after = w.layers[i + 1].qkv if i + 1 < d.n_layers else w.head
             operations.append(
-                self._matvec(layer.qkv, layer.attn_norm, at["x"], at["qkv"], then=layer.o, ahead=products.AHEAD_OF_ATTENTION)
+                self._matvec(
+                    layer.qkv, layer.attn_norm, at["x"], at["qkv"], then=layer.o, ahead=products.AHEAD_OF_ATTENTION
+                )
             )
             operations += norm_heads(w, layer, at["qkv"], 1)
             operations += self._attend(i, layer)
@@ -299,8 +307,8 @@ def scores(w: DeviceWeights) -> tuple[np.ndarray, ...]:
 
 
 class Chunk:
-    """n tokens at once: weights become float16 piece by piece, and cuBLAS multiplies. Inputs are float16 with a power of two
-    for each token."""
+    """n tokens at once: weights become float16 piece by piece, and cuBLAS multiplies. Inputs are float16 with a power
+    of two for each token."""
 
     def __init__(self, engine: CudaEngine, b: Buffers, n: int) -> None:
         self.engine, self.w, self.b, self.n = engine, engine.weights, b, n
@@ -409,7 +417,7 @@ class Chunk:
         ]
 
     def _mixture(self, layer: Layer) -> list[abi.Operation]:
-        """Slots, the places of tokens with experts, are sorted by expert, so that each expert has its tokens together."""
+        """Slots, the places of tokens with experts, are sorted by expert: each expert has its tokens together."""
         d, w, at, n, one, tables = self.d, self.w, self.at, self.n, one_expert(self.w), layer.expert_tables
         used, experts, inner = d.experts_used, d.n_experts, width(one["up"])
 

@@ -1,7 +1,7 @@
 """Devices without a GPU, with the methods of `kvrun.cuda.device.CudaDevice`.
 
-`HostDevice` compiles the kernels as C++ (host_cuda.h) and runs them, a thread after the other, on the host's memory. `RecordingDevice`
-only notes what it is asked for.
+`HostDevice` compiles the kernels as C++ (host_cuda.h) and runs them, a thread after the other, on the host's memory.
+`RecordingDevice` only notes what it is asked for.
 """
 
 from __future__ import annotations
@@ -125,12 +125,16 @@ class HostDevice(HostMemoryDevice):
 
     def _launch(self, launch):
         args = (ctypes.c_void_p * len(launch.args))(*(a.ctypes.data for a in launch.args))
-        self._functions[launch.kernel](*map(ctypes.c_uint, (*launch.grid, *launch.block)), ctypes.c_size_t(launch.shared), args)
+        self._functions[launch.kernel](
+            *map(ctypes.c_uint, (*launch.grid, *launch.block)), ctypes.c_size_t(launch.shared), args
+        )
 
 
 def compiled(module, text):
     """The library of one module's source with a launcher for each kernel."""
-    code = f'#include "{PRELUDE}"\n{text}\n' + "".join(f"HOST_LAUNCHER({name})\n" for name in abi.kernel_names(text))
+    code = f'#include "{PRELUDE}"\n{text}\n' + "".join(
+        f"HOST_LAUNCHER({name})\n" for name in abi.kernel_names(text)
+    )
     key = hashlib.sha256((code + PRELUDE.read_text() + " ".join(FLAGS)).encode()).hexdigest()[:20]
     path = FOLDER / f"{module}.{key}.so"
     if not path.exists():

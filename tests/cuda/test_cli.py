@@ -26,14 +26,20 @@ def getDeviceCount():
     {count}
 """
 CASES = {
-    "no driver": (dict(driver=0, count="raise CUDARuntimeError('never asked')"), "needs NVIDIA's driver, which is not there"),
+    "no driver": (
+        dict(driver=0, count="raise CUDARuntimeError('never asked')"),
+        "needs NVIDIA's driver, which is not there",
+    ),
     "no device": (
         dict(driver=13000, count="raise CUDARuntimeError('cudaErrorNoDevice: no CUDA-capable device is detected')"),
         "needs an NVIDIA GPU, and the driver finds none",
     ),
     "devices hidden": (dict(driver=13000, count="return 0"), "needs an NVIDIA GPU, and the driver finds none"),
     "old driver": (
-        dict(driver=12000, count="raise CUDARuntimeError('cudaErrorInsufficientDriver: CUDA driver version is\\n too old')"),
+        dict(
+            driver=12000,
+            count="raise CUDARuntimeError('cudaErrorInsufficientDriver: CUDA driver version is\\n too old')",
+        ),
         "cannot be used: cudaErrorInsufficientDriver: CUDA driver version is  too old",
     ),
 }
@@ -69,7 +75,9 @@ def test_without_cupy(model, command, tmp_path):
     (tmp_path / "cupy.py").write_text("raise ModuleNotFoundError(\"No module named 'cupy'\")\n")
     status, error = run(model, command, tmp_path)
     assert status == 1
-    assert re.fullmatch(r"kvrun: device: cuda needs CuPy, which is not installed \(pip install 'kvrun\[cuda\]'.*\)\n", error)
+    assert re.fullmatch(
+        r"kvrun: device: cuda needs CuPy, which is not installed \(pip install 'kvrun\[cuda\]'.*\)\n", error
+    )
 
 
 def test_with_a_cupy_that_cannot_be_loaded(model, tmp_path):
@@ -95,7 +103,9 @@ def test_in_a_program(model):
             kvrun.load(model, device="cuda", device_memory=wrong)
 
 
-@pytest.mark.parametrize("arguments", [["--device-memory", "0"], ["--device-memory", "lots"], ["--device-memory", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--device-memory", "0"], ["--device-memory", "lots"], ["--device-memory", "1"]]
+)
 def test_amounts_of_memory_that_are_none(model, arguments):
     done = subprocess.run(
         [sys.executable, "-m", "kvrun", model, "-p", "Hi", *arguments], capture_output=True, text=True, timeout=120

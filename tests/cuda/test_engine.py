@@ -20,9 +20,9 @@ from kvrun._core import bench as core
 from kvrun.model import Model, load
 from kvrun.modelfile import read_model_file
 
-# Of the largest logit. A token by itself is as exact as on the CPU, where the cache does not round: there a value that is on
-# the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that a router
-# chooses another expert for a token now and then, which later ones see: half of the tokens are looked at.
+# Of the largest logit. A token by itself is as exact as on the CPU, where the cache does not round: there a value that
+# is on the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that a
+# router chooses another expert for a token now and then, which later ones see: half of the tokens are looked at.
 EXACT, CHUNK = 3e-5, 8e-3
 SIXTEEN_BITS = 5e-4  # inputs of block types: one that is on the border may be rounded to the one side or the other
 ROUNDED = {"f32": EXACT, "f16": 2e-3, "q8": 1e-2, "q4": 0.1, "q2": 0.5}
@@ -78,11 +78,14 @@ def test_head_sizes(head_dim, device):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(ctx=132), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1), dict(ctx=300, window=129)]
+    "options",
+    [dict(ctx=132), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1), dict(ctx=300, window=129)],
 )
 def test_past_turns_of_the_ring(options, device):
     """Layers with a sliding window and without, sinks that move."""
-    model = tiny("f32", n_heads=2, n_kv_heads=1, sliding_windows=(40, None), rope_local={"theta": 100.0, "scaling": None})
+    model = tiny(
+        "f32", n_heads=2, n_kv_heads=1, sliding_windows=(40, None), rope_local={"theta": 100.0, "scaling": None}
+    )
     a, b = both(model, device, 700, (100, 63, 1, 1, 64, 65, 130), **options)
     assert difference(a, b) <= CHUNK
     a, b = both(model, device, 330, (1,), **options)
@@ -230,7 +233,20 @@ def on_device(monkeypatch, device):
 
 def test_an_answer(converted, on_device, capsys):
     path = str(converted("grouped-tied", "q8_0"))
-    command = [path, "-p", "The cat", "-n", "8", "--temperature", "0", "--ignore-eos", "--raw", "--precise", "--ctx", "256"]
+    command = [
+        path,
+        "-p",
+        "The cat",
+        "-n",
+        "8",
+        "--temperature",
+        "0",
+        "--ignore-eos",
+        "--raw",
+        "--precise",
+        "--ctx",
+        "256",
+    ]
     texts = []
     for device in ([], ["--device", "cuda", "--device-memory", "2.5"]):
         assert cli.main([*command, *device]) == 0
@@ -243,7 +259,22 @@ def test_an_answer(converted, on_device, capsys):
 def test_bench(converted, on_device, capsys, monkeypatch):
     monkeypatch.setattr(speed, "SAMPLE_SECONDS", 0.01)
     path = str(converted("grouped-tied", "q8_0"))
-    command = ["bench", path, "--device", "cuda", "--runs", "1", "--depth", "0", "100", "--prefill", "20", "--kv", "f16", "q4"]
+    command = [
+        "bench",
+        path,
+        "--device",
+        "cuda",
+        "--runs",
+        "1",
+        "--depth",
+        "0",
+        "100",
+        "--prefill",
+        "20",
+        "--kv",
+        "f16",
+        "q4",
+    ]
     assert cli.main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["device"], report["cpu"], report["isa"]) == ("cuda", "host", "host")
@@ -252,7 +283,9 @@ def test_bench(converted, on_device, capsys, monkeypatch):
     cpu = load(path)
     kv = cpu.engine.new_cache(k="q4", v="q4", ctx=228)
     read = speed.weight_bytes(cpu) + core.bytes_read(kv, 101)
-    assert rows["decode", 100, "q4"]["bytes_per_token"] == read and rows["decode", 100, "q4"]["bandwidth_fraction"] > 0
+    assert (
+        rows["decode", 100, "q4"]["bytes_per_token"] == read and rows["decode", 100, "q4"]["bandwidth_fraction"] > 0
+    )
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "host, host; memory is read at" in out and "\ndecode" in out
@@ -264,7 +297,18 @@ def test_perplexity(converted, on_device, capsys, tmp_path):
     path = str(converted("grouped-tied"))
     found = []
     for device in ("cpu", "cuda"):
-        command = ["perplexity", path, "--text", str(tmp_path / "text"), "--ctx", "64", "--chunks", "1", "--kv", "q8"]
+        command = [
+            "perplexity",
+            path,
+            "--text",
+            str(tmp_path / "text"),
+            "--ctx",
+            "64",
+            "--chunks",
+            "1",
+            "--kv",
+            "q8",
+        ]
         assert cli.main([*command, "--device", device, "--json"]) == 0
         found.append([row["perplexity"] for row in json.loads(capsys.readouterr().out)["results"]])
     assert np.allclose(found[0], found[1], rtol=2e-2)

@@ -1,4 +1,4 @@
-"""What a step and a chunk ask of the device: kernels in order, their sizes, and addresses that are all somebody's memory."""
+"""What a step and a chunk ask of the device: kernels in order, sizes, and addresses that are all somebody's memory."""
 
 import numpy as np
 import pytest
@@ -123,7 +123,15 @@ def test_caches_share_weights_alone():
     engine.forward([1], one), engine.forward([1], two), engine.forward([2], one)
     assert len(device.graphs) == 2 and device.done[-len(device.graphs[0]) :] == device.graphs[0]
     written = [
-        {a for o in graph if isinstance(o, abi.Launch) for arg in o.args if arg.dtype == np.uint64 for a in arg.tolist() if a}
+        {
+            a
+            for o in graph
+            if isinstance(o, abi.Launch)
+            for arg in o.args
+            if arg.dtype == np.uint64
+            for a in arg.tolist()
+            if a
+        }
         for graph in device.graphs
     ]
     shared = written[0] & written[1]
@@ -157,7 +165,9 @@ def test_a_chunk(kind, monkeypatch):
             assert before.kernel == "dequantize" and int(out[0]) == gemm.weights
             assert (int(part["width"][0]), int(part["cols"][0])) == (gemm.rows, gemm.cols)
             assert 2 * gemm.rows * gemm.cols <= 1 << 14 or gemm.rows == 16
-    matrices = [m for layer in engine.weights.layers for m in (layer.qkv, layer.o, layer.gate, layer.up, layer.down)]
+    matrices = [
+        m for layer in engine.weights.layers for m in (layer.qkv, layer.o, layer.gate, layer.up, layer.down)
+    ]
     wanted = sum(int(m["width"][0]) for m in matrices) * n + int(engine.weights.head["width"][0]) * n
     assert sum(g.rows * g.n for g in device.done if isinstance(g, abi.Gemm)) == wanted
     copies = [o for o in device.done if isinstance(o, abi.Copy)]
@@ -208,7 +218,9 @@ def test_what_engines_refuse():
 
 
 def test_a_model_that_does_not_fit():
-    with pytest.raises(OptionError, match=r"device: the model does not fit: .* GB of the GPU's memory are needed, .* free"):
+    with pytest.raises(
+        OptionError, match=r"device: the model does not fit: .* GB of the GPU's memory are needed, .* free"
+    ):
         made(RecordingDevice(100_000))
 
 
