@@ -16,7 +16,9 @@ import numpy as np
 KERNELS = Path(__file__).with_name("kernels")
 MODULES = ("step", "matrix", "chunk", "experts", "cache", "attention", "attention_chunk", "bandwidth")
 MAX_SEGMENTS = 3
-EARLY = frozenset(("begin_step", "matvec", "matvec_gated", "norm_heads"))
+EARLY = frozenset(
+    ("matvec", "matvec_gated", "norm_heads", "choose", "experts_gated", "experts_down", "add_chunk")
+)
 """Kernels that may start before the one before them has ended: before they read what it writes, they wait for it."""
 
 # As in kernels/common.cuh; aligned like C's.

@@ -120,6 +120,8 @@ extern "C" __global__ void __launch_bounds__(512, 2)
               float residual_scale, float *x, int64_t ld)
 {
     __shared__ float scratch[ROW_THREADS / WARP];
+    let_next_start();
+    wait_for_previous();
     const float scale = row_scale ? row_scale[blockIdx.x] : 1;
     const bool biased = has_bias(m);
     branch += blockIdx.x * ld_branch;

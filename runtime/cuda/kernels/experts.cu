@@ -92,6 +92,8 @@ extern "C" __global__ void __launch_bounds__(32)
     scores += blockIdx.x * ld;
     chosen += blockIdx.x * (int64_t)used;
     share += blockIdx.x * (int64_t)used;
+    let_next_start();
+    wait_for_previous();
     for (int e = lane; e < n_experts; e += WARP)
         top = fmaxf(top, scores[e]);
     top = warp_max(top);
@@ -137,6 +139,8 @@ extern "C" __global__ void __launch_bounds__(128)
     SHARED(space);
     __shared__ float scratch[PANEL * EXPERT_THREADS / WARP];
     float *input = (float *)space;
+    let_next_start();
+    wait_for_previous();
     const int expert = chosen[blockIdx.y], panel = blockIdx.x;
     put_normed(norm, x, up[expert].cols, input, scratch);
     float g = panel_product(gate[expert], panel, input, scratch), u = panel_product(up[expert], panel, input, scratch);
@@ -153,6 +157,8 @@ extern "C" __global__ void __launch_bounds__(128)
     __shared__ float scratch[PANEL * EXPERT_THREADS / WARP];
     float *input = (float *)space, sum = 0;
     const int row = PANEL * blockIdx.x + threadIdx.x;
+    let_next_start();
+    wait_for_previous();
     for (int j = 0; j < used; j++) {
         const Matrix &m = down[chosen[j]];
         for (int i = threadIdx.x; i < padded_to(m.cols, BLOCK); i += blockDim.x)
