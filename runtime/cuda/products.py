@@ -1,6 +1,6 @@
 """Launches of `matrix.cu`: one token's products with matrices.
 
-Blocks of threads go round the panels, all of a group's warps on the columns of one panel. Addresses are numbers, structures
+A block of threads on each multiprocessor goes round the panels, all of a group's warps on the columns of one. Addresses are numbers, structures
 abi's; a norm without a weight is none, a matrix without segments is not there.
 """
 
@@ -13,7 +13,7 @@ from kvrun.cuda.matrix import ACTIVATIONS, NO_MATRIX
 from kvrun.cuda.weights import TYPE_IDS
 
 THREADS, WARPS, LANES, BLOCK = 512, 16, 32, 32
-BLOCKS = 2  # of a multiprocessor at once
+UNITS_AT_ONCE = 2  # of a thread, on their way from memory
 AHEAD = 8 << 20  # bytes of the next matrix that are fetched into the L2 cache: what memory reads while a kernel begins
 AHEAD_OF_ATTENTION = 16 << 20  # or while attention has little to read
 _FLOAT_TYPES = tuple(TYPE_IDS[kind] for kind in ("f32", "f16", "bf16"))
@@ -36,10 +36,15 @@ def options(*matrices: np.ndarray) -> tuple[str, ...]:
     return (f"-DKV_WEIGHT_TYPES={sum(1 << number for number in _types(*matrices))}",)
 
 
-def split(*matrices: np.ndarray) -> int:
-    """Warps that share a panel: a power of two, so many that each thread has some of it."""
+def split(n_multiprocessors: int, *matrices: np.ndarray) -> int:
+    """Warps that share a panel: a power of two, so many that each thread has two units of it, or one where more panels
+    at once would be more than a block has."""
     units = _blocks(matrices[-1]) * max(_UNITS_OF_ID[number] for number in _types(*matrices))
-    return min(WARPS, 1 << max(0, -(-units // LANES) - 1).bit_length())
+    panels = -(-int(matrices[-1]["panels"][0]) // n_multiprocessors)  # of a block
+    most, warps = min(WARPS, -(-units // LANES)), 1
+    while 2 * warps <= most and (units > warps * LANES * UNITS_AT_ONCE or panels < WARPS // warps):
+        warps *= 2
+    return warps
 
 
 def shared_bytes(*matrices: np.ndarray) -> int:
@@ -53,8 +58,8 @@ def _launch(
     kernel: str, matrices: tuple[np.ndarray, ...], args: tuple[np.ndarray, ...], n_multiprocessors: int, then: np.ndarray,
     ahead: int,
 ) -> Launch:  # fmt: skip
-    warps, first = split(*matrices), then["segments"][0, 0]
-    grid = min(-(-int(matrices[-1]["panels"][0]) * warps // WARPS), BLOCKS * n_multiprocessors)
+    warps, first = split(n_multiprocessors, *matrices), then["segments"][0, 0]
+    grid = min(int(matrices[-1]["panels"][0]), n_multiprocessors)
     ahead = min(ahead, int(first["panels"]) * int(first["panel_bytes"]))
     args = (*args, int32(warps), pointer(int(first["data"])), int64(ahead))
     return Launch(kernel, (grid, 1, 1), (THREADS, 1, 1), shared_bytes(*matrices), args, options(*matrices))

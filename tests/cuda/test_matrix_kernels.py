@@ -8,7 +8,7 @@ from launching import SUPER_TYPES, Matrices, aligned, array, at, close, empty, n
 
 from kvrun import _core
 from kvrun._core import probe
-from kvrun.cuda import matrix, products
+from kvrun.cuda import abi, matrix, products
 
 NONE, NO_NORM = matrix.NO_MATRIX, matrix.NO_NORM
 SHAPES = [(40, 576), (33, 100), (1, 1), (20, 1100), (7, 31), (70, 65)]
@@ -72,7 +72,7 @@ def test_matvec(kind, rows, cols, rng):
 @pytest.mark.parametrize("kind", _core.WEIGHT_TYPES)
 def test_warps_may_share_a_panel_in_any_number(kind, split, rng, monkeypatch):
     m, x, out = Matrices([(kind, weights(rng, 100, 768))]), array(rng.normal(0, 1, 768)), empty(112)
-    monkeypatch.setattr(products, "split", lambda *matrices: split)
+    monkeypatch.setattr(products, "split", lambda *_: split)
     run(products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
     check(out, expected(m, x), EXACT)
 
@@ -164,11 +164,30 @@ def test_what_a_launch_is():
     m = Matrices([("q4_0", np.zeros((1000, 512), np.float32)), ("f16", np.zeros((20, 512), np.float32))]).struct
     down = Matrices([("q6_k", np.zeros((16, 1024), np.float32))]).struct
     launch = products.matvec(m, NO_NORM, 0, 0, n_multiprocessors=10, then=down)
-    assert (launch.grid, launch.block) == ((20, 1, 1), (512, 1, 1))
+    assert (launch.grid, launch.block) == ((10, 1, 1), (512, 1, 1))
     assert launch.options == (f"-DKV_WEIGHT_TYPES={1 << 5 | 1 << 1}",)
-    assert launch.shared == 72 * 16 + 4 * 512 and products.split(m) == 8
-    *_, warps, address, n_bytes = (int(a[0]) for a in launch.args[3:])
-    assert (warps, address, n_bytes) == (8, int(down["segments"][0, 0]["data"]), 64 + 2 * 3328 + 64 + 2 * 3328)
+    assert launch.shared == 72 * 16 + 4 * 512
+    warps, address, n_bytes = (int(a[0]) for a in launch.args[-3:])
+    assert (warps, address, n_bytes) == (4, int(down["segments"][0, 0]["data"]), 2 * (64 + 2 * 3328))
     launch = products.matvec(down, NO_NORM, 0, 0, n_multiprocessors=10)
     assert launch.grid == (1, 1, 1) and launch.options == (f"-DKV_WEIGHT_TYPES={1 << 7}",)
-    assert [int(a[0]) for a in launch.args[-2:]] == [0, 0]
+    assert [int(a[0]) for a in launch.args[-3:]] == [8, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "kind, rows, cols, blocks, warps",
+    [
+        ("q4_0", 12288, 4096, 132, 8),
+        ("q4_0", 4096, 4096, 132, 8),
+        ("q4_0", 4096, 11008, 132, 16),
+        ("q4_0", 2048, 2048, 128, 8),  # few panels: all warps that have something to do
+        ("q8_0", 2048, 8192, 128, 16),
+        ("f16", 100, 33, 7, 1),
+        ("f32", 100, 64, 7, 2),
+    ],
+)
+def test_blocks_and_warps(kind, rows, cols, blocks, warps):
+    m = abi.struct(abi.MATRIX, n_segments=1, cols=cols, panels=-(-rows // 16))
+    m["segments"]["type"][0, 0] = KINDS.index(kind)
+    launch = products.matvec(m, NO_NORM, 0, 0, n_multiprocessors=132)
+    assert (launch.grid, int(launch.args[-3][0])) == ((blocks, 1, 1), warps)

@@ -31,14 +31,26 @@ DEVICE Input input_in(uint4 *shared, int cols, bool codes)
     return in;
 }
 
-DEVICE uint32_t four_bytes(float4 x)
+// Of a number within +-2^21: the nearest whole one is in the low bits of the sum with it.
+#define WHOLE_BITS 12582912.f
+
+DEVICE uint32_t low_bytes(float4 x)
 {
-    return ((uint32_t)(int)x.x & 255) | ((uint32_t)(int)x.y & 255) << 8 | ((uint32_t)(int)x.z & 255) << 16
-           | (uint32_t)(int)x.w << 24;
+    return __byte_perm(__byte_perm(__float_as_uint(x.x), __float_as_uint(x.y), 0x0040),
+                       __byte_perm(__float_as_uint(x.z), __float_as_uint(x.w), 0x0040), 0x5410);
 }
 
-// In 256ths; within +-127.
-DEVICE float rounded_away(float x) { return fminf(fmaxf((x - rintf(x)) * 256, -127.f), 127.f); }
+// 127 / x; 0 for 0.
+DEVICE float inverse_step(float x)
+{
+#ifdef KVRUN_HOST
+    return x > 0 ? 127 / x : 0;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return x > 0 ? 127 * y : 0;
+#endif
+}
 
 // Codes of a block of 32 by eight lanes: channels i to i + 3 of this one are x. A whole warp calls it.
 DEVICE void put_codes(const Input &in, int i, float4 x)
@@ -47,10 +59,13 @@ DEVICE void put_codes(const Input &in, int i, float4 x)
     KV_UNROLL
     for (int bit = 1; bit < 8; bit *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
-    const float inverse = largest > 0 ? 127 / largest : 0;
+    const float inverse = inverse_step(largest), most = 127 / 256.f;
     x = map_four([&](int c) { return of_four(x, c) * inverse; });
-    const uint32_t first = four_bytes(map_four([&](int c) { return rintf(of_four(x, c)); }));
-    const uint32_t second = four_bytes(map_four([&](int c) { return rintf(rounded_away(of_four(x, c))); }));
+    const float4 whole = map_four([&](int c) { return of_four(x, c) + WHOLE_BITS; });
+    const float4 rest = map_four([&](int c) { // in 256ths; within +-127
+        return fminf(fmaxf(of_four(x, c) - (of_four(whole, c) - WHOLE_BITS), -most), most) * 256 + WHOLE_BITS;
+    });
+    const uint32_t first = low_bytes(whole), second = low_bytes(rest);
     int sum = 256 * dp4a(first, 0x01010101u, 0) + dp4a(second, 0x01010101u, 0);
     KV_UNROLL
     for (int bit = 1; bit < 8; bit *= 2)
@@ -65,26 +80,20 @@ DEVICE void put_codes(const Input &in, int i, float4 x)
         in.sums[block] = make_uint2(__float_as_uint(largest * (1 / (127 * 256.f))), (uint32_t)sum);
 }
 
-// Elements [i, i + 4) of a row of n, which is aligned to 16 bytes; 0 beyond it.
+// Elements [i, i + 4) of a row of n, which is aligned to 16 bytes and whose memory ends so: what is beyond it is
+// anything, or 0 if all are.
 DEVICE float4 four_of(const float *row, int i, int n)
 {
-    if (i + 4 <= n)
-        return *(const float4 *)(row + i);
-    return map_four([&](int c) { return i + c < n ? row[i + c] : 0.f; });
+    return i < n ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);
 }
 
-DEVICE float sum_of(float4 x) { return x.x + x.y + (x.z + x.w); }
-
-// The sum of (x - mean)^2 of those of four elements that are among n; of x if linear.
-DEVICE float part_of_sum(float4 x, int i, int n, float mean, bool linear)
+DEVICE void clear_beyond(float4 &x, int i, int n)
 {
-    return sum_of(map_four([&](int c) {
-        const float v = i + c < n ? of_four(x, c) - mean : 0;
-        return linear ? v : v * v;
-    }));
+    if (i + 4 > n)
+        x = map_four([&](int c) { return i + c < n ? of_four(x, c) : 0.f; });
 }
 
-// Rows are read by all threads of a block, four elements each at a time, two times ahead.
+// A row read by all threads of a block, four elements each at a time, two times ahead.
 struct Reader {
     const float *row;
     int n, step;
@@ -106,18 +115,25 @@ DEVICE void advance(Reader &r, int i)
     r.next = four_of(r.row, i + 2 * r.step, r.n);
 }
 
-DEVICE float row_sum_of(const Reader &r, float mean, bool linear, float *scratch)
+// The sum over a row of what f makes of four elements.
+template <class F> DEVICE float row_sum(const Reader &r, float *scratch, F f)
 {
-    const int i = 4 * threadIdx.x;
-    float sum = part_of_sum(r.now, i, r.n, mean, linear) + part_of_sum(r.next, i + r.step, r.n, mean, linear);
+    float4 now = r.now, next = r.next;
+    const int first = 4 * threadIdx.x;
+    float sum = 0;
     KV_NO_UNROLL
-    for (int j = i + 2 * r.step; j < r.n; j += r.step)
-        sum += part_of_sum(four_of(r.row, j, r.n), j, r.n, mean, linear);
+    for (int i = first; i < r.n; i += r.step) {
+        float4 x = now;
+        now = next;
+        if (i + 2 * r.step < r.n)
+            next = *(const float4 *)(r.row + i + 2 * r.step);
+        sum += f(x, i);
+    }
     return block_sum(sum, scratch);
 }
 
-// x may be what the kernel before writes. scratch: a float for each warp. The caller waits for all threads before it
-// reads the input.
+// x may be what the kernel before writes; rows are aligned to 16 bytes and may be read up to a multiple of them. scratch:
+// a float for each warp. The caller waits for all threads before it reads the input.
 DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols, bool floats, bool codes,
                     float *scratch)
 {
@@ -129,22 +145,33 @@ DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols,
     wait_for_previous();
     Reader values = read(x, cols);
     if (centred)
-        mean = row_sum_of(values, 0, true, scratch) / cols;
+        mean = row_sum(values, scratch, [&](float4 v, int i) {
+                   clear_beyond(v, i, cols);
+                   return v.x + v.y + (v.z + v.w);
+               })
+               / cols;
     if (normed)
-        factor = 1 / sqrtf(row_sum_of(values, mean, false, scratch) / cols + norm.eps);
+        factor = 1 / sqrtf(row_sum(values, scratch, [&](float4 v, int i) {
+                               v = map_four([&](int c) { return of_four(v, c) - mean; });
+                               clear_beyond(v, i, cols);
+                               return v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+                           }) / cols + norm.eps);
+    const int end = BLOCK * in.blocks;
     KV_NO_UNROLL
-    for (int i = 4 * threadIdx.x; i - 4 * (int)(threadIdx.x % WARP) < BLOCK * in.blocks; i += values.step) {
-        float4 v = values.now, w = weight.now;
+    for (int i = 4 * threadIdx.x; (i & ~(4 * WARP - 1)) < end; i += values.step) {
+        float4 v = values.now;
         advance(values, i);
         if (normed) {
+            const float4 w = weight.now;
             advance(weight, i);
             v = map_four([&](int c) { return (of_four(v, c) - mean) * factor * of_four(w, c); });
+            if (centred) {
+                const float4 bias = four_of(norm.bias, i, cols);
+                v = map_four([&](int c) { return of_four(v, c) + of_four(bias, c); });
+            }
         }
-        if (centred) {
-            const float4 bias = four_of(norm.bias, i, cols);
-            v = map_four([&](int c) { return of_four(v, c) + of_four(bias, c); });
-        }
-        if (floats && i < BLOCK * in.blocks)
+        clear_beyond(v, i, cols);
+        if (floats && i < end)
             *(float4 *)(in.floats + i) = v;
         if (codes)
             put_codes(in, i, v);

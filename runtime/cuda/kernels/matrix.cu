@@ -4,8 +4,8 @@
 //   out (+)= matrix norm(x), with biases, times scale, capped
 // matvec_gated(gate, up, norm, x, activation, out, split, next, next_bytes)
 //   out = activation(gate norm(x)) * (up norm(x)); activation(up norm(x)) if gate has no segments
-//   grid any, block 512. Of outputs only rows that are there are written.
-//   split: warps that share a panel, a power of two up to 16.
+//   grid any, block 512, of which a multiprocessor has room for one. Of outputs only rows that are there are written.
+//   split: warps that share a panel, a power of two up to 16; a block's groups take panels a grid apart.
 //   Shared memory: 72 bytes for each 32 channels of the input, rounded up to 16, where a segment takes int8, and 128
 //   bytes for each 32 where one takes floats.
 //   next: memory that a later kernel reads first, which is fetched into the L2 cache; 0: not known.
@@ -58,36 +58,37 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     __shared__ Sums sums;
     const int cols = second.cols, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, shift = __ffs(split) - 1;
     const int group = warp >> shift, groups = MATVEC_WARPS >> shift, leader = group << shift;
-    const int thread = threadIdx.x - leader * WARP, stride = gridDim.x * groups;
-    int panel = blockIdx.x * groups + group;
-    Unit unit;
+    const int thread = threadIdx.x - leader * WARP, threads = split * WARP, stride = gridDim.x * groups;
+    int panel = blockIdx.x + group * gridDim.x;
+    Units units;
     const bool two = n_matrices == 2;
     Part part = two ? part_of(first, panel, lane) : part_of(second, panel, lane);
-    load_first(unit, part, cols, thread);
+    load_first(units, part, cols, thread, threads);
+    let_next_start();
     const bool codes = any_type(second, true) || (two && any_type(first, true));
     const Input in = input_in(shared, cols, codes);
     prepare(in, norm, x, cols, any_type(second, false) || (two && any_type(first, false)), codes, &sums[1][0][0][0]);
     __syncthreads();
     float bias = 0;
     KV_NO_UNROLL
-    for (int turn = 0, at = 0; blockIdx.x * groups + turn * stride < second.panels;) {
+    for (int turn = 0, at = 0; blockIdx.x + turn * stride < second.panels;) {
         const bool last = at + 1 == n_matrices, leads = last && warp == leader + (turn & (split - 1));
         const int type = part.type, output = part.output;
         const float other_bias = bias;
         bias = part.bias;
         float sum[4];
-        multiply(unit, part, in, cols, thread, split * WARP, sum);
+        multiply(units, part, in, cols, thread, threads, sum);
         const float prior = leads && output >= 0 ? before(output) : 0;
         if (last)
             panel += stride;
         part = last && two ? part_of(first, panel, lane) : part_of(second, panel, lane);
-        load_first(unit, part, cols, thread);
+        load_first(units, part, cols, thread, threads);
         put_sums(sum, type, lane, sums[turn % 2][at][warp]);
         if (!last) {
             at = 1;
             continue;
         }
-        if (panel - group >= second.panels)
+        if (blockIdx.x + (turn + 1) * stride >= second.panels)
             fetch_next(next, next_bytes);
         __syncthreads();
         if (leads) {
@@ -101,7 +102,7 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) matvec(
+extern "C" __global__ void __launch_bounds__(512, 1) matvec(
     const __grid_constant__ Matrix m, const __grid_constant__ Norm norm, const float *x, float *out, int add,
     float scale, float softcap, int split, const uint8_t *next, int64_t next_bytes)
 {
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) matvec(
              });
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) matvec_gated(
+extern "C" __global__ void __launch_bounds__(512, 1) matvec_gated(
     const __grid_constant__ Matrix gate, const __grid_constant__ Matrix up, const __grid_constant__ Norm norm,
     const float *x, int activation, float *out, int split, const uint8_t *next, int64_t next_bytes)
 {

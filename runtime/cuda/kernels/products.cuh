@@ -255,19 +255,26 @@ template <int TYPE> DEVICE void load_unit(Unit &u, const Part &p, int cols, int 
     case WEIGHT_Q6_K: call(WEIGHT_Q6_K) break;                                                                         \
     }
 
-// The first unit of thread t of a group.
-DEVICE void load_first(Unit &u, const Part &p, int cols, int t)
+// What a thread has on its way: two units, this one and the next.
+struct Units {
+    Unit a, b;
+};
+
+// The first units of a thread of a group of `threads`.
+DEVICE void load_first(Units &u, const Part &p, int cols, int thread, int threads)
 {
     if (!p.data)
         return;
-#define LOAD(T) load_unit<T>(u, p, cols, t);
+#define LOAD(T)                                                                                                        \
+    load_unit<T>(u.a, p, cols, thread);                                                                                \
+    load_unit<T>(u.b, p, cols, thread + threads);
     FOR_TYPE(p.type, LOAD)
 #undef LOAD
 }
 
-// sum [4]: of the quad that the lane has; u: the first unit, loaded. `threads` of a group.
+// sum [4]: of the quad that the lane has; u: the first units, loaded. `threads` of a group.
 template <int TYPE>
-DEVICE void add_units(Unit &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
+DEVICE void add_units(Units &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
 {
     if (!HAS_TYPE(TYPE))
         return;
@@ -277,9 +284,13 @@ DEVICE void add_units(Unit &u, const Part &p, const Input &in, int cols, int thr
     for (int r = 0; r < (TYPE == WEIGHT_F16 ? 8 : 4); r++)
         rows[r] = 0;
     KV_NO_UNROLL
-    for (int t = thread; t < n; t += threads) {
-        use<TYPE>(u, in, t, rows);
-        load_unit<TYPE>(u, p, cols, t + threads);
+    for (int t = thread; t < n; t += 2 * threads) {
+        use<TYPE>(u.a, in, t, rows);
+        load_unit<TYPE>(u.a, p, cols, t + 2 * threads);
+        if (t + threads < n) { // the same for a warp of q4_k, which shuffles
+            use<TYPE>(u.b, in, t + threads, rows);
+            load_unit<TYPE>(u.b, p, cols, t + 3 * threads);
+        }
     }
     KV_UNROLL
     for (int r = 0; r < 4; r++)
@@ -295,8 +306,8 @@ DEVICE void add_units(Unit &u, const Part &p, const Input &in, int cols, int thr
 }
 
 // sum [4] = the product of a panel as far as this thread has it: of the quad that its lane has. Every lane of a warp
-// calls it with the same part, whose first unit is loaded.
-DEVICE void multiply(Unit &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
+// calls it with the same part, whose first units are loaded.
+DEVICE void multiply(Units &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
 {
     sum[0] = sum[1] = sum[2] = sum[3] = 0;
     if (!p.data)
