@@ -17,9 +17,10 @@ KERNELS = Path(__file__).with_name("kernels")
 MODULES = ("step", "matrix", "chunk", "experts", "cache", "attention", "attention_chunk", "bandwidth")
 MAX_SEGMENTS = 3
 EARLY = frozenset(
-    ("matvec", "matvec_gated", "norm_heads", "choose", "experts_gated", "experts_down", "add_chunk")
+    ("matvec", "matvec_gated", "norm_heads", "append", "attend", "choose", "experts_gated", "experts_down", "add_chunk")
 )
-"""Kernels that may start before the one before them has ended: before they read what it writes, they wait for it."""
+"""Kernels that may start before the one before them has ended: before they read what it writes, they wait for it. Not the
+first of a step, which follows a copy, so that all of them find the step written."""
 
 # As in kernels/common.cuh; aligned like C's.
 SEGMENT = np.dtype(

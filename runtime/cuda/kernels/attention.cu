@@ -198,8 +198,10 @@ extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 4 : 2) attend
     const Items items = find_items(step, c);
     const int n_items = items.n_sinks + items.n_windows + items.n_ring;
     const int active = n_items < (int)gridDim.x ? n_items : (int)gridDim.x;
+    let_next_start();
     if ((int)blockIdx.x >= active)
         return;
+    wait_for_previous();
     uint8_t *at = (uint8_t *)shared;
     Queries queries;
     queries.q = (float *)at, at += 4 * ROWS * head_dim_of(c);

@@ -151,13 +151,16 @@ extern "C" __global__ void __launch_bounds__(256) append(
     Staged s = {staged_windows, staged_tiles, max_tiles, tiles_packed(c, first)};
     k += head * c.head_dim;
     v += head * c.head_dim;
+    let_next_start();
     if (blockIdx.x == 0) {
+        wait_for_previous();
         append_sinks(step, c, head, k, v, ld, (float *)scratch);
         return;
     }
     int64_t tile = s.packed_before + blockIdx.x - 1, start = c.n_sinks + tile * TILE;
     if (tile > tile_of(c, end - 1))
         return;
+    wait_for_previous();
     int64_t from = start > first ? start : first, to = start + TILE < end ? start + TILE : end;
     uint8_t *window = unpacked_tile(c, s, head, tile);
     bool pack = tile < packed_after && c.n_slots;
