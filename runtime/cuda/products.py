@@ -1,7 +1,7 @@
 """Launches of `matrix.cu`: one token's products with matrices.
 
-A block of threads on each multiprocessor goes round the panels, all of a group's warps on the columns of one. Addresses are numbers, structures
-abi's; a norm without a weight is none, a matrix without segments is not there.
+A block of threads on each multiprocessor goes round the panels, all of a group's warps on the columns of one. Addresses
+are numbers, structures abi's; a norm without a weight is none, a matrix without segments is not there.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def shared_bytes(*matrices: np.ndarray) -> int:
 
 
 def _launch(
-    kernel: str, matrices: tuple[np.ndarray, ...], args: tuple[np.ndarray, ...], n_multiprocessors: int, then: np.ndarray,
-    ahead: int,
+    kernel: str, matrices: tuple[np.ndarray, ...], args: tuple[np.ndarray, ...], n_multiprocessors: int,
+    then: np.ndarray, ahead: int,
 ) -> Launch:  # fmt: skip
     warps, first = split(n_multiprocessors, *matrices), then["segments"][0, 0]
     grid = min(int(matrices[-1]["panels"][0]), n_multiprocessors)
@@ -69,8 +69,8 @@ def matvec(
     matrix: np.ndarray, norm: np.ndarray, x: int, out: int, add: bool = False, scale: float = 1.0, softcap: float = 0.0,
     *, n_multiprocessors: int, then: np.ndarray = NO_MATRIX, ahead: int = AHEAD,
 ) -> Launch:  # fmt: skip
-    """out [width] (+)= matrix times the norm of x, plus its biases, times scale, capped; of padded rows nothing is written.
-    `then`: the matrix that is read next."""
+    """out [width] (+)= matrix times the norm of x, plus its biases, times scale, capped; of padded rows nothing is
+    written. `then`: the matrix that is read next."""
     args = (matrix, norm, pointer(x), pointer(out), int32(add), float32(scale), float32(softcap))
     return _launch("matvec", (matrix,), args, n_multiprocessors, then, ahead)
 

@@ -3,7 +3,7 @@
 import launching
 import numpy as np
 import pytest
-from host_device import view
+from host_device import compiled, view
 from launching import SUPER_TYPES, Matrices, aligned, array, at, close, empty, norm_of
 
 from kvrun import _core
@@ -74,6 +74,20 @@ def test_warps_may_share_a_panel_in_any_number(kind, split, rng, monkeypatch):
     m, x, out = Matrices([(kind, weights(rng, 100, 768))]), array(rng.normal(0, 1, 768)), empty(112)
     monkeypatch.setattr(products, "split", lambda *_: split)
     run(products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
+    check(out, expected(m, x), EXACT)
+
+
+@pytest.mark.parametrize("kinds", [("f16",), ("q6_k",), ("q4_0", "f32")])
+def test_compiled_for_its_types(kinds, rng, monkeypatch):
+    """As a GPU's kernels are: a launch's options leave the other types out."""
+    m = Matrices([(kind, weights(rng, 40, 512)) for kind in kinds])
+    x, out = array(rng.normal(0, 1, 512)), empty(m.width)
+    launch = products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=2)
+    name, types = launch.options[0].removeprefix("-D").split("=")
+    text = f"#define {name} {types}\n{abi.source('matrix')}"
+    library = compiled("matrix", text)
+    monkeypatch.setattr(launching, "kernels", lambda module: {"matvec": library.launch_matvec})
+    run(launch)
     check(out, expected(m, x), EXACT)
 
 

@@ -93,18 +93,20 @@ DEVICE void clear_beyond(float4 &x, int i, int n)
         x = map_four([&](int c) { return i + c < n ? of_four(x, c) : 0.f; });
 }
 
+enum { MATVEC_THREADS = 512, MATVEC_WARPS = MATVEC_THREADS / WARP, READ_STEP = 4 * MATVEC_THREADS };
+
 // A row read by all threads of a block, four elements each at a time, two times ahead.
 struct Reader {
     const float *row;
-    int n, step;
+    int n;
     float4 now, next;
 };
 
 DEVICE Reader read(const float *row, int n)
 {
-    Reader r = {row, n, 4 * (int)blockDim.x};
+    Reader r = {row, n};
     r.now = four_of(row, 4 * threadIdx.x, n);
-    r.next = four_of(row, 4 * threadIdx.x + r.step, n);
+    r.next = four_of(row, 4 * threadIdx.x + READ_STEP, n);
     return r;
 }
 
@@ -112,28 +114,37 @@ DEVICE Reader read(const float *row, int n)
 DEVICE void advance(Reader &r, int i)
 {
     r.now = r.next;
-    r.next = four_of(r.row, i + 2 * r.step, r.n);
+    r.next = four_of(r.row, i + 2 * READ_STEP, r.n);
 }
 
-// The sum over a row of what f makes of four elements.
+// The sum over a row of what f makes of four elements. scratch: shared, a float for each warp, not used again.
 template <class F> DEVICE float row_sum(const Reader &r, float *scratch, F f)
 {
     float4 now = r.now, next = r.next;
     const int first = 4 * threadIdx.x;
     float sum = 0;
     KV_NO_UNROLL
-    for (int i = first; i < r.n; i += r.step) {
+    for (int i = first; i < r.n; i += READ_STEP) {
         float4 x = now;
         now = next;
-        if (i + 2 * r.step < r.n)
-            next = *(const float4 *)(r.row + i + 2 * r.step);
+        if (i + 2 * READ_STEP < r.n)
+            next = *(const float4 *)(r.row + i + 2 * READ_STEP);
         sum += f(x, i);
     }
-    return block_sum(sum, scratch);
+    const int lane = threadIdx.x % WARP;
+    sum = warp_sum(sum);
+    if (lane == 0)
+        scratch[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    sum = scratch[lane % MATVEC_WARPS];
+    KV_UNROLL
+    for (int bit = 1; bit < MATVEC_WARPS; bit *= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+    return sum;
 }
 
-// x may be what the kernel before writes; rows are aligned to 16 bytes and may be read up to a multiple of them. scratch:
-// a float for each warp. The caller waits for all threads before it reads the input.
+// x may be what the kernel before writes; rows are aligned to 16 bytes and may be read up to a multiple of them.
+// scratch: two floats for each warp. The caller waits for all threads before it reads the input, or uses scratch.
 DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols, bool floats, bool codes,
                     float *scratch)
 {
@@ -151,14 +162,14 @@ DEVICE void prepare(const Input &in, const Norm &norm, const float *x, int cols,
                })
                / cols;
     if (normed)
-        factor = 1 / sqrtf(row_sum(values, scratch, [&](float4 v, int i) {
+        factor = 1 / sqrtf(row_sum(values, scratch + MATVEC_WARPS, [&](float4 v, int i) {
                                v = map_four([&](int c) { return of_four(v, c) - mean; });
                                clear_beyond(v, i, cols);
                                return v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
                            }) / cols + norm.eps);
     const int end = BLOCK * in.blocks;
     KV_NO_UNROLL
-    for (int i = 4 * threadIdx.x; (i & ~(4 * WARP - 1)) < end; i += values.step) {
+    for (int i = 4 * threadIdx.x; (i & ~(4 * WARP - 1)) < end; i += READ_STEP) {
         float4 v = values.now;
         advance(values, i);
         if (normed) {

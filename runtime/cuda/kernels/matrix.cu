@@ -11,8 +11,6 @@
 //   next: memory that a later kernel reads first, which is fetched into the L2 cache; 0: not known.
 #include "products.cuh"
 
-enum { MATVEC_THREADS = 512, MATVEC_WARPS = MATVEC_THREADS / WARP };
-
 // Has a block's share of what the next kernel reads first fetched into the L2 cache.
 DEVICE void fetch_next(const uint8_t *next, int64_t bytes)
 {
@@ -26,13 +24,17 @@ DEVICE void fetch_next(const uint8_t *next, int64_t bytes)
 #endif
 }
 
+// Whether segments of a type that takes int8, or of one that takes floats, are there.
 DEVICE bool any_type(const Matrix &m, bool codes)
 {
+#ifdef KV_WEIGHT_TYPES
+    return codes ? KV_WEIGHT_TYPES >> WEIGHT_Q8_0 : KV_WEIGHT_TYPES & ((1 << WEIGHT_Q8_0) - 1);
+#else
     bool any = false;
-    KV_UNROLL
-    for (int k = 0; k < 3; k++)
-        any |= k < m.n_segments && takes_codes(m.segments[k].type) == codes;
+    for (int k = 0; k < m.n_segments; k++)
+        any |= takes_codes(m.segments[k].type) == codes;
     return any;
+#endif
 }
 
 // Sums of a panel's rows by the warps of a group: [buffer][matrix][warp][row].
@@ -62,7 +64,7 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     int panel = blockIdx.x + group * gridDim.x;
     Units units;
     const bool two = n_matrices == 2;
-    Part part = two ? part_of(first, panel, lane) : part_of(second, panel, lane);
+    Part part = two ? part_of(first, panel) : part_of(second, panel);
     load_first(units, part, cols, thread, threads);
     let_next_start();
     const bool codes = any_type(second, true) || (two && any_type(first, true));
@@ -73,15 +75,16 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     KV_NO_UNROLL
     for (int turn = 0, at = 0; blockIdx.x + turn * stride < second.panels;) {
         const bool last = at + 1 == n_matrices, leads = last && warp == leader + (turn & (split - 1));
-        const int type = part.type, output = part.output;
+        const bool there = lane < PANEL && lane < part.rows;
+        const int type = part.type, output = PANEL * panel + lane;
         const float other_bias = bias;
-        bias = part.bias;
+        bias = there && part.bias ? part.bias[lane] : 0;
         float sum[4];
         multiply(units, part, in, cols, thread, threads, sum);
-        const float prior = leads && output >= 0 ? before(output) : 0;
+        const float prior = leads && there ? before(output) : 0;
         if (last)
             panel += stride;
-        part = last && two ? part_of(first, panel, lane) : part_of(second, panel, lane);
+        part = last && two ? part_of(first, panel) : part_of(second, panel);
         load_first(units, part, cols, thread, threads);
         put_sums(sum, type, lane, sums[turn % 2][at][warp]);
         if (!last) {
@@ -94,7 +97,7 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
         if (leads) {
             const float y = total_of(sums[turn % 2][at] + leader, split, lane) + bias;
             const float x = two ? total_of(sums[turn % 2][0] + leader, split, lane) + other_bias : y;
-            if (output >= 0)
+            if (there)
                 put(output, prior, x, y);
         }
         at = 0;

@@ -7,8 +7,10 @@
 // Compiled for the types of a model when KV_WEIGHT_TYPES has a bit for each of them, else for all.
 #ifdef KV_WEIGHT_TYPES
 #define HAS_TYPE(type) (KV_WEIGHT_TYPES >> (type) & 1)
+#define IS_TYPE(value, type) (HAS_TYPE(type) && (KV_WEIGHT_TYPES == 1 << (type) || (value) == (type)))
 #else
 #define HAS_TYPE(type) true
+#define IS_TYPE(value, type) ((value) == (type))
 #endif
 
 // What a thread has loaded of a unit.
@@ -19,8 +21,8 @@ struct Unit {
 
 DEVICE uint2 load_pair(const uint8_t *p) { return *(const uint2 *)p; }
 
-// Threads that a panel keeps busy at most.
-DEVICE int n_units(int type, int cols)
+// Of a panel.
+DEVICE uint32_t n_units(int type, int cols)
 {
     switch (type) {
     case WEIGHT_F32: return (cols + 3) / 4 * 4;
@@ -34,26 +36,26 @@ DEVICE int n_units(int type, int cols)
 
 DEVICE uint4 line_if(bool there, const uint8_t *p) { return there ? load_stream(p) : make_uint4(0, 0, 0, 0); }
 
-template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, int cols, int t)
+template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, uint32_t cols, uint32_t t)
 {
-    const int quad = t % 4;
+    const uint32_t quad = t % 4;
     if (TYPE == WEIGHT_F32) {
-        const int column = t / 4 * 4;
+        const uint32_t column = t / 4 * 4;
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = line_if(column + i < cols, panel + (64 * (column + i) + 16 * quad));
     } else if (TYPE == WEIGHT_F16) {
-        const int column = t / 2 * 4;
+        const uint32_t column = t / 2 * 4;
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = line_if(column + i < cols, panel + (32 * (column + i) + 16 * (t % 2)));
     } else if (TYPE == WEIGHT_BF16) {
-        const int line = t / 4 * 4;
+        const uint32_t line = t / 4 * 4;
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = line_if(2 * (line + i) < cols, panel + (64 * (line + i) + 16 * quad));
     } else if (TYPE == WEIGHT_Q4_K) {
-        const int block = t / 4;
+        const uint32_t block = t / 4;
         const uint8_t *super = panel + (block / 8 * 2304 + 16 * quad), *from = super + (256 + block % 8 * 256);
         KV_UNROLL
         for (int i = 0; i < 4; i++)
@@ -63,7 +65,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, int cols, in
         u.scale = load_pair(super - 8 * quad);
         u.minimum = load_pair(super - 8 * quad + 32);
     } else if (TYPE == WEIGHT_Q6_K) {
-        const int block = t / 4, super = block / 16; // a block of 16
+        const uint32_t block = t / 4, super = block / 16; // a block of 16
         const uint8_t *pair = panel + super / 2 * (64 + 2 * 3328), *from = pair + (64 + super % 2 * 3328 + 16 * quad);
         KV_UNROLL
         for (int i = 0; i < 3; i++)
@@ -71,7 +73,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, int cols, in
         u.lines[3] = load_stream(from + block % 16 / 4 * 64);
         u.scale = load_pair(pair + super % 2 * 32 + 8 * quad);
     } else if (TYPE == WEIGHT_Q8_0) {
-        const int half = t / 4, block = half / 2;
+        const uint32_t half = t / 4, block = half / 2;
         const uint8_t *pair = panel + block / 2 * 1088;
         const uint8_t *from = pair + (64 + block % 2 * 512 + half % 2 * 256 + 16 * quad);
         KV_UNROLL
@@ -79,7 +81,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, int cols, in
             u.lines[i] = load_stream(from + 64 * i);
         u.scale = load_pair(pair + block % 2 * 32 + 8 * quad);
     } else {
-        const int block = t / 4, head = TYPE == WEIGHT_Q4_1 ? 128 : 64;
+        const uint32_t block = t / 4, head = TYPE == WEIGHT_Q4_1 ? 128 : 64;
         const uint8_t *pair = panel + block / 2 * (head + 512), *from = pair + (head + block % 2 * 256 + 16 * quad);
         KV_UNROLL
         for (int i = 0; i < 4; i++)
@@ -91,7 +93,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, int cols, in
 }
 
 // 256 times the products of four rows' codes with the first plane of a block, plus those with the second.
-DEVICE void dot_nibbles(const Unit &u, const Input &in, int block, int *dot)
+DEVICE void dot_nibbles(const Unit &u, const Input &in, uint32_t block, int *dot)
 {
     int first[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
     KV_UNROLL
@@ -110,7 +112,7 @@ DEVICE void dot_nibbles(const Unit &u, const Input &in, int block, int *dot)
 }
 
 // The same of half a block, 16 channels, whose codes are signed bytes less `zero`: code(l, r), a word of line l.
-template <class F> DEVICE void dot_bytes(const Input &in, int half, uint32_t zero, int *dot, F code)
+template <class F> DEVICE void dot_bytes(const Input &in, uint32_t half, uint32_t zero, int *dot, F code)
 {
     int first[4], second[4], first_zero = 0, second_zero = 0;
     uint32_t x[4], y[4];
@@ -138,7 +140,7 @@ template <class F> DEVICE void dot_bytes(const Input &in, int half, uint32_t zer
 }
 
 // sum += the products of a unit; of f16 eight rows, else four.
-template <int TYPE> DEVICE void use(const Unit &u, const Input &in, int t, float *sum)
+template <int TYPE> DEVICE void use(const Unit &u, const Input &in, uint32_t t, float *sum)
 {
     int dot[4];
     if (TYPE == WEIGHT_F32) {
@@ -169,7 +171,7 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, int t, float
                 sum[r] += __uint_as_float(w & 0xffff0000u) * of_four(x[i / 2], i % 2 * 2 + 1);
             }
     } else if (TYPE == WEIGHT_Q8_0 || TYPE == WEIGHT_Q6_K) {
-        const int half = t / 4;
+        const uint32_t half = t / 4;
         const float step = __uint_as_float(in.sums[half / 2].x);
         if (TYPE == WEIGHT_Q8_0)
             dot_bytes(in, half, 0, dot, [&](int l, int r) { return word_of(u.lines[l], r) ^ 0x80808080u; });
@@ -186,7 +188,7 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, int t, float
             sum[r] += dot[r] * scale;
         }
     } else {
-        const int block = t / 4;
+        const uint32_t block = t / 4;
         const uint2 of_block = in.sums[block];
         const float step = __uint_as_float(of_block.x), total = step * (int)of_block.y;
         dot_nibbles(u, in, block, dot);
@@ -211,16 +213,16 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, int t, float
     }
 }
 
-// A panel; data 0: there is none. For lanes that have one of its rows: which output that is, else -1, and its bias.
+// A panel; data 0: there is none.
 struct Part {
     const uint8_t *data;
-    int type, output;
-    float bias;
+    const float *bias; // of its first row, or 0
+    int type, rows;    // rows: at least those that are there
 };
 
-DEVICE Part part_of(const Matrix &m, int panel, int lane)
+DEVICE Part part_of(const Matrix &m, int panel)
 {
-    Part part = {0, 0, -1, 0};
+    Part part = {0, 0, 0, 0};
     if (panel >= m.panels)
         return part;
     int k = 0, at = panel; // the segment, and the panel in it
@@ -228,31 +230,35 @@ DEVICE Part part_of(const Matrix &m, int panel, int lane)
         at -= m.segments[k++].panels;
     const Segment &s = m.segments[k];
     part.data = s.data + at * s.panel_bytes;
+    part.bias = s.bias ? s.bias + PANEL * at : 0;
     part.type = s.type;
-    if (lane < PANEL && PANEL * at + lane < s.rows) {
-        part.output = PANEL * panel + lane;
-        if (s.bias)
-            part.bias = s.bias[PANEL * at + lane];
-    }
+    part.rows = s.rows - PANEL * at;
     return part;
 }
 
-template <int TYPE> DEVICE void load_unit(Unit &u, const Part &p, int cols, int t)
+template <int TYPE> DEVICE void load_unit(Unit &u, const Part &p, int cols, uint32_t t)
 {
-    if (HAS_TYPE(TYPE) && t < n_units(TYPE, cols))
+    if (t < n_units(TYPE, cols))
         load<TYPE>(u, p.data, cols, t);
 }
 
 #define FOR_TYPE(type, call)                                                                                           \
-    switch (type) {                                                                                                    \
-    case WEIGHT_F32: call(WEIGHT_F32) break;                                                                           \
-    case WEIGHT_F16: call(WEIGHT_F16) break;                                                                           \
-    case WEIGHT_BF16: call(WEIGHT_BF16) break;                                                                         \
-    case WEIGHT_Q8_0: call(WEIGHT_Q8_0) break;                                                                         \
-    case WEIGHT_Q4_1: call(WEIGHT_Q4_1) break;                                                                         \
-    case WEIGHT_Q4_0: call(WEIGHT_Q4_0) break;                                                                         \
-    case WEIGHT_Q4_K: call(WEIGHT_Q4_K) break;                                                                         \
-    case WEIGHT_Q6_K: call(WEIGHT_Q6_K) break;                                                                         \
+    if (IS_TYPE(type, WEIGHT_F32)) {                                                                                   \
+        call(WEIGHT_F32)                                                                                               \
+    } else if (IS_TYPE(type, WEIGHT_F16)) {                                                                            \
+        call(WEIGHT_F16)                                                                                               \
+    } else if (IS_TYPE(type, WEIGHT_BF16)) {                                                                           \
+        call(WEIGHT_BF16)                                                                                              \
+    } else if (IS_TYPE(type, WEIGHT_Q8_0)) {                                                                           \
+        call(WEIGHT_Q8_0)                                                                                              \
+    } else if (IS_TYPE(type, WEIGHT_Q4_1)) {                                                                           \
+        call(WEIGHT_Q4_1)                                                                                              \
+    } else if (IS_TYPE(type, WEIGHT_Q4_0)) {                                                                           \
+        call(WEIGHT_Q4_0)                                                                                              \
+    } else if (IS_TYPE(type, WEIGHT_Q4_K)) {                                                                           \
+        call(WEIGHT_Q4_K)                                                                                              \
+    } else if (IS_TYPE(type, WEIGHT_Q6_K)) {                                                                           \
+        call(WEIGHT_Q6_K)                                                                                              \
     }
 
 // What a thread has on its way: two units, this one and the next.
@@ -261,7 +267,7 @@ struct Units {
 };
 
 // The first units of a thread of a group of `threads`.
-DEVICE void load_first(Units &u, const Part &p, int cols, int thread, int threads)
+DEVICE void load_first(Units &u, const Part &p, int cols, uint32_t thread, uint32_t threads)
 {
     if (!p.data)
         return;
@@ -274,17 +280,15 @@ DEVICE void load_first(Units &u, const Part &p, int cols, int thread, int thread
 
 // sum [4]: of the quad that the lane has; u: the first units, loaded. `threads` of a group.
 template <int TYPE>
-DEVICE void add_units(Units &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
+DEVICE void add_units(Units &u, const Part &p, const Input &in, int cols, uint32_t thread, uint32_t threads, float *sum)
 {
-    if (!HAS_TYPE(TYPE))
-        return;
-    const int n = n_units(TYPE, cols);
+    const uint32_t n = n_units(TYPE, cols);
     float rows[TYPE == WEIGHT_F16 ? 8 : 4];
     KV_UNROLL
     for (int r = 0; r < (TYPE == WEIGHT_F16 ? 8 : 4); r++)
         rows[r] = 0;
     KV_NO_UNROLL
-    for (int t = thread; t < n; t += 2 * threads) {
+    for (uint32_t t = thread; t < n; t += 2 * threads) {
         use<TYPE>(u.a, in, t, rows);
         load_unit<TYPE>(u.a, p, cols, t + 2 * threads);
         if (t + threads < n) { // the same for a warp of q4_k, which shuffles
@@ -307,7 +311,7 @@ DEVICE void add_units(Units &u, const Part &p, const Input &in, int cols, int th
 
 // sum [4] = the product of a panel as far as this thread has it: of the quad that its lane has. Every lane of a warp
 // calls it with the same part, whose first units are loaded.
-DEVICE void multiply(Units &u, const Part &p, const Input &in, int cols, int thread, int threads, float *sum)
+DEVICE void multiply(Units &u, const Part &p, const Input &in, int cols, uint32_t thread, uint32_t threads, float *sum)
 {
     sum[0] = sum[1] = sum[2] = sum[3] = 0;
     if (!p.data)
@@ -320,7 +324,8 @@ DEVICE void multiply(Units &u, const Part &p, const Input &in, int cols, int thr
 // sums [16]: of a warp's lanes. Those with the same quad share out its rows: two, then one each.
 DEVICE void put_sums(const float *sum, int type, int lane, float *sums)
 {
-    const int row = lane / 16 * 2 + lane / 8 % 2, quad = type == WEIGHT_F16 ? lane % 2 * 2 + lane / 2 % 2 : lane % 4;
+    const int row = lane / 16 * 2 + lane / 8 % 2;
+    const int quad = IS_TYPE(type, WEIGHT_F16) ? lane % 2 * 2 + lane / 2 % 2 : lane % 4;
     float a = lane & 16 ? sum[2] : sum[0], b = lane & 16 ? sum[3] : sum[1];
     a += __shfl_xor_sync(0xffffffffu, lane & 16 ? sum[0] : sum[2], 16);
     b += __shfl_xor_sync(0xffffffffu, lane & 16 ? sum[1] : sum[3], 16);
