@@ -1,10 +1,11 @@
-/* CUDA on the host, for the kernels of runtime/cuda/kernels: put this in front of a module, and after it HOST_LAUNCHER(name)
- * for each kernel; compile as C++17 with KVRUN_HOST defined.
+/* CUDA on the host, for the kernels of runtime/cuda/kernels: put this in front of a module, and after it
+ * HOST_LAUNCHER(name) for each kernel; compile as C++17 with KVRUN_HOST defined.
  *
- * Blocks run one after the other. Each thread of a block is a fiber that runs until it waits for others, so nothing here is
- * atomic or volatile. Blocks with an odd number run their threads from the last to the first: a missing barrier shows as a
- * wrong result in one of the orders. Masks of warps are ignored: all threads that have not returned take part. Dynamic shared
- * memory is filled with 0xFF, NaN as a float, and ends at a page that cannot be touched; stacks begin at one.
+ * Blocks run one after the other. Each thread of a block is a fiber that runs until it waits for others, so nothing
+ * here is atomic or volatile. Blocks with an odd number run their threads from the last to the first: a missing barrier
+ * shows as a wrong result in one of the orders. Masks of warps are ignored: all that have not returned take part.
+ * Dynamic shared memory is filled with 0xFF, NaN as a float, and ends at a page that cannot be touched; stacks begin at
+ * one.
  */
 #pragma once
 #include <sys/mman.h>
@@ -66,7 +67,7 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
-// Fibers ------------------------------------------------------------------------------------------------------------------
+// Fibers --------------------------------------------------------------------------------------------------------------
 
 namespace host
 {
@@ -312,14 +313,14 @@ static T received(T own, int from)
 } // namespace host
 
 // (gx, gy, gz, bx, by, bz, bytes of dynamic shared memory, addresses of the arguments)
-#define HOST_LAUNCHER(name)                                                                                                    \
-    extern "C" __attribute__((visibility("default"))) void launch_##name(unsigned gx, unsigned gy, unsigned gz, unsigned bx,    \
-                                                                         unsigned by, unsigned bz, size_t shared, void **args) \
-    {                                                                                                                          \
-        host::launch(name, {gx, gy, gz}, {bx, by, bz}, shared, args);                                                          \
+#define HOST_LAUNCHER(name)                                                                                            \
+    extern "C" __attribute__((visibility("default"))) void launch_##name(                                              \
+        unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, size_t shared, void **args)      \
+    {                                                                                                                  \
+        host::launch(name, {gx, gy, gz}, {bx, by, bz}, shared, args);                                                  \
     }
 
-// What CUDA has built in ----------------------------------------------------------------------------------------------------
+// What CUDA has built in ----------------------------------------------------------------------------------------------
 
 static inline void __syncthreads() { host::wait(host::block, 0, host::n_threads); }
 static inline void __syncwarp(unsigned = 0) { host::wait_for_warp(); }
@@ -411,7 +412,7 @@ static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select)
     return out;
 }
 
-// What common.cuh does in PTX -------------------------------------------------------------------------------------------------
+// What common.cuh does in PTX -----------------------------------------------------------------------------------------
 
 static inline float half_to_float(uint16_t h)
 {
@@ -455,17 +456,21 @@ static inline uint4 load_stream(const void *p)
 
 static void mma_m16n8k16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
 {
-    static uint32_t given[host::MAX_WARPS][6][32];
-    uint32_t(*x)[32] = given[host::warp()], own[] = {a0, a1, a2, a3, b0, b1};
-    for (int i = 0; i < 6; i++)
-        x[i][host::lane()] = own[i];
-    host::wait_for_warp();
+    static float left[host::MAX_WARPS][16][16], right[host::MAX_WARPS][8][16]; // rows of a, columns of b
+    int g = host::lane() / 4, t = host::lane() % 4;
+    uint32_t a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
+    float(*x)[16] = left[host::warp()], (*y)[16] = right[host::warp()];
     for (int i = 0; i < 4; i++) {
-        int row = host::lane() / 4, column = 2 * (host::lane() % 4) + i % 2;
-        for (int j = 0; j < 8; j++) { // two terms each
-            uint32_t a = x[i / 2 + j / 4 * 2][4 * row + j % 4], b = x[4 + j / 4][4 * column + j % 4];
-            d[i] += half_to_float(a) * half_to_float(b) + half_to_float(a >> 16) * half_to_float(b >> 16);
-        }
+        x[g + i % 2 * 8][2 * t + i / 2 * 8] = half_to_float((uint16_t)a[i]);
+        x[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = half_to_float((uint16_t)(a[i] >> 16));
     }
+    for (int i = 0; i < 2; i++) {
+        y[g][2 * t + i * 8] = half_to_float((uint16_t)b[i]);
+        y[g][2 * t + i * 8 + 1] = half_to_float((uint16_t)(b[i] >> 16));
+    }
+    host::wait_for_warp();
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++)
+            d[i] += x[g + i / 2 * 8][k] * y[2 * t + i % 2][k];
     host::wait_for_warp();
 }

@@ -1,7 +1,7 @@
 // What every kernel uses: types, structures passed by value, conversions, loads, sums of a warp and of a block.
 //
-// No header of CUDA is included: NVRTC has none here. All but the PTX compiles as C++ too, behind a header that supplies what
-// CUDA has built in and what is under `#ifndef KVRUN_HOST` below.
+// No header of CUDA is included: NVRTC has none here. All but the PTX compiles as C++ too, behind a header that
+// supplies what CUDA has built in and what is under `#ifndef KVRUN_HOST` below.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -28,7 +28,7 @@ enum { WARP = 32, PANEL = 16, BLOCK = 32, SUPER = 256 };
 enum { WEIGHT_F32, WEIGHT_F16, WEIGHT_BF16, WEIGHT_Q8_0, WEIGHT_Q4_1, WEIGHT_Q4_0, WEIGHT_Q4_K, WEIGHT_Q6_K };
 enum { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH };
 
-// Structures: as in runtime/cuda/abi.py ---------------------------------------------------------------------------------
+// Structures: as in runtime/cuda/abi.py -------------------------------------------------------------------------------
 
 struct Segment {
     const uint8_t *data; // [panels][panel_bytes]
@@ -72,7 +72,7 @@ struct Ropes {
     const int64_t *of_layer;
 };
 
-// Numbers -----------------------------------------------------------------------------------------------------------------
+// Numbers -------------------------------------------------------------------------------------------------------------
 
 #ifndef KVRUN_HOST
 
@@ -108,7 +108,9 @@ DEVICE int dp4a_unsigned(uint32_t a, uint32_t b, int c)
 DEVICE uint4 load_stream(const void *p)
 {
     uint4 x;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(p));
     return x;
 }
 
@@ -164,7 +166,7 @@ DEVICE float2 halves_to_floats(uint32_t x)
     return y;
 }
 
-// Sums and maxima, which every thread gets -----------------------------------------------------------------------------------
+// Sums and maxima, which every thread gets ----------------------------------------------------------------------------
 
 DEVICE float warp_sum(float x)
 {
