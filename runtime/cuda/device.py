@@ -61,7 +61,11 @@ def _early_launcher(capability: tuple[int, int]) -> Any:
 
 
 class CudaDevice:
-    """The device that is current when this is made. `memory_limit`: bytes of it to use at most."""
+    """The device that is current when this is made. `memory_limit`: bytes of it to use at most.
+
+    `early`, False at first: kernels of abi.EARLY may start before the one before them has ended, on devices that can
+    (programmatic stream serialization). What that does to results can only be seen on a GPU.
+    """
 
     def __init__(self, memory_limit: int | None = None) -> None:
         self._check()
@@ -75,6 +79,7 @@ class CudaDevice:
                 f"at least {'.'.join(map(str, LEAST_CAPABILITY))} is needed"
             )
         self.architecture = "sm_{}{}".format(*self.capability)
+        self.early = False
         self._launch_early = _early_launcher(self.capability)
         self._limit = memory_limit
         self._pool = cupy.cuda.MemoryPool()
@@ -188,7 +193,7 @@ class CudaDevice:
 
     def _launch(self, launch: abi.Launch, stream: Any) -> None:
         kernel = self.prepare(launch)
-        if self._launch_early is None or launch.kernel not in abi.EARLY:
+        if not self.early or self._launch_early is None or launch.kernel not in abi.EARLY:
             with stream:
                 kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared)
             return
