@@ -46,8 +46,8 @@ $(VENV)/.built: $(VENV)/.made $(SOURCES)
 	@touch $@
 
 $(VENV)/.testable: $(VENV)/.built
-	@$(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("kvrun") \
-	    if "extra ==" in r and "test" in r.split("extra ==")[1]), sep="\n")' > $@.txt
+	@$(BIN)/python -c 'import importlib.metadata as m, re; print(*(re.sub("(;| and) extra ==.*", "", r) \
+	    for r in m.requires("kvrun") if re.search("extra == .test.", r)), sep="\n")' > $@.txt
 	@$(PIP) install -qq -r $@.txt || { echo "make: pip cannot install what the tests need: see above" >&2; exit 1; }
 	@touch $@
 

@@ -388,6 +388,8 @@ cdef class Engine:
     cdef readonly int threads
     cdef readonly bint precise
 
+    max_chunk = MAX_CHUNK
+
     def __cinit__(self, description, weights, vectors, rope_tables, threads=1, precise=False):
         cdef int64_t i
         d = self.description = description
@@ -517,6 +519,10 @@ cdef class Engine:
         self.kept.append(vectors[name])
         return &v[0]
 
+    def new_cache(self, **options):
+        """A cache for this engine; takes and raises what ``KVCache`` does."""
+        return KVCache(self, **options)
+
     def forward(self, tokens, KVCache kv not None, logits="last"):
         """Runs a chunk of 1 to ``MAX_CHUNK`` tokens that follow those already in the cache.
 
@@ -525,10 +531,23 @@ cdef class Engine:
         Raises ValueError for tokens outside the vocabulary, a chunk of the wrong size or more tokens than the model has
         learned positions, RuntimeError when another thread is using the cache.
         """
+        cdef const int32_t[::1] ids = self.checked(tokens, kv, logits)
+        cdef int64_t n = ids.shape[0]
+        if not kv.lock.acquire(blocking=False):
+            raise RuntimeError("this cache is in use by another thread")
+        try:
+            result = self._forward(ids, kv, 0 if logits == "all" else n - 1 if logits == "last" else n)
+            return result[0] if logits == "last" else result
+        finally:
+            kv.lock.release()
+
+    def checked(self, tokens, KVCache kv not None, logits, most=MAX_CHUNK):
+        """The tokens as int32 [n], if ``forward`` can take them, or another engine that takes `most` at a time;
+        ValueError as there."""
         cdef const int32_t[::1] ids = np.ascontiguousarray(tokens, np.int32)
         cdef int64_t n = ids.shape[0], i
-        if not 1 <= n <= MAX_CHUNK:
-            raise ValueError(f"a chunk has 1 to {MAX_CHUNK} tokens, not {n}")
+        if not 1 <= n <= most:
+            raise ValueError(f"a chunk has 1 to {most} tokens, not {n}")
         if (kv.c.n_layers != self.c.n_layers or kv.c.n_kv_heads != self.c.n_kv_heads or kv.c.head_dim != self.c.head_dim
                 or kv.sliding_windows != self.sliding_windows):
             raise ValueError("this cache was made for another model")
@@ -540,18 +559,11 @@ cdef class Engine:
                              f"longer: {kv.c.n_tokens + n} tokens")
         if logits not in ("last", "all", "none"):
             raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
-        if not kv.lock.acquire(blocking=False):
-            raise RuntimeError("this cache is in use by another thread")
-        try:
-            result = self._forward(ids, kv, 0 if logits == "all" else n - 1 if logits == "last" else n)
-            return result[0] if logits == "last" else result
-        finally:
-            kv.lock.release()
+        return np.asarray(ids)
 
-    cdef _rope(self, int64_t ctx, Ropes* ropes):
-        """The tables for caches of this size, which are kept."""
-        cdef const double[:, ::1] inv_freq, amplitude
-        cdef const int64_t[::1] of_layer
+    def ropes_of(self, ctx):
+        """Rotary tables for caches of `ctx` tokens, which are kept: float64 [tables, head_dim / 2] inv_freq and
+        amplitude, int64 [n_layers] of_layer."""
         if ctx not in self.ropes:
             tables, d = self.rope_tables(ctx), self.description
             kept = (np.array(tables.inv_freq, np.float64), np.array(tables.amplitude, np.float64),
@@ -560,7 +572,12 @@ cdef class Engine:
                     or kept[2].shape != (d.n_layers,) or not 0 <= kept[2].min() <= kept[2].max() < len(kept[0])):
                 raise ValueError("rope_tables are not of the shapes that the description says")
             self.ropes[ctx] = kept
-        inv_freq, amplitude, of_layer = self.ropes[ctx]
+        return self.ropes[ctx]
+
+    cdef _rope(self, int64_t ctx, Ropes* ropes):
+        cdef const double[:, ::1] inv_freq, amplitude
+        cdef const int64_t[::1] of_layer
+        inv_freq, amplitude, of_layer = self.ropes_of(ctx)
         ropes.n, ropes.inv_freq, ropes.amplitude = inv_freq.shape[0], &inv_freq[0, 0], &amplitude[0, 0]
         ropes.of_layer = &of_layer[0]
 

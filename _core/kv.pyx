@@ -279,6 +279,66 @@ cdef class KVCache:
         some that it would show. What leaves a sliding window would not be seen any more in any case."""
         return tiles_evicted(&self.c, self.c.n_slots, tiles_packed(&self.c, self.c.n_tokens)) > 0
 
+    @property
+    def packed_ever(self):
+        """Tiles that were packed before a truncation, 0 if no ring has lost any."""
+        return self.c.packed_ever
+
+    @property
+    def bytes(self):
+        """uint8 [nbytes], writable: the memory, laid out as kv.pxd says."""
+        return np.frombuffer(self.memory, np.uint8)[:self.nbytes]
+
+    def geometry(self):
+        """The layout for kernels that are not the core's: numbers of kv.pxd by name, formats as in enum kv_format_id,
+        and `layers`, for each its start, head_bytes, sight and n_slots."""
+        cdef const Cache* c = &self.c
+        names = list(KV_FORMATS)
+        exact = {name: KV_FORMAT_F32 if name == "f32" else KV_FORMAT_F16 for name in (self.k, self.v)}
+        return {
+            "n_kv_heads": c.n_kv_heads, "head_dim": c.head_dim, "head_pad": c.head_pad, "n_sinks": c.n_sinks,
+            "sink_lanes": c.sink_lanes, "window": c.window, "n_window_tiles": c.n_window_tiles, "n_slots": c.n_slots,
+            "n_sliding": c.n_sliding, "sink_v": c.sink_v, "windows": c.windows, "ring": c.ring, "k_bytes": c.k_bytes,
+            "v_bytes": c.v_bytes, "window_k_bytes": c.window_k_bytes, "window_v_bytes": c.window_v_bytes,
+            "k_format": names.index(self.k), "v_format": names.index(self.v), "wk_format": exact[self.k],
+            "wv_format": exact[self.v],
+            "layers": [{"start": c.layers[i].start, "head_bytes": c.layers[i].head_bytes, "sight": c.layers[i].sight,
+                        "n_slots": c.layers[i].n_slots} for i in range(c.n_layers)],
+        }
+
+    def count(self, n_tokens, packed_ever):
+        """Says what the cache holds when something else than the core has put it there: `n_tokens` and `packed_ever`
+        are those afterwards. ValueError for numbers that no cache has."""
+        if not (0 <= n_tokens <= MAX_TOKENS and 0 <= packed_ever <= MAX_TOKENS):
+            raise ValueError(f"a cache cannot have {n_tokens} tokens, and {packed_ever} tiles packed before")
+        with self.lock:
+            self.c.n_tokens, self.c.packed_ever = n_tokens, packed_ever
+
+    def parts(self, keep=None):
+        """int64 [m, 2]: offsets and sizes of what is in use, or of what `truncate(keep)` reads and writes; sinks and
+        window always whole. Raises ValueError unless 0 <= keep <= n_tokens."""
+        cdef const Cache* c = &self.c
+        cdef int64_t layer, head, first, end, slot, run, bytes = c.k_bytes + c.v_bytes
+        cdef Tiles t
+        if keep is not None and not 0 <= keep <= c.n_tokens:
+            raise ValueError(f"cannot keep {keep} tokens: the cache has {c.n_tokens}")
+        parts = []
+        for layer in range(c.n_layers):
+            t = _tiles(c, layer)
+            first, end = t.first, t.packed
+            if keep is not None:
+                first, end = max(first, tiles_packed(c, keep)), min(end, tile_of(c, keep - 1) + 1)
+            for head in range(c.n_kv_heads):
+                at = c.layers[layer].start + head * c.layers[layer].head_bytes
+                parts.append((at, c.ring))
+                slot = first % c.layers[layer].n_slots if first < end else 0
+                run = min(end - first, c.layers[layer].n_slots - slot)
+                if first < end:
+                    parts.append((at + c.ring + slot * bytes, run * bytes))
+                if first + run < end:
+                    parts.append((at + c.ring, (end - first - run) * bytes))
+        return np.array(parts, np.int64).reshape(-1, 2)
+
     def reset(self):
         """Forgets every token."""
         with self.lock:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvrun import plots
-from kvrun.cli import _default_model, _Parser, _whole, add_mmap_option
+from kvrun.cli import _default_model, _Parser, _whole, add_device_options, add_mmap_option, device_options
 from kvrun.errors import OptionError
 from kvrun.options import MAX_CTX, integer
 from kvrun.perplexity import cache_options, default_formats
@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
     add_mmap_option(parser)
+    add_device_options(parser)
     add("--json", action="store_true", help="machine-readable output")
     add("--plot", metavar="FILE", help="draw decode speed and memory by depth; .png, .svg or .pdf")
     return parser
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "decode" not in tests:
             raise OptionError("plot: it shows decode speed by depth; add --test decode")
         plots.check(args.plot)
-    model = load(args.model or _default_model(), threads=args.threads, mmap=args.mmap)
+    model = load(args.model or _default_model(), threads=args.threads, mmap=args.mmap, **device_options(args))
     plan = _plan(args, tests, model.description.context_length)
     with _progress(plan.steps) as progress:
         return Bench(model, plan, progress).report()
@@ -122,6 +123,10 @@ def _tests(args: argparse.Namespace) -> tuple[str, ...]:
     named = set(args.test or (["attention"] if args.shape else DEFAULT_TESTS))
     if args.shape and not named & {"attention", "all"}:
         raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
+    if args.device != "cpu":
+        if args.shape or "attention" in named:
+            raise OptionError("test: attention alone is measured on the CPU; leave --device out")
+        return tuple(test for test in TESTS if test != "attention" and (test in named or "all" in named))
     return tuple(test for test in TESTS if test in named or "all" in named)
 
 
@@ -199,9 +204,9 @@ def show(report: dict[str, Any]) -> None:
     console = Console(
         highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100
     )
-    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
+    threads = f", {report['threads']} thread{'s' * (report['threads'] > 1)}" if report["device"] == "cpu" else ""
     console.print(
-        f"{report['model']}: {report['cpu']}, {report['isa']}, {threads}; memory is read at "
+        f"{report['model']}: {report['cpu']}, {report['isa']}{threads}; memory is read at "
         f"{report['memory_bandwidth_gb_s']:.1f} GB/s\n"
         f"a decode step reads {report['weight_bytes_per_token'] / 1e6:.1f} MB of weights; "
         + _runs(report["results"])

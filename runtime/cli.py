@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from kvrun.errors import KvrunError, OptionError
+from kvrun.options import number
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
@@ -150,8 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt_options(parser)
     _add_answer_options(parser)
     add_cache_options(parser)
-    memory = parser.add_argument_group("memory")
+    memory = parser.add_argument_group("memory and device")
     add_mmap_option(memory)
+    add_device_options(memory)
     memory.add_argument(
         "--prefault", action="store_true", help="have model and cache in memory before the first token"
     )
@@ -195,6 +197,20 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--sinks", **_whole("sinks"), default=4, help="first tokens that are always kept (4)")
     add("--window", **_whole("window"), help="newest tokens kept unquantised (64; 128 with q2)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
+
+
+def add_device_options(parser: Any) -> None:
+    """`--device` and `--device-memory`, for every command that runs a model; `device_options` reads them."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="what runs the model: cuda is an NVIDIA GPU (cpu)")
+    add("--device-memory", **_real("device-memory"), help="GB of the GPU's memory to use at most (all)")
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As `load` takes them. OptionError for an amount of memory that is none."""
+    limit = args.device_memory
+    limit = None if limit is None else int(1e9 * number("device-memory", limit, low=0, high=1e6, above=True))
+    return {"device": args.device, "device_memory": limit}
 
 
 def add_mmap_option(parser: Any) -> None:
@@ -283,7 +299,7 @@ def _run(args: argparse.Namespace) -> int:
         raise KvrunError("standard output is closed")
     from kvrun.model import load
 
-    memory = {"mmap": args.mmap, "prefault": args.prefault}
+    memory = {"mmap": args.mmap, "prefault": args.prefault, **device_options(args)}
     model = load(args.model or _default_model(), threads=args.threads, precise=args.precise, **memory)
     with _session(model, args) as session:
         answer = Answers(session, args)

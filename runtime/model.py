@@ -14,8 +14,12 @@ from kvrun.modelfile import ModelFile, read_model_file
 from kvrun.options import integer
 from kvrun.session import Session
 
+DEVICES = ("cpu", "cuda")
+
 if TYPE_CHECKING:
     from kvrun.chat import ChatTemplate
+    from kvrun.cuda.device import CudaDevice
+    from kvrun.cuda.engine import CudaEngine
     from kvrun.description import ModelDescription
     from kvrun.tokenizer import Tokenizer
 
@@ -26,6 +30,8 @@ def load(
     precise: bool = False,
     mmap: bool = True,
     prefault: bool = False,
+    device: str = "cpu",
+    device_memory: int | None = None,
 ) -> Model:
     """Open a model file. Cheap: the file is mapped, not read. `threads`: the CPUs this process may use.
 
@@ -34,19 +40,49 @@ def load(
     `mmap` False: read the file into memory of its own instead, in huge pages where the system has them, which
     decodes a little faster. `prefault`: have the mapped file and the caches of all sessions in memory from the
     start, rather than as they are first used.
-    ModelFileError if the file cannot be used, OptionError for a number of threads that is none, MemoryError.
+    `device` "cuda": run on an NVIDIA GPU, which takes a copy of the weights and has the caches; `device_memory`: most
+    bytes of its memory to use (docs/cuda.md).
+    ModelFileError if the file cannot be used, OptionError for a number of threads that is none, or a device that is
+    not there or too small, MemoryError.
     """
+    gpu = _open_device(device, device_memory)
     count = _core.max_threads() if threads is None else integer("threads", threads, low=1, high=_core.MAX_THREADS)
     file = read_model_file(path, mapped=mmap)
     if prefault:
         file.prefault()
-    return Model(file, count, precise, prefault)
+    return Model(file, count, precise, prefault, gpu)
+
+
+def _open_device(name: str, memory: int | None) -> CudaDevice | None:
+    if name not in DEVICES:
+        raise OptionError(f"device: {name!r} is not one of {', '.join(DEVICES)}")
+    limit = None if memory is None else integer("device_memory", memory, low=1)
+    if name == "cpu":
+        if limit is not None:
+            raise OptionError("device_memory: only a GPU's memory can be limited; add device cuda")
+        return None
+    from kvrun.cuda import open_device
+
+    return open_device(limit)
+
+
+def _on_device(engine: _core.Engine, file: ModelFile, device: CudaDevice) -> CudaEngine:
+    from kvrun.cuda.engine import CudaEngine
+
+    return CudaEngine(engine, file.weights, file.vectors, device)
 
 
 class Model:
     """A loaded model; `load` makes one. Threads may share it, each with a session of its own."""
 
-    def __init__(self, file: ModelFile, threads: int, precise: bool = False, prefault: bool = False) -> None:
+    def __init__(
+        self,
+        file: ModelFile,
+        threads: int,
+        precise: bool = False,
+        prefault: bool = False,
+        device: CudaDevice | None = None,
+    ) -> None:
         self.file = file
         self.prefault = prefault
         self.threads = threads
@@ -55,9 +91,10 @@ class Model:
         self.stop_ids = frozenset(file.stop_ids)
         self._lock = threading.RLock()
         try:
-            self.engine = _core.Engine(
+            engine = _core.Engine(
                 file.description, file.weights, file.vectors, file.description.rope_tables, threads, precise
             )
+            self.engine = engine if device is None else _on_device(engine, file, device)
         except (ValueError, NotImplementedError) as error:
             raise KvrunError(f"{file.path}: this model cannot be run: {error}") from None
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvrun import _core, plots
-from kvrun.cli import _Parser, _whole, utf8
+from kvrun.cli import _Parser, _whole, add_device_options, device_options, utf8
 from kvrun.errors import KvrunError, OptionError
 from kvrun.options import CacheOptions, integer
 
@@ -198,7 +198,7 @@ def default_formats() -> list[str]:
 def new_cache(engine: _core.Engine, options: CacheOptions) -> _core.KVCache:
     """OptionError for options that make no cache, or one too large for the memory."""
     try:
-        return _core.KVCache(engine, **asdict(options))
+        return engine.new_cache(**asdict(options))
     except ValueError as error:
         raise OptionError(str(error)) from None
     except MemoryError:
@@ -233,6 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sinks", **_whole("sinks"), default=4, help="first tokens that are always kept (4)")
     add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
     add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
+    add_device_options(parser)
     add("--fast", action="store_true", help="activations of ordinary prefill, for a rough figure")
     add("--json", action="store_true", help="machine-readable output")
     add("--plot", metavar="FILE", help="draw KL divergence and agreement by bits; .png, .svg or .pdf")
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chunk_limit = None if args.chunks is None else integer("chunks", args.chunks, low=1)
     with open(args.text, "rb") as file:
         text = utf8(file.read(), f"the text in {args.text}").removeprefix("\ufeff")
-    model = load(args.model, threads=args.threads, precise=not args.fast)
+    model = load(args.model, threads=args.threads, precise=not args.fast, **device_options(args))
     length = model.description.context_length
     ctx = min(CTX, length) if args.ctx is None else integer("ctx", args.ctx, low=4, high=1 << 24)
     options = _caches(args, length, ctx)

@@ -66,8 +66,7 @@ class Session:
         self.model = model
         self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.usual_context, **cache)
         try:
-            self._kv = _core.KVCache(
-                model.engine,
+            self._kv = model.engine.new_cache(
                 k=self.cache.k,
                 v=self.cache.v,
                 ctx=self.cache.ctx,
@@ -441,8 +440,9 @@ class Session:
 
     def _flush(self, prompt: bool = False) -> None:
         """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""
+        most = self.model.engine.max_chunk
         while waiting := self._pending():
-            chunk = np.array(waiting[: _core.MAX_CHUNK], dtype=np.int32)
+            chunk = np.array(waiting[:most], dtype=np.int32)
             last = len(chunk) == len(waiting)
             began = time.perf_counter()
             try:

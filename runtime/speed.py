@@ -28,6 +28,8 @@ from kvrun.perplexity import cache_options, new_cache
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
+    from kvrun.cuda.cache import CudaKVCache
+    from kvrun.cuda.device import CudaDevice
     from kvrun.model import Model
 
 TESTS = ("prefill", "decode", "attention", "cache")
@@ -124,7 +126,7 @@ class Bench:
         self.model, self.plan, self._progress = model, plan, progress
         self.engine = model.engine
         self._rng = np.random.default_rng(0)
-        self._buffer = core.stream_buffer(model.threads)
+        self._machine = machine_of(model)
         self._bandwidths: list[float] = []
         self._weights = weight_bytes(model)
 
@@ -143,8 +145,9 @@ class Bench:
             "version": __version__,
             "model": self.model.description.name,
             "file": str(self.model.file.path),
-            "cpu": cpu_name(),
-            "isa": _core.isa(),
+            "device": self._machine.kind,
+            "cpu": self._machine.name,
+            "isa": self._machine.isa,
             "threads": self.model.threads,
             "weight_bytes_per_token": self._weights,
             "memory_bandwidth_gb_s": statistics.median(self._bandwidths),
@@ -179,13 +182,13 @@ class Bench:
             run = partial(self._decode_run, depth=depth, n=n)
             samples = self._alternate(f"decode at depth {depth}", caches, run)
             for name, kv in caches.items():
-                read = self._weights + core.bytes_read(kv, depth + 1)
+                read = self._weights + self._machine.bytes_read(kv, depth + 1)
                 yield self._row("decode", name, kv, depth, samples[name], read, tokens=n)
 
     def _decode_run(self, kv: _core.KVCache, depth: int, n: int) -> float:
         """Seconds a token, over n of them from a depth on."""
         tokens = self._tokens(n + 1)
-        core.fill(kv, depth)
+        self._machine.fill(kv, depth)
         self.engine.forward(tokens[:1], kv)
         start = time.perf_counter()
         for i in range(1, n + 1):
@@ -273,16 +276,19 @@ class Bench:
 
     def _feed(self, kv: _core.KVCache, tokens: np.ndarray) -> np.ndarray:
         """Logits of the last of the tokens."""
-        last = (len(tokens) - 1) // _core.MAX_CHUNK * _core.MAX_CHUNK
-        for start in range(0, last, _core.MAX_CHUNK):
-            self.engine.forward(tokens[start : start + _core.MAX_CHUNK], kv, "none")
+        most = self.engine.max_chunk
+        last = (len(tokens) - 1) // most * most
+        for start in range(0, last, most):
+            self.engine.forward(tokens[start : start + most], kv, "none")
         return self.engine.forward(tokens[last:], kv)
 
     def _stand_in(self, shape: Shape, n_layers: int) -> Any:
         """What the core takes for an engine where weights are not needed."""
         scale = shape.head_dim**-0.5
         description = SimpleNamespace(n_layers=n_layers, attention_scale=scale, **vars(shape))
-        return SimpleNamespace(description=description, threads=self.model.threads)
+        engine = SimpleNamespace(description=description, threads=self.model.threads)
+        engine.new_cache = partial(_core.KVCache, engine)
+        return engine
 
     def _cache(self, name: str, tokens: int, engine: Any) -> _core.KVCache:
         return new_cache(engine, self.plan.cache(name, tokens, self.model.description.context_length))
@@ -290,7 +296,7 @@ class Bench:
     def _caches(self, tokens: int, engine: Any) -> dict[str, _core.KVCache]:
         """One of each format; OptionError when the machine has no memory for all."""
         caches = {name: self._cache(name, tokens, engine) for name in self.plan.formats}
-        needed, there = sum(kv.nbytes for kv in caches.values()), physical_memory()
+        needed, there = sum(kv.nbytes for kv in caches.values()), self._machine.memory
         if there is not None and needed > there:
             raise OptionError(
                 f"caches of {tokens} tokens take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f}; "
@@ -321,7 +327,7 @@ class Bench:
         return samples
 
     def _measure_bandwidth(self, seconds: float = 0.06) -> float:
-        self._bandwidths.append(core.read_bandwidth(self.model.threads, self._buffer, seconds))
+        self._bandwidths.append(self._machine.read_bandwidth(seconds))
         return self._bandwidths[-1]
 
     def _row(
@@ -352,6 +358,42 @@ class Bench:
 
 
 # --- the machine and the model --------------------------------------------------------------------
+
+
+class HostMachine:
+    """What runs a model on the CPU. `memory`: bytes for caches, where the system tells."""
+
+    kind = "cpu"
+
+    def __init__(self, threads: int) -> None:
+        self.name, self.isa, self.memory = cpu_name(), _core.isa(), physical_memory()
+        self._threads, self._buffer = threads, core.stream_buffer(threads)
+
+    def read_bandwidth(self, seconds: float) -> float:
+        return core.read_bandwidth(self._threads, self._buffer, seconds)
+
+    fill = staticmethod(core.fill)
+    bytes_read = staticmethod(core.bytes_read)
+
+
+class DeviceMachine:
+    """The same of a GPU. A cache that its memory has no room for cannot be made in the first place."""
+
+    kind, memory = "cuda", None
+
+    def __init__(self, device: CudaDevice) -> None:
+        self.name, self.isa, self.read_bandwidth = device.name, device.architecture, device.read_bandwidth
+
+    def fill(self, kv: CudaKVCache, n_tokens: int) -> None:
+        kv.fill(n_tokens)
+
+    def bytes_read(self, kv: CudaKVCache, n_tokens: int) -> int:
+        return core.bytes_read(kv.host, n_tokens)
+
+
+def machine_of(model: Model) -> HostMachine | DeviceMachine:
+    device = getattr(model.engine, "device", None)
+    return HostMachine(model.threads) if device is None else DeviceMachine(device)
 
 
 def weight_bytes(model: Model) -> int:

@@ -40,6 +40,11 @@ class FakeEngine:
     def __init__(self, vocab_size):
         self.vocab_size, self.script, self.fed, self.calls, self.fault = vocab_size, [], [], [], {}
 
+    max_chunk = 512
+
+    def new_cache(self, **options):
+        return FakeCache(self, **options)
+
     def forward(self, tokens, kv, logits="last"):
         if "before" in self.fault:
             raise self.fault.pop("before")

@@ -35,6 +35,7 @@ REPORT = {
     "version",
     "model",
     "file",
+    "device",
     "cpu",
     "isa",
     "threads",

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import CHATML, END, FakeCache, FakeModel
+from fakes import CHATML, END, FakeModel
 
 from kvrun import session as session_module
 from kvrun._core.sampler import Sampler as CoreSampler
@@ -17,7 +17,7 @@ USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 @pytest.fixture(autouse=True)
 def fake_core(monkeypatch):
     class Core:
-        KVCache, Sampler, MAX_CHUNK = FakeCache, CoreSampler, 512
+        Sampler = CoreSampler
         KV_FORMATS = {"f32": 32.0, "f16": 16.0}
 
     monkeypatch.setattr(session_module, "_core", Core)

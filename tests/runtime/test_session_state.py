@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from fakes import END, FakeCache, FakeModel
+from fakes import END, FakeModel
 from safetensors import safe_open
 
 import kvrun
@@ -380,7 +380,7 @@ def test_forks_go_their_own_ways(model):
 @pytest.fixture
 def fake(monkeypatch):
     class Core:
-        KVCache, Sampler, MAX_CHUNK = FakeCache, CoreSampler, 512
+        Sampler = CoreSampler
         KV_FORMATS = {"f32": 32.0, "f16": 16.0}
 
     monkeypatch.setattr(session_module, "_core", Core)
@@ -434,6 +434,8 @@ def test_logits_of_a_lost_step_are_not_saved(model, tmp_path, monkeypatch):
     forward = model.engine.forward
 
     class Interrupted:
+        max_chunk = 512
+
         def forward(self, *args, **options):
             forward(*args, **options)
             raise KeyboardInterrupt

@@ -1,0 +1,122 @@
+"""The engine on a device: one token by a captured graph of kernels, a chunk of tokens by matrix products of cuBLAS.
+
+`runtime/cuda/steps.py` has what a call consists of, in order; here is what it works with, and when.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvrun import _core
+from kvrun.cuda import abi, attention
+from kvrun.cuda.cache import CudaKVCache
+from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, write_step
+from kvrun.cuda.weights import DeviceWeights
+from kvrun.errors import OptionError
+
+if TYPE_CHECKING:
+    from kvrun.modelfile import WeightTensor
+
+MAX_CHUNK = 2048
+"""Most tokens in one call of `CudaEngine.forward`."""
+
+
+class CudaEngine:
+    """As `_core.Engine`: a model's weights on a device, for any number of caches, each used by one thread at a time.
+
+    engine: that of the core with the same tensors, which has checked them. OptionError if the device has no room for
+    them, or the kernels not for the model's heads.
+    """
+
+    max_chunk = MAX_CHUNK
+
+    def __init__(
+        self,
+        engine: _core.Engine,
+        weights: Mapping[str, WeightTensor],
+        vectors: Mapping[str, np.ndarray],
+        device: Any,
+    ) -> None:
+        self.host, self.device, self.description = engine, device, engine.description
+        if self.description.head_dim > attention.MAX_HEAD_DIM:
+            raise OptionError(
+                f"device: the GPU's kernels take heads of at most {attention.MAX_HEAD_DIM} channels, and this model's "
+                f"have {self.description.head_dim}"
+            )
+        self.sliding_windows, self.threads = engine.sliding_windows, engine.threads
+        self._lock = threading.Lock()  # chunks share the workspace
+        self._ropes: dict[int, Any] = {}
+        try:
+            self.weights = DeviceWeights(self.description, weights, vectors, device)
+            self.workspace = Workspace(self)
+        except abi.DeviceMemoryError as error:
+            raise OptionError(f"device: the model does not fit: {error}") from None
+
+    def new_cache(self, **options: Any) -> CudaKVCache:
+        """A cache for this engine, in the device's memory; takes what `_core.KVCache` does."""
+        return CudaKVCache(self, **options)
+
+    def new_buffers(self, kv: CudaKVCache) -> Buffers:
+        """What calls with a cache need besides it. abi.DeviceMemoryError."""
+        buffers = Buffers(self, kv)
+        with self._lock:
+            self.workspace.reserve(buffers, self.max_chunk)
+        return buffers
+
+    def ropes_of(self, ctx: int) -> tuple[np.ndarray, np.ndarray, Any]:
+        """(abi.ROPES, int64 [n_layers] the table of each layer, their memory) for caches of `ctx` tokens."""
+        if ctx not in self._ropes:
+            inv_freq, amplitude, of_layer = self.host.ropes_of(ctx)
+            memory = self.device.alloc(2 * inv_freq.nbytes + of_layer.nbytes)
+            at = {"inv_freq": memory.ptr, "amplitude": memory.ptr + inv_freq.nbytes}
+            at["of_layer"] = memory.ptr + 2 * inv_freq.nbytes
+            for address, table in zip(at.values(), (inv_freq, amplitude, of_layer), strict=True):
+                self.device.write(address, table)
+            self._ropes[ctx] = abi.struct(abi.ROPES, n=len(inv_freq), **at), of_layer, memory
+        return self._ropes[ctx]
+
+    def forward(self, tokens: Any, kv: CudaKVCache, logits: str = "last") -> np.ndarray | None:
+        """As `_core.Engine.forward`, with up to `max_chunk` tokens."""
+        ids = self.host.checked(tokens, kv.host, logits, self.max_chunk)
+        if not kv.lock.acquire(blocking=False):
+            raise RuntimeError("this cache is in use by another thread")
+        try:
+            rows = self._decode(ids, kv) if len(ids) == 1 else self._chunk(ids, kv, logits)
+            kv.host.count(kv.n_tokens + len(ids), kv.host.packed_ever)
+        finally:
+            kv.lock.release()
+        return None if logits == "none" else rows[0] if logits == "last" else rows
+
+    def _decode(self, ids: np.ndarray, kv: CudaKVCache) -> np.ndarray:
+        """float32 [1, vocab]"""
+        buffers, device = kv.buffers, self.device
+        if buffers.graph is None:
+            buffers.graph = device.capture(OneToken(self, buffers).operations(), buffers.stream)
+        write_step(buffers.pinned, ids, kv)
+        device.replay(buffers.graph, buffers.stream)
+        device.synchronize(buffers.stream)
+        return buffers.logits[None, : self.description.vocab_size].copy()
+
+    def _chunk(self, ids: np.ndarray, kv: CudaKVCache, logits: str) -> np.ndarray | None:
+        """float32 [1, vocab] of the last token, [n, vocab] of all, or None."""
+        vocab = self.description.vocab_size
+        with self._lock:
+            chunk = Chunk(self, kv.buffers, len(ids))
+            write_step(self.workspace.pinned, ids, kv)
+            self._run(chunk.operations() + (chunk.last_logits() if logits == "last" else []), kv)
+            if logits != "all":
+                return None if logits == "none" else kv.buffers.logits[None, :vocab].copy()
+            rows = np.empty((len(ids), vocab), np.float32)
+            for start, operations, block in chunk.all_logits():
+                self._run(operations, kv)
+                rows[start : start + len(block)] = block[:, :vocab]
+            return rows
+
+    def _run(self, operations: list[abi.Operation], kv: CudaKVCache) -> None:
+        for operation in operations:
+            self.device.do(operation, kv.buffers.stream)
+        self.device.synchronize(kv.buffers.stream)
