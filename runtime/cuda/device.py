@@ -86,6 +86,7 @@ class CudaDevice:
         if memory_limit is not None:
             self._pool.set_limit(size=memory_limit)
         self.shared_per_multiprocessor = int(properties["sharedMemPerMultiprocessor"])
+        self.shared_per_block = int(properties["sharedMemPerBlockOptin"])
         self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._shared: dict[tuple[str, tuple[str, ...]], int] = {}
 
@@ -105,11 +106,18 @@ class CudaDevice:
             raise OptionError("device: cuda needs an NVIDIA GPU, and the driver finds none")
 
     def prepare(self, launch: abi.Launch) -> Any:
-        """The compiled kernel of a launch, with the shared memory that it wants. KvrunError if it does not compile."""
+        """The compiled kernel of a launch, with the shared memory that it wants. KvrunError if it does not compile,
+        OptionError if the device has not so much."""
         key = launch.kernel, launch.options
         if key not in self._kernels:
             self._kernels |= self._compile(abi.module_of(launch.kernel), launch.options)
         kernel = self._kernels[key]
+        needed = launch.shared + kernel.shared_size_bytes
+        if needed > self.shared_per_block:
+            raise OptionError(
+                f"device: {launch.kernel} needs {needed} bytes of shared memory for this model and cache, and a block on "
+                f"{self.name} has at most {self.shared_per_block}; another cache format (--kv) may fit"
+            )
         if launch.shared > max(SHARED_BY_DEFAULT, self._shared.get(key, 0)):
             kernel.max_dynamic_shared_size_bytes = self._shared[key] = launch.shared
         return kernel
