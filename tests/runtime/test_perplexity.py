@@ -169,7 +169,7 @@ def test_block_weights_run_as_in_decoding_unless_fast(converted, text, capsys):
     precise, fast = (report(capsys, model, *options, *more) for more in ([], ["--fast"]))
     assert (precise["precise"], fast["precise"]) == (True, False)
     error, coarse = (abs(r["results"][0]["perplexity"] / decoded - 1) for r in (precise, fast))
-    assert error < 1e-5 and error <= coarse
+    assert error < 1e-4 < coarse  # sums in another order round to other codes now and then
 
 
 def test_default_model_on_a_real_text(smollm2, tmp_path, capsys):
