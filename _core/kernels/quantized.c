@@ -84,11 +84,17 @@ KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *
 /* Row r of w [ld], in 16 bits; KV_OFFSET_8 is what dot products of such codes leave out of them. */
 #ifdef KV_WIDE
 #define KV_OFFSET_8 0
+/* Inputs that share a scale, and the largest of them: 256 products of 255 and 32512 fit into 31 bits. */
+enum { WIDE_BLOCK = 256, WIDE_TOP = 32512 };
+static inline int64_t wide_blocks(int64_t depth) { return (depth + WIDE_BLOCK - 1) / WIDE_BLOCK; }
 KV_INLINE void fold_8(const float *w, int64_t ld, int64_t r, folded *f)
 {
-    for (int64_t i = 0; i < ld; i += WIDE_BLOCK)
-        f->scale[r * wide_blocks(ld) + i / WIDE_BLOCK] =
-            d16_round(w + i, ld - i < WIDE_BLOCK ? ld - i : WIDE_BLOCK, f->in.wide + r * ld + i);
+    for (int64_t i = 0; i < ld; i += WIDE_BLOCK) {
+        const int64_t n = ld - i < WIDE_BLOCK ? ld - i : WIDE_BLOCK;
+        const float most = vf_top(largest(w + i, (int)n));
+        d16_round(w + i, n, vf_set1(WIDE_TOP / (most + 1e-30f)), f->in.wide + r * ld + i); /* finite for zeros */
+        f->scale[r * wide_blocks(ld) + i / WIDE_BLOCK] = most * (1.0f / WIDE_TOP);
+    }
 }
 #else
 #define KV_OFFSET_8 128

@@ -245,7 +245,6 @@ KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { (void)sum; return d6_two(a, b); }
 /* 16-bit inputs with whole bytes, where there is no instruction for sums of byte products: vpmaddwd costs no more than
  * one plane of int8 with its signs put right. Eight lanes of 4 inputs; sums are int32, two to a lane. */
 #define KV_WIDE 1
-enum { WIDE_BLOCK = 256 }; /* inputs that share a scale; a lane has at most 128 products of 255 and 32512 in each sum */
 enum { WIDE_LANES = 8 };   /* lanes that are done together, which leaves registers for four rows */
 typedef struct { __m256i a, b; } d16;
 typedef __m256 wf;
@@ -255,7 +254,6 @@ KV_INLINE wf wf_set1(float x) { return _mm256_set1_ps(x); }
 KV_INLINE wf wf_add(wf x, wf y) { return _mm256_add_ps(x, y); }
 KV_INLINE wf wf_fma(wf x, wf y, wf z) { return _mm256_fmadd_ps(x, y, z); }
 
-static inline int64_t wide_blocks(int64_t depth) { return (depth + WIDE_BLOCK - 1) / WIDE_BLOCK; }
 KV_INLINE d16 d16_zero(void) { return (d16){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 KV_INLINE d16 d16_load(const uint8_t *line)
 {
@@ -276,18 +274,12 @@ KV_INLINE wf d16_float(d16 s)
 {
     return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(s.a, s.b), 0xd8));
 }
-/* n floats, a multiple of 32, as 16-bit integers up to 256 times an int8's; returns their scale */
-KV_INLINE float d16_round(const float *w, int64_t n, int16_t *x)
+/* n floats, a multiple of 32, times `by` as 16-bit integers. */
+KV_INLINE void d16_round(const float *w, int64_t n, vf by, int16_t *x)
 {
-    vf top = vf_zero();
-    for (int64_t i = 0; i < n; i += 16)
-        top = vf_max(top, vf_abs(vf_load(w + i)));
-    float most = vf_top(top);
-    vf by = vf_set1(32512 / (most + 1e-30f)); /* finite for zeros */
     for (int64_t i = 0; i < n; i += 16) {
         vf v = vf_mul(vf_load(w + i), by);
         __m256i codes = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
         _mm256_storeu_si256((__m256i *)(x + i), _mm256_permute4x64_epi64(codes, 0xd8));
     }
-    return most * (1.0f / 32512);
 }

@@ -160,7 +160,6 @@ KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { return d8_float(_mm512_add_epi32(
 
 /* 8-bit codes with inputs of 16 bits, those of a line apart: even inputs, odd inputs. */
 #define KV_WIDE 1
-enum { WIDE_BLOCK = 256 }; /* inputs that share a scale; a lane has at most 128 products of 255 and 32512 in each sum */
 enum { WIDE_LANES = 16 };
 typedef struct { __m512i a, b; } d16;
 typedef vf wf;
@@ -170,7 +169,6 @@ typedef vf wf;
 #define wf_add vf_add
 #define wf_fma vf_fma
 
-static inline int64_t wide_blocks(int64_t depth) { return (depth + WIDE_BLOCK - 1) / WIDE_BLOCK; }
 KV_INLINE d16 d16_zero(void) { return (d16){_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 KV_INLINE d16 d16_load(const uint8_t *line)
 {
@@ -183,18 +181,11 @@ KV_INLINE d16 d16_dot(d16 s, d16 w, const int16_t *x)
                  _mm512_dpwssd_epi32(s.b, w.b, kv_quad((const int8_t *)(x + 2)))};
 }
 KV_INLINE wf d16_float(d16 s) { return _mm512_cvtepi32_ps(_mm512_add_epi32(s.a, s.b)); }
-/* n floats, a multiple of 32, as 16-bit integers up to 256 times an int8's; returns their scale. Of four inputs the even
- * ones come first. */
-KV_INLINE float d16_round(const float *w, int64_t n, int16_t *x)
+/* n floats, a multiple of 32, times `by` as 16-bit integers. Of four inputs the even ones come first. */
+KV_INLINE void d16_round(const float *w, int64_t n, vf by, int16_t *x)
 {
-    vf top = vf_zero();
-    for (int64_t i = 0; i < n; i += 16)
-        top = vf_max(top, vf_abs(vf_load(w + i)));
-    float most = vf_top(top);
-    vf by = vf_set1(32512 / (most + 1e-30f)); /* finite for zeros */
     for (int64_t i = 0; i < n; i += 16) {
         __m512i codes = _mm512_shuffle_epi32(_mm512_cvtps_epi32(vf_mul(vf_load(w + i), by)), 0xd8);
         _mm256_storeu_si256((__m256i *)(x + i), _mm512_cvtsepi32_epi16(codes));
     }
-    return most * (1.0f / 32512);
 }
