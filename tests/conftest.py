@@ -36,6 +36,14 @@ class Reference:
         return float(max(differences) / largest)
 
 
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh random numbers each time."""
+    seed = np.random.SeedSequence().entropy
+    print(f"seed {seed}")  # shown when a test fails
+    return np.random.default_rng(seed)
+
+
 def source_path(name: str) -> Path:
     """The checkpoint folder or GGUF file of a fixture."""
     folder = FIXTURES / "checkpoints" / name

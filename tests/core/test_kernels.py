@@ -18,13 +18,6 @@ BLOCK_TYPES = ("q8_0", "q4_1", "q4_0")
 ANY_SHAPE = [type for type in _core.WEIGHT_TYPES if _core.column_multiple(type) == 1]  # test_kquants.py has the others
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")  # shown when a test fails
-    return np.random.default_rng(seed)
-
-
 def close(actual, expected, tolerance, *terms):
     """Within a tolerance relative to the largest expected value, or of the terms that it is a sum of."""
     expected = np.asarray(expected, np.float64)

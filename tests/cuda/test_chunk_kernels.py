@@ -20,13 +20,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")  # shown when a test fails
-    return np.random.default_rng(seed)
-
-
 def run(launch):
     launching.run("chunk", launch)
 

@@ -11,13 +11,6 @@ from kvrun.cuda import abi, matrix
 NONE = abi.struct(abi.MATRIX)
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")  # shown when a test fails
-    return np.random.default_rng(seed)
-
-
 def run(launch):
     launching.run("chunk" if launch.kernel in launching.kernels("chunk") else "experts", launch)
 

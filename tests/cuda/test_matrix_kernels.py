@@ -23,13 +23,6 @@ EXACT = 1e-5  # sums in another order
 NORMED = 1e-4  # a norm in another order may round to another code
 
 
-@pytest.fixture
-def rng():
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")  # shown when a test fails
-    return np.random.default_rng(seed)
-
-
 def run(launch):
     launching.run("matrix", launch)
 
