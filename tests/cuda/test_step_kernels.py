@@ -4,7 +4,7 @@ import launching
 import numpy as np
 import pytest
 from launching import Matrices, array, at, close, empty
-from test_chunk_kernels import CASES, rng  # noqa: F401  (rng: a fixture)
+from test_chunk_kernels import CASES
 
 from kvrun.cuda import abi, matrix
 
