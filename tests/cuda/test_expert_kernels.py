@@ -125,7 +125,7 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
     post, post_reference, _post = norm_of(post_norm, hidden, rng)
     ld, width, slots = hidden + 8, int(experts.one("up")["width"][0]), n * used
     x = array(rng.standard_normal((n, ld)))
-    x[:, :hidden] += 3 * np.linalg.pinv(router.values[0])[:, 0] * hidden**0.5  # most tokens want expert 0
+    x[:, :hidden] += 6 * np.linalg.pinv(router.values[0])[:, 0] * hidden**0.5  # most tokens want expert 0
     before = x.copy()
     half, row_scale = empty(n, hidden, dtype=np.float16), empty(n)
     scores, chosen, share = empty(n, router.width), empty(n, used, dtype=np.int32), empty(n, used)
