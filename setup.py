@@ -16,23 +16,44 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 KERNELS = "_core/kernels"
-KERNEL_FILES = sorted(str(p) for p in Path(KERNELS).glob("*.[ch]"))
+KERNEL_FILES = sorted(str(p) for p in Path(KERNELS).rglob("*.[ch]"))
 HEADERS = [path for path in KERNEL_FILES if path.endswith(".h")]
-COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-                "-g0"]
+COMMON_FLAGS = [f"-I{KERNELS}", "-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 
 # level: (machines, compiler flags)
 X86, ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
 LEVELS = {
     "scalar": (None, []),
     "avx2": (X86, ["-mavx2", "-mfma", "-mf16c"]),
-    "avx512": (X86, ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-                     "-mavx512vnni", "-mprefer-vector-width=512"]),
+    "avx512": (
+        X86,
+        [
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512vnni",
+            "-mprefer-vector-width=512",
+        ],
+    ),
     "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
 }
-LEVEL_SOURCES = [f"{KERNELS}/{name}.c"
-                 for name in ("vector", "matmul", "kquants", "attention", "tile", "quantized", "table")]
-BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("pack", "kpack", "team", "levels")]
+LEVEL_SOURCES = [
+    f"{KERNELS}/{name}.c"
+    for name in (
+        "vector",
+        "weights/matmul",
+        "weights/kquants",
+        "cache/float",
+        "cache/quantized_pack",
+        "cache/quantized",
+        "table",
+    )
+]
+BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("weights/pack", "weights/kpack", "team", "levels")]
 
 
 def accepts(compiler, source, flags, link=()):
@@ -50,8 +71,9 @@ def accepts(compiler, source, flags, link=()):
 
 def capabilities(compiler):
     """(OpenMP?, the levels) that this compiler builds on this machine; says what is left out."""
-    openmp = accepts(compiler, "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n",
-                     ["-fopenmp"], ["-fopenmp"])
+    openmp = accepts(
+        compiler, "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n", ["-fopenmp"], ["-fopenmp"]
+    )
     if not openmp:
         print("kvrun: no OpenMP (omp.h) for this compiler: building for ONE THREAD only")
     levels = []
@@ -86,16 +108,22 @@ class build_extensions(build_ext):
 
     def kernel_library(self, name, sources, flags):
         folder = os.path.join(self.build_temp, "kernels", name)
-        objects = self.compiler.compile(sources, output_dir=folder, extra_postargs=COMMON_FLAGS + flags,
-                                        depends=KERNEL_FILES)
+        objects = self.compiler.compile(
+            sources, output_dir=folder, extra_postargs=COMMON_FLAGS + flags, depends=KERNEL_FILES
+        )
         self.compiler.create_static_lib(objects, f"kvrun_{name}", output_dir=folder)
         return self.compiler.library_filename(f"kvrun_{name}", output_dir=folder)
 
 
 def extension(name):
     linked = KERNEL_FILES if name == "kernels" else HEADERS + BASE_SOURCES
-    return Extension(f"kvrun._core.{name}", [f"_core/{name}.pyx"], include_dirs=[KERNELS], depends=linked,
-                     extra_compile_args=["-O2", "-std=gnu11", "-fno-math-errno", "-g0"])
+    return Extension(
+        f"kvrun._core.{name}",
+        [f"_core/{name}.pyx"],
+        include_dirs=[KERNELS],
+        depends=linked,
+        extra_compile_args=["-O2", "-std=gnu11", "-fno-math-errno", "-g0"],
+    )
 
 
 def declarations():
@@ -113,11 +141,18 @@ def declarations():
 
 
 MODULES = [p.stem for p in sorted(Path("_core").glob("*.pyx"))]
-DIRECTIVES = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True,
-              "initializedcheck": False, "embedsignature": True}
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+    "embedsignature": True,
+}
 
 setup(
-    ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES,
-                          include_path=[declarations()]),
+    ext_modules=cythonize(
+        [extension(name) for name in MODULES], compiler_directives=DIRECTIVES, include_path=[declarations()]
+    ),
     cmdclass={"build_ext": build_extensions},
 )

@@ -7,6 +7,27 @@ from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
 from .weights import WEIGHT_TYPES, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
 
-__all__ = ["Engine", "HAS_OPENMP", "KVCache", "KV_FORMATS", "MAX_CHUNK", "MAX_THREADS", "Sampler", "WEIGHT_TYPES",
-           "advise_huge", "anonymous", "column_multiple", "isa", "isa_available", "kv_bytes", "max_threads", "pack",
-           "pack_raw", "packed_size", "raw_size", "touch", "trim", "unpack"]
+__all__ = [
+    "HAS_OPENMP",
+    "KV_FORMATS",
+    "MAX_CHUNK",
+    "MAX_THREADS",
+    "WEIGHT_TYPES",
+    "Engine",
+    "KVCache",
+    "Sampler",
+    "advise_huge",
+    "anonymous",
+    "column_multiple",
+    "isa",
+    "isa_available",
+    "kv_bytes",
+    "max_threads",
+    "pack",
+    "pack_raw",
+    "packed_size",
+    "raw_size",
+    "touch",
+    "trim",
+    "unpack",
+]

@@ -82,9 +82,7 @@ def show(name: str, logits: np.ndarray, expected: np.ndarray) -> None:
 
     same = float((logits.argmax(1) == expected.argmax(1)).mean())
     most, half = difference(logits, expected), difference(logits, expected, 0.5)
-    say(
-        f"  {'LARGE ' if half > 2e-2 else ''}{name}: at most {most:.1e}, half {half:.1e}, likeliest equal {same:.3f}"
-    )
+    say(f"  {'LARGE ' if half > 2e-2 else ''}{name}: at most {most:.1e}, half {half:.1e}, likeliest equal {same:.3f}")
 
 
 def stage_equal(device: Any) -> None:
@@ -113,19 +111,27 @@ def stage_equal(device: Any) -> None:
         compare("q4_0", tiny("q4_0", head_dim=64, attention_scale=0.125), kv, (200, 100), n=300)
     more = {
         "softcaps, windows, post norms": dict(
-            sliding_windows=(40, None), attention_softcap=20.0, logit_softcap=15.0, post_norms=True,
+            sliding_windows=(40, None),
+            attention_softcap=20.0,
+            logit_softcap=15.0,
+            post_norms=True,
             activation="gelu_tanh",
         ),
         "experts": dict(n_experts=6, experts_used=2, expert_size=64),
         "gpt2": dict(
-            norm="layer", activation="gelu_tanh", mlp_gated=False, rope_theta=None, learned_positions=True,
-            attention_bias=True, mlp_bias=True,
+            norm="layer",
+            activation="gelu_tanh",
+            mlp_gated=False,
+            rope_theta=None,
+            learned_positions=True,
+            attention_bias=True,
+            mlp_bias=True,
         ),
         "qk norms": dict(qk_norm="head", residual_scale=0.5, embedding_scale=3.0, logit_scale=0.5),
         "odd head": dict(head_dim=20, n_kv_heads=1, n_heads=5),
         "128": dict(head_dim=128, n_heads=4, n_kv_heads=4, attention_scale=128**-0.5),
         "256": dict(head_dim=256, n_heads=4, n_kv_heads=1, attention_scale=256**-0.5),
-    }  # fmt: skip
+    }
     for name, fields in more.items():
         compare(name, tiny("q8_0", **fields), "q8", n=330)
         compare(name, tiny("q8_0", **fields), "q8", (1, 63, 64, 65, 2, 90), n=330)
@@ -205,8 +211,8 @@ def stage_text(device: Any) -> None:
 def _model(shape: str, kind: str, device: Any) -> Any:
     from random_model import write
 
+    from kvrun.files.model_file import read_model_file
     from kvrun.model import Model
-    from kvrun.modelfile import read_model_file
 
     path = Path(tempfile.gettempdir()) / f"{shape}.{kind}.bin"
     if not path.exists():
@@ -223,7 +229,7 @@ def _model(shape: str, kind: str, device: Any) -> Any:
 def stage_speed(device: Any) -> None:
     """Llama-2-7B's shape in q4_0: decode at depth 0 and 32,768 beside the bandwidth, prefill, kernels one by one."""
     from kvrun._core import bench as core
-    from kvrun.speed import weight_bytes
+    from kvrun.measure.speed import weight_bytes
 
     bandwidth = device.read_bandwidth(0.3)
     note("bandwidth", bandwidth, "GB/s")
@@ -252,9 +258,7 @@ def stage_speed(device: Any) -> None:
     for depth, formats in ((0, ("f16",)), (DEEP, ("f16", "q8", "q4", "q2"))):
         for name in formats:
             try:
-                kv = engine.new_cache(
-                    k=name, v=name, ctx=max(2048, depth + 256), window=128 if name == "q2" else 64
-                )
+                kv = engine.new_cache(k=name, v=name, ctx=max(2048, depth + 256), window=128 if name == "q2" else 64)
                 seconds = decode(kv, depth, 48)
                 read = weights + core.bytes_read(kv.host, depth + 1)
                 note(f"decode, depth {depth}, {name}", 1 / seconds, "tok/s")
@@ -317,9 +321,7 @@ def kernel_times(device: Any, engine: Any, kv: Any, step: float) -> None:
     graph = median(
         device.seconds(lambda: device.replay(buffers.graph, buffers.stream), buffers.stream) for _ in range(10)
     )
-    say(
-        f"  a step takes {1e3 * step:.3f} ms, of which the graph {1e3 * graph:.3f} ms; {len(operations)} operations:"
-    )
+    say(f"  a step takes {1e3 * step:.3f} ms, of which the graph {1e3 * graph:.3f} ms; {len(operations)} operations:")
     _times(device, operations, buffers.stream)
 
 
@@ -366,9 +368,14 @@ def stage_peers(device: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=40960,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=40960,
+    )
     with torch.device("cuda"), torch.inference_mode():
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(config).eval()

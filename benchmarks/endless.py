@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import kvrun
-from kvrun.perplexity import cache_options, log_softmax, new_cache
+from kvrun.commands.perplexity import cache_options, log_softmax, new_cache
 
 PIECE = 128
 QUARTERS = 4

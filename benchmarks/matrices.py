@@ -1,10 +1,10 @@
 """Matrix products alone, by weight type: how fast weights are read, and how near that is to what the memory gives.
 
-    python benchmarks/matrices.py --threads 2
+python benchmarks/matrices.py --threads 2
 
-    cached   one token, a matrix that stays in the CPU's caches: what the instructions could do
-    memory   one token, from memory, as in decoding; then as a share of the bandwidth measured beside it
-    prompt   512 tokens, as in prefill, in 10^9 multiply-adds a second
+cached   one token, a matrix that stays in the CPU's caches: what the instructions could do
+memory   one token, from memory, as in decoding; then as a share of the bandwidth measured beside it
+prompt   512 tokens, as in prefill, in 10^9 multiply-adds a second
 """
 
 from __future__ import annotations

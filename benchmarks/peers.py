@@ -91,14 +91,10 @@ def installed(python: str) -> dict[str, str]:
     """{package: version} of those in PACKAGES that an interpreter has. BenchmarkError if it is none."""
     asked = json.dumps({package.name: package.modules for package in PACKAGES})
     try:
-        done = subprocess.run(
-            [python, "-c", _PROBE, asked], check=False, capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([python, "-c", _PROBE, asked], check=False, capture_output=True, text=True, timeout=60)
         return json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise BenchmarkError(
-            f"{python}: cannot be used as a Python interpreter ({type(error).__name__})"
-        ) from None
+        raise BenchmarkError(f"{python}: cannot be used as a Python interpreter ({type(error).__name__})") from None
 
 
 def locate(pythons: list[str], families: list[str]) -> tuple[list[tuple[Package, str, str]], list[str]]:
@@ -216,7 +212,7 @@ class Comparison:
 
     def agree(self, folder: Path) -> None:
         """Puts "kl", of its predictions after a prompt from kvrun's, in the info of every other runtime."""
-        from kvrun.perplexity import log_softmax
+        from kvrun.commands.perplexity import log_softmax
 
         ours = None
         for worker in list(self.workers):
@@ -292,9 +288,7 @@ class Comparison:
         speed = self.speeds.get((worker.name, cache))
         if speed is None or tokens / speed <= self.plan.limit:
             return False
-        self._note(
-            f"{worker.name}, {cache} cache: {tokens} tokens would take {tokens / speed:.0f} s or more; left out"
-        )
+        self._note(f"{worker.name}, {cache} cache: {tokens} tokens would take {tokens / speed:.0f} s or more; left out")
         return True
 
     def _fill(self, worker: Worker, cache: str, depth: int) -> dict[str, Any] | None:
@@ -315,9 +309,7 @@ class Comparison:
                 self.bandwidths += [answer["gb_s"]] if answer else []
                 return
 
-    def _ask(
-        self, worker: Worker, op: str, cache: str | None = None, **arguments: Any
-    ) -> dict[str, Any] | None:
+    def _ask(self, worker: Worker, op: str, cache: str | None = None, **arguments: Any) -> dict[str, Any] | None:
         """The answer; None, with a line in `left_out`, where there is none. A cache that fails is not used again,
         and neither is a worker that crashed."""
         if worker not in self.workers:
@@ -354,9 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+"}
     add("model", metavar="MODEL.gguf")
-    add(
-        "--requantize", choices=("q4_0", "q4_1", "q8_0"), help="matrices in this type for all, embedding kept"
-    )
+    add("--requantize", choices=("q4_0", "q4_1", "q8_0"), help="matrices in this type for all, embedding kept")
     add("--kvrun-python", metavar="PYTHON", default=sys.executable, help="interpreter with kvrun (this one)")
     add(
         "--peer-python",
@@ -366,9 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
         **several,
         help="more, to look for peers in",
     )
-    add(
-        "--peers", metavar="NAME", choices=FAMILIES[1:], **several, help=f"of {', '.join(FAMILIES[1:])} (all)"
-    )
+    add("--peers", metavar="NAME", choices=FAMILIES[1:], **several, help=f"of {', '.join(FAMILIES[1:])} (all)")
     add("--threads", type=_positive, default=2, help="threads of each runtime (2)")
     add("--kv", metavar="FORMAT", default=["f16", "q8", "q4", "q2"], **several, help="caches (f16 q8 q4 q2)")
     add(
@@ -444,8 +432,15 @@ def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None])
     longest = max([depth + args.tokens + 1 for depth in args.depths] + args.prefill)
     if longest > facts["context"]:
         raise BenchmarkError(f"{longest} tokens are more than the model's context of {facts['context']}")
-    plan = Plan(args.kv, sorted(set(args.depths)), sorted({n for n in args.prefill if n}), args.runs,
-                args.tokens, args.patience, args.limit)  # fmt: skip
+    plan = Plan(
+        args.kv,
+        sorted(set(args.depths)),
+        sorted({n for n in args.prefill if n}),
+        args.runs,
+        args.tokens,
+        args.patience,
+        args.limit,
+    )
     before = peers_report.machine()
     workers = []
     for i, (package, python, version) in enumerate(found):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvrun.plots import spread
+from kvrun.measure.plots import spread
 
 OURS = "kvrun"
 PLOTS = {
@@ -30,7 +30,7 @@ DASHED = ("llama.cpp",)  # so that a line below shows
 
 def machine() -> dict[str, Any]:
     """The processor, CPUs this process may use, memory, and how busy it is now."""
-    from kvrun.speed import cpu_name, physical_memory
+    from kvrun.measure.speed import cpu_name, physical_memory
 
     memory = physical_memory()
     return {
@@ -151,9 +151,7 @@ def _grid(
     lines: dict[tuple[str, ...], dict[Any, dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(tuple(row[name] for name in lead), {})[_test(row)] = row
-    return list(tests.values()), [
-        (list(names), [found.get(test) for test in tests]) for names, found in lines.items()
-    ]
+    return list(tests.values()), [(list(names), [found.get(test) for test in tests]) for names, found in lines.items()]
 
 
 def _speeds(rows: list[dict[str, Any]], title: str) -> Any:
@@ -162,17 +160,16 @@ def _speeds(rows: list[dict[str, Any]], title: str) -> Any:
     table = _table(title, ["runtime", "cache", *headings, *(["of bandwidth"] if shares else [])], 2)
     for names, found in lines:
         cells = [f"{row['tokens_per_second']:.1f} ({row['best']:.1f})" if row else "" for row in found]
-        parts = [
-            f"{100 * row['bandwidth_fraction']:.0f}" for row in found if row and "bandwidth_fraction" in row
-        ]
+        parts = [f"{100 * row['bandwidth_fraction']:.0f}" for row in found if row and "bandwidth_fraction" in row]
         table.add_row(*names, *cells, *([" / ".join(parts) + " %" if parts else ""] if shares else []))
     return table
 
 
 def _ratios(found: list[dict[str, Any]]) -> Any:
     headings, lines = _grid(found, ("cache", "peer"))
-    table = _table("kvrun over each peer's fastest cache: ratio of medians (of best runs)",
-                   ["kvrun", "peer", *headings], 2)  # fmt: skip
+    table = _table(
+        "kvrun over each peer's fastest cache: ratio of medians (of best runs)", ["kvrun", "peer", *headings], 2
+    )
     for names, entries in lines:
         table.add_row(*names, *(f"{e['ratio']:.2f} ({e['ratio_of_best']:.2f})" if e else "" for e in entries))
     return table
@@ -180,9 +177,7 @@ def _ratios(found: list[dict[str, Any]]) -> Any:
 
 def _memory(rows: list[dict[str, Any]]) -> Any:
     headings, lines = _grid(rows, ("runtime", "cache"))
-    table = _table(
-        "cache, MB (growth of resident memory, buffers included)", ["runtime", "cache", *headings], 2
-    )
+    table = _table("cache, MB (growth of resident memory, buffers included)", ["runtime", "cache", *headings], 2)
     for names, found in lines:
         table.add_row(*names, *(_megabytes(row) if row else "" for row in found))
     return table
@@ -204,10 +199,7 @@ def series(report: dict[str, Any], value: str, best: Any) -> dict[str, dict[str,
             family = report["runtimes"][row["runtime"]]["family"]
             points = found.setdefault(row["kind"], {}).setdefault(family, {})
             points[row["depth"]] = best(row[value], points.get(row["depth"], row[value]))
-    return {
-        kind: {family: sorted(points.items()) for family, points in lines.items()}
-        for kind, lines in found.items()
-    }
+    return {kind: {family: sorted(points.items()) for family, points in lines.items()} for kind, lines in found.items()}
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -249,9 +241,7 @@ def _draw(report: dict[str, Any], panels: dict[str, Any], label: str, scale: flo
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_ylabel(label, fontsize=9)
-    all_axes[0].set_ylim(
-        0, 1.05 * scale * max(v for ls in panels.values() for p in ls.values() for _, v in p)
-    )
+    all_axes[0].set_ylim(0, 1.05 * scale * max(v for ls in panels.values() for p in ls.values() for _, v in p))
     figure.legend(
         [handles[f] for f in families],
         families,

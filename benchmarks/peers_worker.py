@@ -41,15 +41,20 @@ class Kvrun:
 
     def __init__(self, load: dict[str, Any]) -> None:
         import kvrun
-        from kvrun import _core, convert, options, perplexity, speed
+        from kvrun import _core, convert, options
         from kvrun._core import bench
+        from kvrun.commands import perplexity
+        from kvrun.measure import speed
 
         path = Path(load["scratch"]) / "model.kvrun"
         convert.convert(load["gguf"], path, tokenizer=False)
         self.model = kvrun.load(path, threads=load["threads"])
         self.engine, self.bench, self.core = self.model.engine, bench, _core
         self.weights, self.cache_options, self.new_cache = (
-            speed.weight_bytes(self.model), perplexity.cache_options, perplexity.new_cache)  # fmt: skip
+            speed.weight_bytes(self.model),
+            perplexity.cache_options,
+            perplexity.new_cache,
+        )
         self.most = options.MAX_CTX
         self.info = {"version": kvrun.__version__, "built": _core.isa()}
 
@@ -90,11 +95,17 @@ class Batch(ctypes.Structure):
     """llama_batch; the fork's last three fields are ones that the original neither reads nor writes."""
 
     _fields_ = [
-        ("n_tokens", ctypes.c_int32), ("token", ctypes.POINTER(ctypes.c_int32)), ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)), ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))), ("logits", ctypes.POINTER(ctypes.c_int8)),
-        ("all_pos_0", ctypes.c_int32), ("all_pos_1", ctypes.c_int32), ("all_seq_id", ctypes.c_int32),
-    ]  # fmt: skip
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+        ("all_pos_0", ctypes.c_int32),
+        ("all_pos_1", ctypes.c_int32),
+        ("all_seq_id", ctypes.c_int32),
+    ]
 
 
 class Opaque(ctypes.Structure):
@@ -357,9 +368,7 @@ class Transformers:
             return sum(self._bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         if isinstance(value, self.torch.Tensor):
             return value.nbytes
-        items = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        )
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
         return sum(map(self._bytes, items))
 
 
@@ -471,7 +480,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             answer = {"ok": getattr(worker, request.pop("op"))(**request)}
-        except Exception as error:  # noqa: BLE001 - whatever a runtime raises is its answer
+        except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             answer = {"error": f"{type(error).__name__}: {first}"}
         answers.write(json.dumps(answer) + "\n")

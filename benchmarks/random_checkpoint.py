@@ -18,7 +18,7 @@ import numpy as np
 from random_model import SHAPES
 
 from kvrun.convert.families import FAMILIES, HF
-from kvrun.description import ModelDescription
+from kvrun.files.description import ModelDescription
 
 LLAMA = [name for name, shape in SHAPES.items() if shape.norm == "rms" and not shape.attention_bias]
 SHARD, BLOCK = 4 << 30, 1 << 24  # bytes of a file; values that are made, the rest repeat them

@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 
 from kvrun import _core
-from kvrun.description import ModelDescription
 from kvrun.errors import KvrunError
-from kvrun.modelwriter import ModelFileWriter
+from kvrun.files.description import ModelDescription
+from kvrun.files.model_writer import ModelFileWriter
 
 SMOLLM2 = ModelDescription(
     architecture="llama",
@@ -44,26 +44,70 @@ SMOLLM2 = ModelDescription(
 SHAPES = {
     "smollm2-135m": SMOLLM2,
     "gemma-3-270m": replace(
-        SMOLLM2, vocab_size=262144, hidden_size=640, intermediate_size=2048, n_layers=18, n_heads=4, n_kv_heads=1,
-        head_dim=256, context_length=32768, attention_scale=256**-0.5,
-    ),  # fmt: skip
+        SMOLLM2,
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        n_layers=18,
+        n_heads=4,
+        n_kv_heads=1,
+        head_dim=256,
+        context_length=32768,
+        attention_scale=256**-0.5,
+    ),
     "qwen-2.5-0.5b": replace(
-        SMOLLM2, vocab_size=151936, hidden_size=896, intermediate_size=4864, n_layers=24, n_heads=14, n_kv_heads=2,
-        context_length=32768, attention_bias=True, attention_out_bias=False,
-    ),  # fmt: skip
+        SMOLLM2,
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        n_layers=24,
+        n_heads=14,
+        n_kv_heads=2,
+        context_length=32768,
+        attention_bias=True,
+        attention_out_bias=False,
+    ),
     "llama-3.2-1b": replace(
-        SMOLLM2, vocab_size=128256, hidden_size=2048, intermediate_size=8192, n_layers=16, n_heads=32, n_kv_heads=8,
+        SMOLLM2,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
         context_length=131072,
-    ),  # fmt: skip
+    ),
     "llama-2-7b": replace(
-        SMOLLM2, vocab_size=32000, hidden_size=4096, intermediate_size=11008, n_layers=32, n_heads=32, n_kv_heads=32,
-        head_dim=128, context_length=32768, attention_scale=128**-0.5, tie_embeddings=False,
-    ),  # fmt: skip
+        SMOLLM2,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=32,
+        head_dim=128,
+        context_length=32768,
+        attention_scale=128**-0.5,
+        tie_embeddings=False,
+    ),
     "gpt2-124m": replace(
-        SMOLLM2, architecture="gpt2", vocab_size=50257, hidden_size=768, intermediate_size=3072, n_layers=12,
-        n_heads=12, n_kv_heads=12, context_length=1024, activation="gelu_tanh", norm="layer", mlp_gated=False,
-        rope_theta=None, learned_positions=True, attention_bias=True, mlp_bias=True,
-    ),  # fmt: skip
+        SMOLLM2,
+        architecture="gpt2",
+        vocab_size=50257,
+        hidden_size=768,
+        intermediate_size=3072,
+        n_layers=12,
+        n_heads=12,
+        n_kv_heads=12,
+        context_length=1024,
+        activation="gelu_tanh",
+        norm="layer",
+        mlp_gated=False,
+        rope_theta=None,
+        learned_positions=True,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
 }
 INFO = {"kind": "none", "add_bos": False, "add_eos": False} | dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"))
 PANEL, DISTINCT = 16, 64  # rows of a panel; panels that are made, the rest repeat them

@@ -11,9 +11,9 @@ from typing import Any
 from kvrun.convert.fields import Fields, shown
 from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.views import rows_of
-from kvrun.description import ModelDescription
 from kvrun.errors import ConvertError, ModelFileError
-from kvrun.modelfile import SAMPLING_KEYS
+from kvrun.files.description import ModelDescription
+from kvrun.files.model_file import SAMPLING_KEYS
 
 # Tokens that end a turn or a text wherever they are special tokens, even if no config says so.
 WELL_KNOWN_STOPS = (
@@ -117,8 +117,7 @@ def select_tensors(
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise ConvertError(
-            f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model "
-            "with this config"
+            f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model with this config"
         )
     return chosen
 
@@ -151,7 +150,7 @@ def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[s
     for ours, theirs in names.items() if source else ():
         assert ours in SAMPLING_KEYS
         value = source.get(theirs)
-        if value is None or type(value) in (int, float) and value < 0:  # some write -1 for "off"
+        if value is None or (type(value) in (int, float) and value < 0):  # some write -1 for "off"
             continue
         if type(value) not in (int, float) or not value < 1e9:
             source.fail(theirs, f"{shown(value)} is not a number")
@@ -162,11 +161,7 @@ def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[s
 def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
     """Read everything but the tensors' data. `path` is a Hugging Face folder or a GGUF file."""
     if not os.path.exists(path):
-        hint = (
-            "; download the checkpoint first and give its folder"
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
-            else ""
-        )
+        hint = "; download the checkpoint first and give its folder" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         raise ConvertError(f"{path}: no such file or folder{hint}")
     if os.path.isdir(path):
         from kvrun.convert.huggingface import open_folder

@@ -46,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_weight_type,
         help="same (default), f32, f16, bf16, q8_0, q6_k, q4_k_m, q4_k, q4_1 or q4_0",
     )
-    parser.add_argument(
-        "--no-tokenizer", action="store_true", help="leave the tokenizer out (token ids only)"
-    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out (token ids only)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the summary even when piped")
     return parser
 
@@ -96,8 +94,7 @@ def _print_summary(result: Any) -> None:
         f"{model.path}: {model.description.name} ({model.description.architecture})",
         *result.notes,
         f"{model.nbytes / 1e6:.1f} MB, {result.n_weights / 1e6:.1f} M weights at "
-        f"{result.bits_per_weight:.2f} bits: "
-        + ", ".join(f"{count} {name}" for name, count in sorted(types.items())),
+        f"{result.bits_per_weight:.2f} bits: " + ", ".join(f"{count} {name}" for name, count in sorted(types.items())),
         f"read back: all {len(model.tensor_nbytes)} checksums match; {result.seconds:.1f} s",
     ]
     try:

@@ -14,8 +14,8 @@ from typing import Any
 from kvrun.convert import family_config, family_gguf
 from kvrun.convert.family_gguf import GgufFacts
 from kvrun.convert.fields import Fields
-from kvrun.description import ModelDescription
 from kvrun.errors import ConvertError, one_line
+from kvrun.files.description import ModelDescription
 
 # Ours -> (Hugging Face, GGUF), without ".weight" and ".bias"; {i} is the layer. Where several of ours have one name
 # there, they are its rows, one after the other.
@@ -256,7 +256,7 @@ def family_of_config(config: Fields) -> Family:
                     return family
             return _not_supported(config.where, f"{name} of {kind}", [family.hf_type for family in FAMILIES])
     for family in FAMILIES:
-        if family.hf_class in classes or not classes and family.hf_type == config.get("model_type"):
+        if family.hf_class in classes or (not classes and family.hf_type == config.get("model_type")):
             return family
     if not classes and "model_type" not in config:
         config.fail("architectures", "missing: not the config of a model")

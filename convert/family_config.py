@@ -49,9 +49,7 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
         "n_heads": heads,
         "n_kv_heads": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
         "head_dim": head_dim,
-        "context_length": config.integer(
-            "max_position_embeddings", defaults.get("max_position_embeddings", 2048)
-        ),
+        "context_length": config.integer("max_position_embeddings", defaults.get("max_position_embeddings", 2048)),
         "norm_eps": config.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
         "attention_scale": head_dim**-0.5,
         "tie_embeddings": config.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
@@ -78,9 +76,7 @@ def llama(config: Fields) -> dict[str, Any]:
 
 def mistral(config: Fields) -> dict[str, Any]:
     """An absent sliding_window means 4096 tokens, null none."""
-    values = llama_like(config, max_position_embeddings=131072, num_key_value_heads=8) | {
-        "attention_bias": False
-    }
+    values = llama_like(config, max_position_embeddings=131072, num_key_value_heads=8) | {"attention_bias": False}
     width = config.integer("sliding_window", None if config.given("sliding_window") else 4096)
     return values | {"sliding_windows": [width] * values["n_layers"]}
 
@@ -165,9 +161,7 @@ def smollm3(config: Fields) -> dict[str, Any]:
     )
     n = values["n_layers"]
     step = config.integer("no_rope_layer_interval", 4)
-    layers = config.get(
-        "no_rope_layers", [int((i + 1) % step != 0) for i in range(n)]
-    )  # 1 where there is RoPE
+    layers = config.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(n)])  # 1 where there is RoPE
     if not isinstance(layers, list) or len(layers) != n or not all(layer in (0, 1) for layer in layers):
         config.fail("no_rope_layers", f"not 0 or 1 for each of {n} layers")
     windows = None
@@ -204,9 +198,7 @@ def phi3(config: Fields) -> dict[str, Any]:
         rope = config.section(name)
         if rope is not None and "yarn" in (rope.get("type"), rope.get("rope_type")):
             config.fail(name, "rope type 'yarn' of an early Phi-3; set it to 'longrope'")
-    values = llama_like(
-        config, rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096
-    )
+    values = llama_like(config, rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
     width = config.integer("sliding_window", None)
     return values | {"attention_bias": False, "sliding_windows": [width] * values["n_layers"]}
 

@@ -38,9 +38,7 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     return {
         "vocab_size": meta.integer("vocab_size", facts.shapes.get("token_embd.weight", (0,))[0]),
         "hidden_size": hidden,
-        "intermediate_size": meta.integer(
-            "feed_forward_length", meta.integer("expert_feed_forward_length", None)
-        ),
+        "intermediate_size": meta.integer("feed_forward_length", meta.integer("expert_feed_forward_length", None)),
         "n_layers": meta.integer("block_count", maximum=MAX_LAYERS),
         "n_heads": heads,
         "n_kv_heads": meta.integer("attention.head_count_kv", heads),

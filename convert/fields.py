@@ -46,11 +46,7 @@ class Fields:
 
     def or_else(self, name: str, value: Any) -> Fields:
         """The same fields, with a value for a name that has none."""
-        return (
-            self
-            if name in self
-            else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
-        )
+        return self if name in self else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
 
     def fail(self, name: str, reason: str) -> Any:
         raise ConvertError(f"{self.where}: field {self._prefix}{name}: {reason}")
@@ -61,9 +57,7 @@ class Fields:
             return value
         return self.fail(name, "missing") if default is REQUIRED else default
 
-    def integer(
-        self, name: str, default: Any = REQUIRED, minimum: int = 1, maximum: int = (1 << 31) - 1
-    ) -> Any:
+    def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1, maximum: int = (1 << 31) - 1) -> Any:
         value = self.get(name, default)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # GGUF may give one number per layer

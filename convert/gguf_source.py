@@ -24,8 +24,8 @@ from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import StoredTensor
-from kvrun.description import ModelDescription
 from kvrun.errors import ConvertError
+from kvrun.files.description import ModelDescription
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Files of Mixtral from before one tensor held all experts of a layer.
@@ -128,9 +128,7 @@ def _vector(tensor: StoredTensor | None) -> list[float] | None:
     if tensor is None:
         return None
     if len(tensor.shape) != 1:
-        raise ConvertError(
-            f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension"
-        )
+        raise ConvertError(f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension")
     return tensor.vector().tolist()
 
 

@@ -327,7 +327,6 @@ def _post_processor(names: list[str], info: dict[str, Any]) -> dict[str, Any] | 
         "single": template("A"),
         "pair": template("A", "B"),
         "special_tokens": {
-            names[token]: {"id": names[token], "ids": [token], "tokens": [names[token]]}
-            for token in before + after
+            names[token]: {"id": names[token], "ids": [token], "tokens": [names[token]]} for token in before + after
         },
     }

@@ -11,7 +11,7 @@ from typing import Any
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields, read_json
 from kvrun.errors import ConvertError
-from kvrun.tokenizer_backends import refusal
+from kvrun.text.backends import refusal
 
 # Classes of transformers that take BOS and EOS from tokenizer_config.json, whatever tokenizer.json says.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
@@ -20,9 +20,7 @@ _NAMES = ("bos", "eos", "pad", "unk")
 
 def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vocabulary:
     """tokenizer.json, or else tokenizer.model. ConvertError if there is neither or it cannot be read."""
-    settings = read_json(folder, "tokenizer_config.json") or Fields(
-        {}, os.path.join(folder, "tokenizer_config.json")
-    )
+    settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
     for kind, probe in (("tokenizer.json", _probe_json), ("tokenizer.model", _probe_sentencepiece)):
         path = os.path.join(folder, kind)
         try:

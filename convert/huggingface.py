@@ -26,8 +26,8 @@ from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
-from kvrun.description import ModelDescription, strict_json
 from kvrun.errors import ConvertError
+from kvrun.files.description import ModelDescription, strict_json
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (
@@ -67,9 +67,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     family, text = family_of_config(config), text_config(config)
     refuse_quantised(text)
     name = _model_name(folder)
-    description = describe(
-        text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)}
-    )
+    description = describe(text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)})
     stored, notes = with_factors(_read_headers(folder), fp8_block), []
     if text is not config:
         stored, notes = _text_only(stored)
@@ -87,15 +85,11 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         description=description,
         tensors=tensors,
         vocabulary=vocabulary,
-        stop_ids=_stop_ids(
-            (generation, config) if text is config else (generation, config, text), vocabulary
-        ),
+        stop_ids=_stop_ids((generation, config) if text is config else (generation, config, text), vocabulary),
         chat_template=_chat_template(folder),
         sampling=sampling_defaults(generation, _SAMPLING),
         files=tuple(
-            sorted(
-                {tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS}
-            )
+            sorted({tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS})
         ),
         notes=tuple(notes),
     )
@@ -163,9 +157,7 @@ def _weight_files(folder: str) -> dict[str, list[str] | None]:
             raise ConvertError(f"{folder}: several safetensors files and no model.safetensors.index.json")
     total = int(weights[0][15:20])
     if len(weights) != total:
-        raise ConvertError(
-            f"{folder}: {len(weights)} of {total} safetensors files are there; download the others"
-        )
+        raise ConvertError(f"{folder}: {len(weights)} of {total} safetensors files are there; download the others")
     return dict.fromkeys(weights)
 
 
@@ -218,8 +210,7 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
         raise ConvertError(f"{path}: damaged safetensors header: tensor {name[:80]}")
     if data_start + end > size:
         raise ConvertError(
-            f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; "
-            "download it again"
+            f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; download it again"
         )
     if 0 in shape:
         raise ConvertError(f"{path}: tensor {name} {shape} has no values; save the checkpoint again, whole")
@@ -230,9 +221,7 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     row_bytes = width * (shape[-1] if shape else 1)
     count = int(np.prod(shape[:-1], dtype=object)) if shape else 1
     if count * row_bytes != end - start:
-        raise ConvertError(
-            f"{path}: damaged safetensors header: tensor {name} {shape} has {end - start} bytes"
-        )
+        raise ConvertError(f"{path}: damaged safetensors header: tensor {name} {shape} has {end - start} bytes")
     return StoredTensor(name, path, data_start + start, tuple(shape), _DTYPES[dtype], row_bytes)
 
 
@@ -241,9 +230,7 @@ def _text_only(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor
     others = {name: match[2] for name in tensors if (match := _NOT_TEXT.match(name))}
     kept = {name: tensor for name, tensor in tensors.items() if name not in others}
     parts = ", ".join(sorted(set(others.values())))
-    return kept, [
-        f"left out: {len(others)} tensors that are not of the text model ({parts})"
-    ] if others else []
+    return kept, [f"left out: {len(others)} tensors that are not of the text model ({parts})"] if others else []
 
 
 def _without_prefix(
@@ -292,9 +279,7 @@ def _check_types_and_head(
     embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
     if description.tie_embeddings and head in available and embed in available:
         if not _equal(available[embed], available[head]):
-            config.fail(
-                "tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both"
-            )
+            config.fail("tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both")
         del available[head]
 
 

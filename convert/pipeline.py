@@ -17,8 +17,8 @@ from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
 from kvrun.convert.weight_types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError
-from kvrun.modelfile import ModelFile
-from kvrun.modelwriter import ModelFileWriter, check_output
+from kvrun.files.model_file import ModelFile
+from kvrun.files.model_writer import ModelFileWriter, check_output
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, and the bytes done and in all."""
@@ -95,9 +95,7 @@ def _counted(stage: str, total: int, progress: Progress) -> Callable[[int], None
 def _check_not_source(output: str, source: Checkpoint) -> None:
     for path in source.files:
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
-            raise ConvertError(
-                f"{output}: the model would overwrite the checkpoint it comes from; use another name"
-            )
+            raise ConvertError(f"{output}: the model would overwrite the checkpoint it comes from; use another name")
 
 
 def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, str]) -> ModelFileWriter:
@@ -121,24 +119,16 @@ def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, s
     )
 
 
-def _write_tensors(
-    writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress
-) -> None:
+def _write_tensors(writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress) -> None:
     """Pack slabs on several threads, a few ahead of the one that is written."""
-    workers = min(
-        4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     slabs = {name: list(tensor.slabs()) for name, tensor in source.tensors.items()}
     add = _counted("converting", sum(tensor.nbytes for tensor in source.tensors.values()), progress)
 
     def work(task: tuple[str, int, int]) -> tuple[int, np.ndarray]:
         name, start, stop = task
         tensor = source.tensors[name]
-        data = (
-            tensor.packed(start, stop, types[name])
-            if name in types
-            else tensor.floats(start, stop).reshape(-1)
-        )
+        data = tensor.packed(start, stop, types[name]) if name in types else tensor.floats(start, stop).reshape(-1)
         return (stop - start) * tensor.row_bytes, data
 
     def done_in_order(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:

@@ -37,9 +37,7 @@ def rope_from_config(
     original = config.integer("original_max_position_embeddings", original)
     return {
         "rope_theta": theta,
-        "rope_scaling": None
-        if rope is None
-        else scaling_of(config, name, rope, theta, width, context, original),
+        "rope_scaling": None if rope is None else scaling_of(config, name, rope, theta, width, context, original),
         "rotary_dim": None if width == head_dim else width,
     }
 
@@ -163,14 +161,10 @@ def rope_from_gguf(
     factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
     if kind == "yarn" and factors is None:
         m = meta.number("rope.scaling.attn_factor", 1.0) * _yarn_amplitude(factor)
-        turns = [
-            meta.number(f"rope.scaling.yarn_beta_{key}", n) for key, n in (("fast", 32.0), ("slow", 1.0))
-        ]
+        turns = [meta.number(f"rope.scaling.yarn_beta_{key}", n) for key, n in (("fast", 32.0), ("slow", 1.0))]
         return fields | {"rope_scaling": yarn(meta.where, theta, width, factor, original, *turns, m)}
     if kind not in ("none", "linear") and not (kind == "longrope" and long_short):
-        meta.fail(
-            "rope.scaling.type", f"{shown(kind)} is not supported yet (supported: none, linear, yarn, longrope)"
-        )
+        meta.fail("rope.scaling.type", f"{shown(kind)} is not supported yet (supported: none, linear, yarn, longrope)")
     if long_short is not None:
         return fields | {
             "rope_scaling": {
@@ -185,7 +179,5 @@ def rope_from_gguf(
         }
     factor = factor if kind == "linear" else 1.0
     if factors is not None:
-        return fields | {
-            "rope_scaling": {"type": "factors", "factors": [value * factor for value in factors]}
-        }
+        return fields | {"rope_scaling": {"type": "factors", "factors": [value * factor for value in factors]}}
     return fields | {"rope_scaling": {"type": "linear", "factor": factor} if factor != 1.0 else None}

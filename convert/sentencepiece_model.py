@@ -44,7 +44,7 @@ def model_bytes(
     out = bytearray()
     for text, score, type in pieces:
         out += _message(1, _text(1, text) + _float(2, score) + _number(3, type))
-    has_bytes = BYTE_PIECES <= {text for text, _, type in pieces if type == BYTE}
+    has_bytes = {text for text, _, type in pieces if type == BYTE} >= BYTE_PIECES
     trainer = _number(3, kind) + _number(4, len(pieces)) + _number(35, int(has_bytes))
     # Fields of the ids, and of the texts that go with them: -1 for none.
     for name, number, text in (("unk", 40, 45), ("bos", 41, 46), ("eos", 42, 47), ("pad", 43, 48)):

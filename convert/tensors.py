@@ -45,9 +45,7 @@ class StoredTensor:
         """The same tensor, its rows put in another order as they are read; of a vector, the values."""
         if len(self.shape) == 2:
             return replace(self, row_order=order)
-        return replace(
-            self, shape=(*self.shape, 1), row_bytes=self.row_bytes // self.shape[0], row_order=order
-        )
+        return replace(self, shape=(*self.shape, 1), row_bytes=self.row_bytes // self.shape[0], row_order=order)
 
     def slabs(self) -> Iterator[tuple[int, int]]:
         """Row ranges (start, stop) that cover the tensor, of whole panels of 16 rows and whole groups."""
@@ -106,8 +104,7 @@ class StoredTensor:
             raise ConvertError(f"{self.path}: tensor {self.name} holds NaN or infinite values")
         if largest > 65504 and type not in ("f32", "bf16"):
             raise ConvertError(
-                f"{self.path}: tensor {self.name} holds {largest:g}, too large for {type}: "
-                "use --type bf16 or f32"
+                f"{self.path}: tensor {self.name} holds {largest:g}, too large for {type}: use --type bf16 or f32"
             )
 
     def _dequantized(self, raw: np.ndarray) -> np.ndarray:
@@ -117,6 +114,4 @@ class StoredTensor:
         try:
             return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).astype(np.float32, copy=False)
         except (KeyError, NotImplementedError):
-            raise ConvertError(
-                f"{self.path}: tensor {self.name} has type {kind}, which is not supported yet"
-            ) from None
+            raise ConvertError(f"{self.path}: tensor {self.name} has type {kind}, which is not supported yet") from None

@@ -6,7 +6,7 @@ import re
 
 from kvrun import _core
 from kvrun.convert.tensors import PLAIN, StoredTensor
-from kvrun.description import ModelDescription
+from kvrun.files.description import ModelDescription
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m", "q4_k", "q4_1", "q4_0", "same")
 """Weight types; q4_k_m, a mix of q4_k and q6_k; and "same", the type that a tensor has."""

@@ -12,5 +12,14 @@ from kvrun.model import Model, load
 from kvrun.session import Session
 from kvrun.version import __version__
 
-__all__ = ["ConvertError", "KvrunError", "Model", "ModelFileError", "OptionError", "Session", "TokenizerError",
-           "__version__", "load"]
+__all__ = [
+    "ConvertError",
+    "KvrunError",
+    "Model",
+    "ModelFileError",
+    "OptionError",
+    "Session",
+    "TokenizerError",
+    "__version__",
+    "load",
+]

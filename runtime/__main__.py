@@ -2,6 +2,6 @@
 
 import sys
 
-from kvrun.cli import main
+from kvrun.commands.main import main
 
 sys.exit(main())

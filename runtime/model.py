@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun import _core
 from kvrun.errors import KvrunError, ModelFileError, OptionError, TokenizerError
-from kvrun.modelfile import ModelFile, read_model_file
+from kvrun.files.model_file import ModelFile, read_model_file
 from kvrun.options import integer
 from kvrun.session import Session
 
 DEVICES = ("cpu", "cuda")
 
 if TYPE_CHECKING:
-    from kvrun.chat import ChatTemplate
     from kvrun.cuda.device import CudaDevice
     from kvrun.cuda.engine import CudaEngine
-    from kvrun.description import ModelDescription
-    from kvrun.tokenizer import Tokenizer
+    from kvrun.files.description import ModelDescription
+    from kvrun.text.templates import ChatTemplate
+    from kvrun.text.tokenizer import Tokenizer
 
 
 def load(
@@ -120,14 +120,12 @@ class Model:
 
         ModelFileError if the file is damaged, or was saved with another model or version of the format.
         """
-        from kvrun.sessionfile import read_session_file
+        from kvrun.files.session_file import read_session_file
 
         saved = read_session_file(path, self.file.fingerprint, self.vocab_size)
         cache = saved.cache
         try:
-            session = self.session(
-                kv_k=cache.k, kv_v=cache.v, ctx=cache.ctx, sinks=cache.sinks, window=cache.window
-            )
+            session = self.session(kv_k=cache.k, kv_v=cache.v, ctx=cache.ctx, sinks=cache.sinks, window=cache.window)
             session._load(saved)
         except (OptionError, ValueError) as error:
             raise ModelFileError(f"{os.fspath(path)}: this session cannot be restored: {error}") from None
@@ -176,7 +174,7 @@ class Model:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        from kvrun.tokenizer import Tokenizer
+        from kvrun.text.tokenizer import Tokenizer
 
         file = self.file
         try:
@@ -191,7 +189,7 @@ class Model:
     def _chat(self) -> ChatTemplate | None:
         if not self.file.chat_template:
             return None
-        from kvrun.chat import ChatTemplate
+        from kvrun.text.templates import ChatTemplate
 
         tokenizer, info = self._tokenizer, self.file.tokenizer_info
         ids = {f"{name}_token": info.get(f"{name}_id") for name in ("bos", "eos", "pad", "unk")}

@@ -38,9 +38,7 @@ class Sampling:
             repeat_penalty=number(
                 "repeat_penalty", values.get("repeat_penalty", cls.repeat_penalty), low=0, above=True
             ),
-            seed=None
-            if values.get("seed") is None
-            else integer("seed", values["seed"], low=0, high=MAX_SEED),
+            seed=None if values.get("seed") is None else integer("seed", values["seed"], low=0, high=MAX_SEED),
         )
 
 
@@ -73,9 +71,7 @@ class CacheOptions:
         k, v = kv_k or kv, kv_v or kv
         for name, value in (("kv", kv), ("kv_k", k), ("kv_v", v)):
             if not isinstance(value, str) or value not in formats:
-                raise OptionError(
-                    f"{name}: there is no cache format {value!r}; there is {', '.join(sorted(formats))}"
-                )
+                raise OptionError(f"{name}: there is no cache format {value!r}; there is {', '.join(sorted(formats))}")
         sinks = integer("sinks", sinks, low=0)
         window = default_window(k, v) if window is None else integer("window", window, low=0)
         least = sinks + window + 64
@@ -107,9 +103,7 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     return value
 
 
-def number(
-    name: str, value: Any, low: float | None = None, high: float | None = None, above: bool = False
-) -> float:
+def number(name: str, value: Any, low: float | None = None, high: float | None = None, above: bool = False) -> float:
     """`value` as a finite float between `low` (excluded with `above`) and `high`; OptionError otherwise."""
     try:
         if isinstance(value, (bool, str, bytes)):

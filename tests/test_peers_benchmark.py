@@ -60,8 +60,15 @@ def compare(tmp_path):
             command = [sys.executable, str(script), json.dumps(caches), str(speed), bad, crash_at]
             workers.append(peers.Worker(name, command, tmp_path / f"{i}.log", timeout=30))
             workers[-1].info = {"package": name, "version": "1", "family": family}
-        options = {"kinds": ["f16", "q4"], "depths": [0, 256], "prefills": [512], "runs": 2, "tokens": 8,
-                   "patience": 1e9, "limit": 1e9}  # fmt: skip
+        options = {
+            "kinds": ["f16", "q4"],
+            "depths": [0, 256],
+            "prefills": [512],
+            "runs": 2,
+            "tokens": 8,
+            "patience": 1e9,
+            "limit": 1e9,
+        }
         everyone = {worker.name: worker.info for worker in workers}
         said = []
         comparison = peers.Comparison(workers, peers.Plan(**{**options, **changes}), said.append)
@@ -161,9 +168,7 @@ def test_ratios_take_the_fastest_cache_of_a_family():
         return {**head, "runtime": runtime, "cache": cache, "runs": [run, run], "bytes_per_token": 3e8}
 
     families = {"kvrun": {"family": "kvrun"}, "a 1": {"family": "a"}, "a 2": {"family": "a"}}
-    found = report(
-        [row("kvrun", "q4", 1), row("a 1", "x", 4), row("a 2", "y", 2), row("a 1", "z", 8)], families
-    )
+    found = report([row("kvrun", "q4", 1), row("a 1", "x", 4), row("a 2", "y", 2), row("a 1", "z", 8)], families)
     (entry,) = found["ratios"]
     assert (entry["peer_runtime"], entry["peer_cache"], entry["ratio"]) == ("a 2", "y", pytest.approx(2))
     assert found["results"][0]["bandwidth_fraction"] == pytest.approx(0.1)
@@ -180,9 +185,7 @@ def test_plots_are_written(compare, tmp_path):
 
 
 def test_missing_peers_are_one_line_each(monkeypatch):
-    monkeypatch.setattr(
-        peers, "installed", lambda python: {"kvrun": "1"} if python == "a" else {"xllamacpp": "2"}
-    )
+    monkeypatch.setattr(peers, "installed", lambda python: {"kvrun": "1"} if python == "a" else {"xllamacpp": "2"})
     found, lines = peers.locate(["a", "b"], list(peers.FAMILIES))
     assert [(package.runtime, python, version) for package, python, version in found] == [
         ("kvrun", "a", "1"),
@@ -212,9 +215,7 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert last.startswith("peers: ") and message in last
 
 
-@pytest.mark.parametrize(
-    "arguments", [["x", "--threads", "0"], ["x", "--depths", "-1"], ["x", "--runs", "a"], []]
-)
+@pytest.mark.parametrize("arguments", [["x", "--threads", "0"], ["x", "--depths", "-1"], ["x", "--runs", "a"], []])
 def test_wrong_usage(arguments):
     with pytest.raises(SystemExit) as stopped:
         peers.main(arguments)
@@ -239,8 +240,13 @@ def test_requantized_matrices_and_everything_else_the_same(tmp_path):
     rng = np.random.default_rng(0)
     source, target = tmp_path / "a.gguf", tmp_path / "b.gguf"
     writer = gguf.GGUFWriter(source, "llama")
-    for name, value in (("block_count", 1), ("embedding_length", 64), ("attention.head_count", 2),
-                        ("attention.head_count_kv", 1), ("context_length", 128)):  # fmt: skip
+    for name, value in (
+        ("block_count", 1),
+        ("embedding_length", 64),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 1),
+        ("context_length", 128),
+    ):
         writer.add_uint32(f"llama.{name}", value)
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
     tensors = {
@@ -256,8 +262,14 @@ def test_requantized_matrices_and_everything_else_the_same(tmp_path):
     writer.close()
     peers_gguf.requantize(str(source), target, "q4_0")
     facts = peers_gguf.gguf_facts(str(target))
-    assert facts == {"layers": 1, "kv_heads": 1, "head_dim": 32, "vocab": 8, "context": 128,
-                     "weights": facts["weights"]}  # fmt: skip
+    assert facts == {
+        "layers": 1,
+        "kv_heads": 1,
+        "head_dim": 32,
+        "vocab": 8,
+        "context": 128,
+        "weights": facts["weights"],
+    }
     assert "1 x Q4_0" in facts["weights"] and "1 x F32" in facts["weights"]
     reader = gguf.GGUFReader(target)
     assert reader.get_field("tokenizer.ggml.tokens").contents() == ["a", "b"]

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
-from kvrun.tokenizer import Tokenizer
+from kvrun.text.tokenizer import Tokenizer
 
 SPACE = "\u2581"
 COUNT = 10_000
@@ -112,9 +112,7 @@ def gemma3():
         )
     )
     library.normalizer = normalizers.Replace(" ", SPACE)
-    library.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    library.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     library.add_tokens(
         [AddedToken(t, special=type == 3, normalized=type == 4) for t, type in zip(tokens, types) if type in (3, 4)]
     )

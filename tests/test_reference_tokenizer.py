@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from strings import varied_strings
 
-from kvrun.modelfile import read_model_file
-from kvrun.tokenizer import Tokenizer
+from kvrun.files.model_file import read_model_file
+from kvrun.text.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 # Fixture and the checkpoint whose tokenizer.json it has; the GGUF files hold theirs as metadata only.
@@ -38,9 +38,7 @@ def library_from_gguf(path):
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
     fields = gguf.GGUFReader(path).fields
-    tokens, types, merges = (
-        fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")
-    )
+    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
     library = tokenizers.Tokenizer(
         models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges])
     )
@@ -48,9 +46,7 @@ def library_from_gguf(path):
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3]
-    )
+    library.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3])
     return library
 
 
@@ -81,9 +77,7 @@ def test_a_thousand_strings(case):
     for text in varied_strings(1000, seed=1):
         expected = library.encode(text)
         assert ours.encode(text) == expected.ids, repr(text)
-        assert ours.decode(expected.ids) == library.decode(expected.ids, skip_special_tokens=False), repr(
-            text
-        )
+        assert ours.decode(expected.ids) == library.decode(expected.ids, skip_special_tokens=False), repr(text)
         assert ours.decode(expected.ids, skip_special=True) == library.decode(expected.ids), repr(text)
 
 
@@ -142,9 +136,7 @@ def test_ids_without_a_token(converted):
 def sentencepiece_case(converted):
     import sentencepiece
 
-    library = sentencepiece.SentencePieceProcessor(
-        model_file=str(CHECKPOINTS / "multi-head" / "tokenizer.model")
-    )
+    library = sentencepiece.SentencePieceProcessor(model_file=str(CHECKPOINTS / "multi-head" / "tokenizer.model"))
     return load_tokenizer(converted("multi-head")), library
 
 

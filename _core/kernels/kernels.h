@@ -28,7 +28,7 @@
  *
  * Cached keys and values come in tiles of KV_TILE = 64 tokens of one KV head; `head_pad` is head_dim rounded up
  * to 16. In f32 and f16 K is channel-major [head_dim][64], V is token-major [64][head_pad]; the quantised formats are
- * described in tile.h.
+ * described in cache/quantized.h.
  */
 #ifndef KVRUN_KERNELS_H
 #define KVRUN_KERNELS_H

@@ -1,5 +1,5 @@
 /* This level's table of kernels. */
-#include "simd.h"
+#include "simd/simd.h"
 
 void KV_NAME(kv_fill_vector)(kv_kernels *table);
 void KV_NAME(kv_fill_matmul)(kv_kernels *table);

@@ -1,5 +1,5 @@
 /* Element-wise kernels: norms, quantisation of inputs, rotation, activations, soft cap. */
-#include "simd.h"
+#include "simd/simd.h"
 
 static void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *out)
 {

@@ -42,14 +42,40 @@ MATRIX = np.dtype(
 NORM = np.dtype([("weight", "u8"), ("bias", "u8"), ("eps", "f4"), ("layer_norm", "i4")], align=True)
 LAYOUT = np.dtype(
     [("base", "u8")]
-    + [(name, "i8") for name in (
-        "start", "head_bytes", "sight", "n_slots", "sink_v", "windows", "ring", "k_bytes", "v_bytes",
-        "window_k_bytes", "window_v_bytes")]
-    + [(name, "i4") for name in (
-        "head_dim", "head_pad", "n_kv_heads", "n_sinks", "sink_lanes", "window", "n_window_tiles",
-        "k_format", "v_format", "wk_format", "wv_format")],
+    + [
+        (name, "i8")
+        for name in (
+            "start",
+            "head_bytes",
+            "sight",
+            "n_slots",
+            "sink_v",
+            "windows",
+            "ring",
+            "k_bytes",
+            "v_bytes",
+            "window_k_bytes",
+            "window_v_bytes",
+        )
+    ]
+    + [
+        (name, "i4")
+        for name in (
+            "head_dim",
+            "head_pad",
+            "n_kv_heads",
+            "n_sinks",
+            "sink_lanes",
+            "window",
+            "n_window_tiles",
+            "k_format",
+            "v_format",
+            "wk_format",
+            "wv_format",
+        )
+    ],
     align=True,
-)  # fmt: skip
+)
 STEP = np.dtype([("first", "i8"), ("packed_ever", "i8"), ("n", "i4"), ("first_logit", "i4")], align=True)
 ROPES = np.dtype([("n", "i8"), ("inv_freq", "u8"), ("amplitude", "u8"), ("of_layer", "u8")], align=True)
 

@@ -219,9 +219,26 @@ class CudaDevice:
         one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         with stream:  # cuBLAS is column-major: out' = weights' x
             cublas.gemmEx(
-                cupy.cuda.device.get_cublas_handle(), _T, _N, g.rows, g.n, g.cols, one.ctypes.data, g.weights, _R_16F,
-                g.cols, g.x, _R_16F, g.cols, zero.ctypes.data, g.out, _R_32F, g.ld, _COMPUTE_32F, _GEMM_DEFAULT,
-            )  # fmt: skip
+                cupy.cuda.device.get_cublas_handle(),
+                _T,
+                _N,
+                g.rows,
+                g.n,
+                g.cols,
+                one.ctypes.data,
+                g.weights,
+                _R_16F,
+                g.cols,
+                g.x,
+                _R_16F,
+                g.cols,
+                zero.ctypes.data,
+                g.out,
+                _R_32F,
+                g.ld,
+                _COMPUTE_32F,
+                _GEMM_DEFAULT,
+            )
 
     def capture(self, operations: Sequence[abi.Operation], stream: Any) -> Any:
         """A graph of operations, which are not done: `replay` does them, as often as wanted."""

@@ -19,7 +19,7 @@ from kvrun.cuda.weights import DeviceWeights
 from kvrun.errors import OptionError
 
 if TYPE_CHECKING:
-    from kvrun.modelfile import WeightTensor
+    from kvrun.files.model_file import WeightTensor
 
 MAX_CHUNK = 2048
 """Most tokens in one call of `CudaEngine.forward`."""

@@ -51,14 +51,31 @@ def begin_step(
 
 
 def norm_heads(
-    qkv: int, ld: int, k_offset: int, q_norm: int, k_norm: int, n_heads: int, n_kv_heads: int, head_dim: int,
-    eps: float, all_heads: bool, n: int,
-) -> Launch:  # fmt: skip
+    qkv: int,
+    ld: int,
+    k_offset: int,
+    q_norm: int,
+    k_norm: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    all_heads: bool,
+    n: int,
+) -> Launch:
     """RMS norms of the queries and keys in qkv [n][ld], of each head or of all heads at once, in place."""
     args = (
-        pointer(qkv), int64(ld), int32(k_offset), pointer(q_norm), pointer(k_norm), int32(n_heads), int32(n_kv_heads),
-        int32(head_dim), float32(eps), int32(all_heads),
-    )  # fmt: skip
+        pointer(qkv),
+        int64(ld),
+        int32(k_offset),
+        pointer(q_norm),
+        pointer(k_norm),
+        int32(n_heads),
+        int32(n_kv_heads),
+        int32(head_dim),
+        float32(eps),
+        int32(all_heads),
+    )
     return _launch("norm_heads", (2 if all_heads else n_heads + n_kv_heads, n), THREADS, 0, *args)
 
 
@@ -100,28 +117,58 @@ def scale_bias(matrix: np.ndarray, row_scale: int, out: int, ld: int, n: int) ->
 
 
 def activate_to_half(
-    gate: np.ndarray, up: np.ndarray, activation: str, gate_out: int, up_out: int, ld: int, row_scale: int, out: int,
-    out_scale: int, n: int,
-) -> Launch:  # fmt: skip
+    gate: np.ndarray,
+    up: np.ndarray,
+    activation: str,
+    gate_out: int,
+    up_out: int,
+    ld: int,
+    row_scale: int,
+    out: int,
+    out_scale: int,
+    n: int,
+) -> Launch:
     """out float16 [n][rows of up] times out_scale [n]: activation(gate) * up, or activation(up), of products without
     their scales and biases; row_scale 0: with them."""
     args = (
-        gate, up, int32(ACTIVATIONS[activation]), pointer(gate_out), pointer(up_out), int64(ld), pointer(row_scale),
-        pointer(out), pointer(out_scale),
-    )  # fmt: skip
+        gate,
+        up,
+        int32(ACTIVATIONS[activation]),
+        pointer(gate_out),
+        pointer(up_out),
+        int64(ld),
+        pointer(row_scale),
+        pointer(out),
+        pointer(out_scale),
+    )
     return _launch("activate_to_half", (n,), ROW_THREADS, 0, *args)
 
 
 def add_chunk(
-    matrix: np.ndarray, norm: np.ndarray, row_scale: int, branch: int, ld_branch: int, hidden: int, scale: float,
-    x: int, ld: int, n: int,
-) -> Launch:  # fmt: skip
+    matrix: np.ndarray,
+    norm: np.ndarray,
+    row_scale: int,
+    branch: int,
+    ld_branch: int,
+    hidden: int,
+    scale: float,
+    x: int,
+    ld: int,
+    n: int,
+) -> Launch:
     """x [n][ld] += scale times the norm of branch: a product of `matrix` without its scales and biases, or (no matrix,
     row_scale 0) what it is."""
     args = (
-        matrix, norm, pointer(row_scale), pointer(branch), int64(ld_branch), int32(hidden), float32(scale), pointer(x),
+        matrix,
+        norm,
+        pointer(row_scale),
+        pointer(branch),
+        int64(ld_branch),
+        int32(hidden),
+        float32(scale),
+        pointer(x),
         int64(ld),
-    )  # fmt: skip
+    )
     return _launch("add_chunk", (n,), ROW_THREADS, 0, *args)
 
 
@@ -134,9 +181,7 @@ def logits_chunk(row_scale: int, scale: float, softcap: float, logits: int, ld: 
 # Experts ------------------------------------------------------------------------------------------------------------
 
 
-def choose(
-    scores: int, ld: int, n_experts: int, used: int, normalize: bool, chosen: int, share: int, n: int
-) -> Launch:
+def choose(scores: int, ld: int, n_experts: int, used: int, normalize: bool, chosen: int, share: int, n: int) -> Launch:
     """From scores [n][ld] to chosen int32 [n][used] and their shares float32."""
     args = (
         pointer(scores),
@@ -154,9 +199,7 @@ def experts_gated(
     gate: int, up: int, one: np.ndarray, norm: np.ndarray, x: int, chosen: int, used: int, activation: str, out: int
 ) -> Launch:
     """out [used][width of `one`, an expert's up]: activation(gate x) * (up x) of the chosen experts of one token."""
-    args = (
-        pointer(gate), pointer(up), norm, pointer(x), pointer(chosen), int32(ACTIVATIONS[activation]), pointer(out)
-    )  # fmt: skip
+    args = (pointer(gate), pointer(up), norm, pointer(x), pointer(chosen), int32(ACTIVATIONS[activation]), pointer(out))
     return _launch("experts_gated", (int(one["panels"][0]), used), EXPERT_THREADS, _input_bytes(one), *args)
 
 
@@ -165,8 +208,15 @@ def experts_down(
 ) -> Launch:
     """out (+)= the sum of the chosen experts' shares times down x; x [used][ld]."""
     args = (
-        pointer(down), pointer(x), int64(ld), pointer(chosen), pointer(share), int32(used), pointer(out), int32(add)
-    )  # fmt: skip
+        pointer(down),
+        pointer(x),
+        int64(ld),
+        pointer(chosen),
+        pointer(share),
+        int32(used),
+        pointer(out),
+        int32(add),
+    )
     return _launch("experts_down", (int(one["panels"][0]),), EXPERT_THREADS, _input_bytes(one), *args)
 
 
@@ -191,26 +241,63 @@ def sort_slots(chosen: int, n: int, used: int, n_experts: int, slots: int) -> La
 
 
 def experts_matmul(
-    matrices: int, one: np.ndarray, slots: int, n: int, used: int, n_experts: int, x: int, row_scale: int,
-    by_slot: bool, out: int, ld: int,
-) -> Launch:  # fmt: skip
+    matrices: int,
+    one: np.ndarray,
+    slots: int,
+    n: int,
+    used: int,
+    n_experts: int,
+    x: int,
+    row_scale: int,
+    by_slot: bool,
+    out: int,
+    ld: int,
+) -> Launch:
     """out [n used][ld]: of each slot its expert's matrix times its input, float16 [n][cols] or by slot, times
     row_scale."""
     args = (
-        pointer(matrices), pointer(slots), int32(n), int32(used), int32(n_experts), pointer(x), pointer(row_scale),
-        int32(by_slot), pointer(out), int64(ld),
-    )  # fmt: skip
+        pointer(matrices),
+        pointer(slots),
+        int32(n),
+        int32(used),
+        int32(n_experts),
+        pointer(x),
+        pointer(row_scale),
+        int32(by_slot),
+        pointer(out),
+        int64(ld),
+    )
     grid = _blocks(int(one["panels"][0]), 4), slot_tiles(n, used, n_experts)
     return _launch("experts_matmul", grid, EXPERT_THREADS, 0, *args)
 
 
 def experts_add(
-    norm: np.ndarray, slots: int, share: int, used: int, slot_out: int, ld_slots: int, hidden: int, scale: float,
-    n: int, n_experts: int, x: int, ld: int,
-) -> Launch:  # fmt: skip
+    norm: np.ndarray,
+    slots: int,
+    share: int,
+    used: int,
+    slot_out: int,
+    ld_slots: int,
+    hidden: int,
+    scale: float,
+    n: int,
+    n_experts: int,
+    x: int,
+    ld: int,
+) -> Launch:
     """x [n][ld] += scale times the norm of the sum of shares times outputs."""
     args = (
-        norm, pointer(slots), pointer(share), int32(used), pointer(slot_out), int64(ld_slots), int32(hidden),
-        float32(scale), int32(n), int32(n_experts), pointer(x), int64(ld),
-    )  # fmt: skip
+        norm,
+        pointer(slots),
+        pointer(share),
+        int32(used),
+        pointer(slot_out),
+        int64(ld_slots),
+        int32(hidden),
+        float32(scale),
+        int32(n),
+        int32(n_experts),
+        pointer(x),
+        int64(ld),
+    )
     return _launch("experts_add", (n,), ROW_THREADS, 0, *args)

@@ -55,9 +55,13 @@ def shared_bytes(*matrices: np.ndarray) -> int:
 
 
 def _launch(
-    kernel: str, matrices: tuple[np.ndarray, ...], args: tuple[np.ndarray, ...], n_multiprocessors: int,
-    then: np.ndarray, ahead: int,
-) -> Launch:  # fmt: skip
+    kernel: str,
+    matrices: tuple[np.ndarray, ...],
+    args: tuple[np.ndarray, ...],
+    n_multiprocessors: int,
+    then: np.ndarray,
+    ahead: int,
+) -> Launch:
     warps, first = split(n_multiprocessors, *matrices), then["segments"][0, 0]
     grid = min(int(matrices[-1]["panels"][0]), n_multiprocessors)
     ahead = min(ahead, int(first["panels"]) * int(first["panel_bytes"]))
@@ -66,9 +70,18 @@ def _launch(
 
 
 def matvec(
-    matrix: np.ndarray, norm: np.ndarray, x: int, out: int, add: bool = False, scale: float = 1.0, softcap: float = 0.0,
-    *, n_multiprocessors: int, then: np.ndarray = NO_MATRIX, ahead: int = AHEAD,
-) -> Launch:  # fmt: skip
+    matrix: np.ndarray,
+    norm: np.ndarray,
+    x: int,
+    out: int,
+    add: bool = False,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    *,
+    n_multiprocessors: int,
+    then: np.ndarray = NO_MATRIX,
+    ahead: int = AHEAD,
+) -> Launch:
     """out [width] (+)= matrix times the norm of x, plus its biases, times scale, capped; of padded rows nothing is
     written. `then`: the matrix that is read next."""
     args = (matrix, norm, pointer(x), pointer(out), int32(add), float32(scale), float32(softcap))
@@ -76,9 +89,17 @@ def matvec(
 
 
 def matvec_gated(
-    gate: np.ndarray, up: np.ndarray, norm: np.ndarray, x: int, activation: str, out: int, *, n_multiprocessors: int,
-    then: np.ndarray = NO_MATRIX, ahead: int = AHEAD,
-) -> Launch:  # fmt: skip
+    gate: np.ndarray,
+    up: np.ndarray,
+    norm: np.ndarray,
+    x: int,
+    activation: str,
+    out: int,
+    *,
+    n_multiprocessors: int,
+    then: np.ndarray = NO_MATRIX,
+    ahead: int = AHEAD,
+) -> Launch:
     """out [width of up] = activation(gate x) * (up x), or activation(up x) without a gate, of the norm of x."""
     args = (gate, up, norm, pointer(x), int32(ACTIVATIONS[activation]), pointer(out))
     return _launch("matvec_gated", (gate, up), args, n_multiprocessors, then, ahead)

@@ -111,9 +111,12 @@ class Buffers:
         self.layouts, self.geometry = kv.layouts(), kv.host.geometry()
         self.ropes, self.rope_of_layer, self._kept = engine.ropes_of(kv.ctx)
         self.attend_grid = attention.attend_grid(
-            self.geometry, d.n_heads // d.n_kv_heads, kv.ctx, device.n_multiprocessors,
+            self.geometry,
+            d.n_heads // d.n_kv_heads,
+            kv.ctx,
+            device.n_multiprocessors,
             device.shared_per_multiprocessor,
-        )  # fmt: skip
+        )
         counters = 4 * self.attend_grid[1] * self.attend_grid[2]
         sizes = activations(w, 1) | self.table_bytes(1)
         sizes |= {"partial": 4 * attention.partial_floats(self.geometry, self.attend_grid), "counters": counters}
@@ -189,10 +192,16 @@ class OneToken:
         operations.append(abi.Copy(self.b.pinned, at["step"], True))
         operations.append(
             matrix.begin_step(
-                at["step"], at["step"] + IDS_AT, w.embed, w.positions, d.embedding_scale, d.hidden_size, at["x"],
+                at["step"],
+                at["step"] + IDS_AT,
+                w.embed,
+                w.positions,
+                d.embedding_scale,
+                d.hidden_size,
+                at["x"],
                 *self.b.angle_args(at, 1),
             )
-        )  # fmt: skip
+        )
         for i, layer in enumerate(w.layers):
             after = w.layers[i + 1].qkv if i + 1 < d.n_layers else w.head
             operations.append(
@@ -208,10 +217,16 @@ class OneToken:
             else:
                 operations.append(
                     products.matvec_gated(
-                        layer.gate, layer.up, layer.mlp_norm, at["x"], d.activation, at["gate"], then=layer.down,
+                        layer.gate,
+                        layer.up,
+                        layer.mlp_norm,
+                        at["x"],
+                        d.activation,
+                        at["gate"],
+                        then=layer.down,
                         n_multiprocessors=self._n_multiprocessors,
                     )
-                )  # fmt: skip
+                )
                 operations += self._add(layer.down, at["gate"], layer.mlp_post_norm, after)
         operations.append(self.logits(at["x"]))
         operations.append(abi.Copy(self.b.pinned_logits, at["logits"], False))
@@ -263,14 +278,28 @@ class OneToken:
                 at["scores"], width(layer.router), d.n_experts, used, d.normalize_experts, at["chosen"], at["share"], 1
             ),
             matrix.experts_gated(
-                tables["gate"], tables["up"], one["up"], layer.mlp_norm, at["x"], at["chosen"], used, d.activation,
+                tables["gate"],
+                tables["up"],
+                one["up"],
+                layer.mlp_norm,
+                at["x"],
+                at["chosen"],
+                used,
+                d.activation,
                 at["slot_gate"],
             ),
             matrix.experts_down(
-                tables["down"], one["down"], at["slot_gate"], width(one["up"]), at["chosen"], at["share"], used,
-                at["branch" if branch else "x"], not branch,
+                tables["down"],
+                one["down"],
+                at["slot_gate"],
+                width(one["up"]),
+                at["chosen"],
+                at["share"],
+                used,
+                at["branch" if branch else "x"],
+                not branch,
             ),
-        ]  # fmt: skip
+        ]
         return [*operations, self._add_branch(layer.mlp_post_norm)] if branch else operations
 
 
@@ -284,10 +313,19 @@ def norm_heads(w: DeviceWeights, layer: Layer, qkv: int, n: int) -> list[abi.Ope
     k_offset = int(layer.qkv["segments"][0, 1]["offset"])
     return [
         matrix.norm_heads(
-            qkv, width(layer.qkv), k_offset, layer.q_norm, layer.k_norm, d.n_heads, d.n_kv_heads, d.head_dim,
-            d.norm_eps, d.qk_norm == "all", n,
+            qkv,
+            width(layer.qkv),
+            k_offset,
+            layer.q_norm,
+            layer.k_norm,
+            d.n_heads,
+            d.n_kv_heads,
+            d.head_dim,
+            d.norm_eps,
+            d.qk_norm == "all",
+            n,
         )
-    ]  # fmt: skip
+    ]
 
 
 def keys_and_values(layer: Layer, qkv: int) -> tuple[np.ndarray, ...]:
@@ -326,7 +364,7 @@ class Chunk:
                 step, ids, w.embed, w.positions, d.embedding_scale, d.hidden_size, at["x"], hidden_pad(w), n
             ),
             abi.Launch("step_angles", (attention.ANGLE_BLOCKS, 1, 1), (128, 1, 1), 0, angles),
-        ]  # fmt: skip
+        ]
         for i, layer in enumerate(w.layers):
             operations += [
                 self._normed(layer.attn_norm, at["x"]),
@@ -335,13 +373,18 @@ class Chunk:
                 *norm_heads(w, layer, at["qkv"], n),
                 *self._attend(i, layer),
                 matrix.norm_to_half(
-                    matrix.NO_NORM, at["attended"], d.n_heads * d.head_dim, d.n_heads * d.head_dim, at["half"],
-                    at["row_scale"], n,
+                    matrix.NO_NORM,
+                    at["attended"],
+                    d.n_heads * d.head_dim,
+                    d.n_heads * d.head_dim,
+                    at["half"],
+                    at["row_scale"],
+                    n,
                 ),
                 *self._add(layer.o, layer.attn_post_norm),
                 self._normed(layer.mlp_norm, at["x"]),
                 *(self._mixture(layer) if layer.experts else self._feed_forward(layer)),
-            ]  # fmt: skip
+            ]
         return operations
 
     def last_logits(self) -> list[abi.Operation]:
@@ -391,22 +434,41 @@ class Chunk:
             *operations,
             *self._product(layer.up, at["up"], self.n),
             matrix.activate_to_half(
-                layer.gate, layer.up, self.d.activation, at["gate"], at["up"], width(layer.up), at["row_scale"],
-                at["half"], at["row_scale"], self.n,
+                layer.gate,
+                layer.up,
+                self.d.activation,
+                at["gate"],
+                at["up"],
+                width(layer.up),
+                at["row_scale"],
+                at["half"],
+                at["row_scale"],
+                self.n,
             ),
             *self._add(layer.down, layer.mlp_post_norm),
-        ]  # fmt: skip
+        ]
 
     def _attend(self, i: int, layer: Layer) -> list[abi.Operation]:
         at, b, n, geometry, layout = self.at, self.b, self.n, self.b.geometry, self.b.layouts[i]
         step, cos, sin, *sinks = abi.pointer(at["step"]), *b.tables(self.of_cache, i, n)
-        staged = (*(abi.pointer(self.of_cache[name]) for name in ("staged_windows", "staged_tiles")),
-                  abi.int64(attention.max_tiles(geometry, n)))  # fmt: skip
+        staged = (
+            *(abi.pointer(self.of_cache[name]) for name in ("staged_windows", "staged_tiles")),
+            abi.int64(attention.max_tiles(geometry, n)),
+        )
         append = (step, layout, *keys_and_values(layer, at["qkv"]), cos, sin, *staged)
         attend = (
-            step, layout, abi.pointer(at["qkv"]), abi.int64(width(layer.qkv)), *scores(self.w), cos, sin, *sinks,
-            *staged, abi.pointer(at["attended"]), abi.int64(self.d.n_heads * self.d.head_dim),
-        )  # fmt: skip
+            step,
+            layout,
+            abi.pointer(at["qkv"]),
+            abi.int64(width(layer.qkv)),
+            *scores(self.w),
+            cos,
+            sin,
+            *sinks,
+            *staged,
+            abi.pointer(at["attended"]),
+            abi.int64(self.d.n_heads * self.d.head_dim),
+        )
         group = self.d.n_heads // self.d.n_kv_heads
         block, shared = (attention.APPEND_THREADS, 1, 1), attention.chunk_shared(geometry)
         grid, options = attention.chunk_grid(geometry, group, n), attention.defines(geometry)
@@ -435,12 +497,30 @@ class Chunk:
             product("gate", "half", "row_scale", False, "slot_gate", inner),
             product("up", "half", "row_scale", False, "slot_up", inner),
             matrix.activate_to_half(
-                one["gate"], one["up"], d.activation, at["slot_gate"], at["slot_up"], inner, 0, at["slot_half"],
-                at["slot_scale"], n * used,
+                one["gate"],
+                one["up"],
+                d.activation,
+                at["slot_gate"],
+                at["slot_up"],
+                inner,
+                0,
+                at["slot_half"],
+                at["slot_scale"],
+                n * used,
             ),
             product("down", "slot_half", "slot_scale", True, "slot_out", hidden_pad(w)),
             matrix.experts_add(
-                layer.mlp_post_norm, at["slots"], at["share"], used, at["slot_out"], hidden_pad(w), d.hidden_size,
-                d.residual_scale, n, experts, at["x"], hidden_pad(w),
+                layer.mlp_post_norm,
+                at["slots"],
+                at["share"],
+                used,
+                at["slot_out"],
+                hidden_pad(w),
+                d.hidden_size,
+                d.residual_scale,
+                n,
+                experts,
+                at["x"],
+                hidden_pad(w),
             ),
-        ]  # fmt: skip
+        ]

@@ -15,8 +15,8 @@ from kvrun import _core
 from kvrun.cuda import abi
 
 if TYPE_CHECKING:
-    from kvrun.description import ModelDescription
-    from kvrun.modelfile import WeightTensor
+    from kvrun.files.description import ModelDescription
+    from kvrun.files.model_file import WeightTensor
 
 ALIGNMENT = 256
 PANEL = 16

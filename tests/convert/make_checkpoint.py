@@ -66,9 +66,7 @@ def save_safetensors(path, tensors, dtype="F32"):
     """Write a safetensors file; `dtype` F32, F16 or BF16 (the values are cut or rounded to it)."""
     header, chunks, position = {"__metadata__": {"format": "pt"}}, [], 0
     for name, a in tensors.items():
-        data = {"F32": lambda a: a, "F16": lambda a: a.astype(np.float16), "BF16": to_bf16}[dtype](
-            a
-        ).tobytes()
+        data = {"F32": lambda a: a, "F16": lambda a: a.astype(np.float16), "BF16": to_bf16}[dtype](a).tobytes()
         header[name] = {
             "dtype": dtype,
             "shape": list(a.shape),
@@ -203,9 +201,7 @@ def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="s
         _add(writer, key, value)
     stored = {}
     for name, a in tensors.items():
-        kind = gguf.GGMLQuantizationType[
-            next((t for part, t in types.items() if part in name), "F32").upper()
-        ]
+        kind = gguf.GGMLQuantizationType[next((t for part, t in types.items() if part in name), "F32").upper()]
         if kind.name in HALVES and a.ndim == 1:
             kind = gguf.GGMLQuantizationType.F32
         data = random_blocks(kind.name, a.shape) if kind.name in HALVES else gguf.quants.quantize(a, kind)

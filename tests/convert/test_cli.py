@@ -22,9 +22,11 @@ from make_checkpoint import (
     write_json,
 )
 
-from kvrun import _core, inspect, modelwriter
+from kvrun import _core
+from kvrun.commands import inspect
 from kvrun.convert import cli
-from kvrun.modelfile import read_model_file
+from kvrun.files import model_writer
+from kvrun.files.model_file import read_model_file
 
 
 def run(command, *args, process=False, **options):
@@ -90,9 +92,7 @@ def test_a_terminal_gets_a_bar_and_the_summary(hf, tmp_path):
     pty = pytest.importorskip("pty")
     command = [sys.executable, "-m", "kvrun.convert.cli", str(hf), "-o", str(tmp_path / "model.bin")]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "xterm"}
-    )
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     shown = b""
     try:
@@ -110,7 +110,10 @@ def test_usage(hf, tmp_path):
     for args in (["--type", "q9_9"], ["--frobnicate"]):
         result = run("convert", hf, "-o", tmp_path / "out.bin", *args)
         assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "f32, f16, bf16, q8_0, q6_k, q4_k_m, q4_k, q4_1, q4_0, same" in run("convert", hf, "-o", "x", "--type", "q9_9").stderr
+    assert (
+        "f32, f16, bf16, q8_0, q6_k, q4_k_m, q4_k, q4_1, q4_0, same"
+        in run("convert", hf, "-o", "x", "--type", "q9_9").stderr
+    )
     assert run("convert", hf).returncode == 2 and run("inspect").returncode == 2
     assert not (tmp_path / "out.bin").exists()
     assert run("convert", "--help").returncode == 0 and "q8_0" in run("convert", "--help").stdout
@@ -142,9 +145,7 @@ def test_unsupported_architecture(hf, tmp_path):
 def test_pickles(hf, tmp_path):
     (hf / "model.safetensors").unlink()
     (hf / "pytorch_model.bin").write_bytes(b"PK\3\4")
-    refused(
-        tmp_path, hf, "pytorch_model.bin", "pickles are refused", "save_pretrained", "safe_serialization=True"
-    )
+    refused(tmp_path, hf, "pytorch_model.bin", "pickles are refused", "save_pretrained", "safe_serialization=True")
     (hf / "config.json").unlink()
     refused(tmp_path, hf, "pickle")
 
@@ -238,7 +239,7 @@ def test_a_full_disk(hf, tmp_path, monkeypatch):
             return real_open("/dev/full", os.O_RDWR)
         return fd
 
-    monkeypatch.setattr(modelwriter.os, "open", open_full)
+    monkeypatch.setattr(model_writer.os, "open", open_full)
     refused(tmp_path, hf, "out.bin: cannot write: No space left on device")
 
 

@@ -22,7 +22,7 @@ from make_checkpoint import (
 from kvrun import _core
 from kvrun.convert import convert
 from kvrun.convert.families import FAMILIES, GGUF, HF
-from kvrun.description import ModelDescription
+from kvrun.files.description import ModelDescription
 
 LLAMA = FAMILIES[0]
 
@@ -128,9 +128,7 @@ def test_both_sources_of_one_model_give_equal_files(tmp_path):
         a = convert(hf_folder(tmp_path / "hf", tensors=tensors), tmp_path / "a.bin", kind).model
         b = convert(tmp_path / "m.gguf", tmp_path / "b.bin", kind).model
         for name, weight in a.weights.items():
-            assert weight.type == b.weights[name].type and np.array_equal(
-                weight.data, b.weights[name].data
-            ), name
+            assert weight.type == b.weights[name].type and np.array_equal(weight.data, b.weights[name].data), name
         for name, vector in a.vectors.items():
             assert np.array_equal(vector, b.vectors[name]), name
 
@@ -209,7 +207,5 @@ def test_the_default_model_is_imported_exactly(tmp_path):
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if "attn_q" in tensor.name or "attn_k" in tensor.name:
-            values = straight(
-                values, description.n_heads if "attn_q" in tensor.name else description.n_kv_heads
-            )
+            values = straight(values, description.n_heads if "attn_q" in tensor.name else description.n_kv_heads)
         assert_same_bits(found, {tensor.name: values}, [tensor.name])

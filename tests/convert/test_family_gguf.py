@@ -68,9 +68,7 @@ def metadata(arch, c):
         "logit_scale": c.get("logits_scaling"),
     }
     if arch in ("gemma3", "qwen2"):
-        values["attention.sliding_window_pattern"] = [
-            kind == "sliding_attention" for kind in c["layer_types"]
-        ]
+        values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in c["layer_types"]]
     kind = rope.get("rope_type", "default")
     if kind != "default":
         values |= {"rope.scaling.type": kind, "rope.scaling.factor": rope.get("factor")}
@@ -98,12 +96,8 @@ def tensors(folder, arch, c, apart=False):
         if arch == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             value = value.T
         stem, _, suffix = name.rpartition(".")
-        if match := re.fullmatch(
-            r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)", stem
-        ):
-            merged = (
-                "layers.{}.feed_forward.experts.{}" if arch == "llama" else "model.layers.{}.mlp.experts.{}"
-            )
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)", stem):
+            merged = "layers.{}.feed_forward.experts.{}" if arch == "llama" else "model.layers.{}.mlp.experts.{}"
             experts.setdefault(f"{names.get_name(merged.format(*match.groups()))}.weight", []).append(value)
         else:
             yield f"{names.get_name(stem) or dense.get_name(stem)}.{suffix}", value
@@ -127,9 +121,7 @@ def write(path, folder, extra=(), changes=None, apart=False):
             add.get(type(value), writer.add_float32)(key, value)
     pairs = [*tensors(folder, arch, config, apart), *extra]
     if "long_factor" in rope:
-        pairs += [
-            (f"rope_factors_{x}.weight", np.array(rope[f"{x}_factor"], np.float32)) for x in ("long", "short")
-        ]
+        pairs += [(f"rope_factors_{x}.weight", np.array(rope[f"{x}_factor"], np.float32)) for x in ("long", "short")]
     for name, value in pairs:
         writer.add_tensor(name, np.ascontiguousarray(value))
     writer.write_header_to_file()
@@ -182,15 +174,11 @@ def test_a_copied_head_is_dropped(tmp_path):
 
 def test_what_a_file_does_not_say(tmp_path):
     """Defaults of an architecture, from before there was metadata for it."""
-    gone = dict.fromkeys(
-        ("gemma3__attention__scale", "gemma3__rope__freq_base_swa", "gemma3__rope__freq_base")
-    )
+    gone = dict.fromkeys(("gemma3__attention__scale", "gemma3__rope__freq_base_swa", "gemma3__rope__freq_base"))
     found = described(tmp_path, "gemma3", **gone, gemma3__attention__sliding_window_pattern=None)
     assert (found.attention_scale, found.rope_theta, found.rope_local["theta"]) == (12**-0.5, 1e6, 1e4)
     assert found.sliding_windows == (70, 70, 70)  # the sixth layer would be the first to see everything
-    found = described(
-        tmp_path, "gemma2", gemma2__attn_logit_softcapping=None, gemma2__final_logit_softcapping=None
-    )
+    found = described(tmp_path, "gemma2", gemma2__attn_logit_softcapping=None, gemma2__final_logit_softcapping=None)
     assert (found.attention_softcap, found.logit_softcap, found.sliding_windows) == (50, 30, (33, None))
     found = described(tmp_path, "phi3", phi3__rope__scaling__attn_factor=1.5)
     assert found.rope_scaling["attention_factor"] == 1.5
@@ -235,7 +223,5 @@ def test_contradictions_are_named(name, changes, says, tmp_path):
 
 def test_half_of_the_rope_factors(tmp_path):
     extra = [("rope_factors_long.weight", np.ones(6, np.float32))]
-    with pytest.raises(
-        ConvertError, match="rope_factors_long.weight and rope_factors_short.weight there is only one"
-    ):
+    with pytest.raises(ConvertError, match="rope_factors_long.weight and rope_factors_short.weight there is only one"):
         described(tmp_path, "qwen3", extra)

@@ -9,9 +9,10 @@ import numpy_reader
 import pytest
 from make_checkpoint import CONFIG, hf_folder
 
-from kvrun import _core, modelfile
+from kvrun import _core
 from kvrun.convert import convert
-from kvrun.description import ModelDescription
+from kvrun.files import model_file
+from kvrun.files.description import ModelDescription
 
 PAGE = numpy_reader.PAGE
 
@@ -53,17 +54,15 @@ def test_the_tables_are_complete(tmp_path):
     metadata, *_ = numpy_reader.load(tmp_path / "model.bin")
     for key in [
         *metadata,
-        *modelfile._REQUIRED,
-        *modelfile._OPTIONAL,
+        *model_file._REQUIRED,
+        *model_file._OPTIONAL,
         *json.loads(metadata["tokenizer"]),
         *(field.name for field in fields(ModelDescription)),
-        *modelfile.SAMPLING_KEYS,
+        *model_file.SAMPLING_KEYS,
         *_core.WEIGHT_TYPES,
     ]:
         assert f"`{key}`" in PAGE, key
-    names = {
-        re.sub(r"\d+", "{i}", name) for name in ModelDescription.from_json(metadata["model"]).tensor_shapes()
-    }
+    names = {re.sub(r"\d+", "{i}", name) for name in ModelDescription.from_json(metadata["model"]).tensor_shapes()}
     assert all(f"`{name}`" in PAGE for name in names)
 
 
@@ -77,8 +76,6 @@ def test_the_reader(tmp_path, kind):
     _, matrices, vectors, tokenizer = numpy_reader.load(tmp_path / "model.bin")
     assert tokenizer == model.tokenizer_bytes() and list(matrices) == list(model.weights)
     for name, weight in model.weights.items():
-        assert np.array_equal(
-            matrices[name], _core.unpack(weight.type, weight.data, weight.rows, weight.cols)
-        )
+        assert np.array_equal(matrices[name], _core.unpack(weight.type, weight.data, weight.rows, weight.cols))
     for name, vector in model.vectors.items():
         assert np.array_equal(vectors[name], vector)

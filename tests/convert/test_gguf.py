@@ -28,9 +28,7 @@ def test_the_reader_agrees_with_the_gguf_package(path):
     for key, field in reader.fields.items():
         if not key.startswith("GGUF."):
             expected = field.contents()
-            assert file.metadata[key] == (
-                pytest.approx(expected, rel=1e-7) if type(expected) is float else expected
-            )
+            assert file.metadata[key] == (pytest.approx(expected, rel=1e-7) if type(expected) is float else expected)
     assert list(file.tensors) == [tensor.name for tensor in reader.tensors]
     for tensor in reader.tensors:
         ours = file.tensors[tensor.name]

@@ -10,7 +10,7 @@ from strings import varied_strings
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.errors import ConvertError
-from kvrun.tokenizer import Tokenizer
+from kvrun.text.tokenizer import Tokenizer
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, again and again. It isn't over; they've 1234 more.",
@@ -188,8 +188,10 @@ BASE = metadata(trained())
         ({"scores": ["x"] * len(BASE["tokenizer.ggml.tokens"])}, "scores"),
         ({"token_type": [9] * len(BASE["tokenizer.ggml.tokens"])}, "token_type: not all are from 1 to 6"),
         ({"token_type": [1] * len(BASE["tokenizer.ggml.tokens"]), "unknown_token_id": None}, "unknown_token_id"),
-        ({"tokens": ["<0x00"] + BASE["tokenizer.ggml.tokens"][1:4] + ["x"] + BASE["tokenizer.ggml.tokens"][5:]},
-         "tokens: 255 of the 256 byte tokens"),
+        (
+            {"tokens": ["<0x00"] + BASE["tokenizer.ggml.tokens"][1:4] + ["x"] + BASE["tokenizer.ggml.tokens"][5:]},
+            "tokens: 255 of the 256 byte tokens",
+        ),
         ({"precompiled_charsmap": ["a"]}, "precompiled_charsmap"),
         ({"add_space_prefix": 3}, "add_space_prefix"),
         ({"tokens": ["\ud800"] + BASE["tokenizer.ggml.tokens"][1:]}, "tokens: not valid UTF-8"),

@@ -24,9 +24,7 @@ def vocabulary(tmp_path, pre="gpt-2", metadata=None, **entries):
         **{f"tokenizer.ggml.{key}": value for key, value in entries.items()},
         **(metadata or {}),
     }
-    save_gguf(
-        tmp_path / "m.gguf", metadata=values, pre=pre, vocab=len(values["tokenizer.ggml.tokens"] or []) or 40
-    )
+    save_gguf(tmp_path / "m.gguf", metadata=values, pre=pre, vocab=len(values["tokenizer.ggml.tokens"] or []) or 40)
     return open_checkpoint(str(tmp_path / "m.gguf"))
 
 
@@ -129,9 +127,11 @@ def test_merges_and_special_tokens(tmp_path):
     built = tokenizer(checkpoint)
     assert built.encode("ab ab<|im_end|>123").tokens == ["ab", "Ġab", "<|im_end|>", "123"]
     assert built.decode([1], skip_special_tokens=True) == ""
-    assert built.get_vocab_size() == 263 and [
-        built.token_to_id(t) for t in ("<s>", "<|im_end|>", BYTES[0])
-    ] == [0, 1, 2]
+    assert built.get_vocab_size() == 263 and [built.token_to_id(t) for t in ("<s>", "<|im_end|>", BYTES[0])] == [
+        0,
+        1,
+        2,
+    ]
     assert set(checkpoint.stop_ids) == {1}
 
 
@@ -176,9 +176,7 @@ def test_kinds_of_tokens(tmp_path):
 def test_tokens_of_the_same_text_keep_their_ids(tmp_path):
     tokens = ["<s>", "<|im_end|>", *BYTES, "12", "123", "ab", "Ġab", "abc", "ab", "xyz"]
     built = tokenizer(vocabulary(tmp_path, tokens=tokens, token_type=[3, 3] + [1] * 263))
-    assert (
-        built.token_to_id("ab") == 260 and built.token_to_id("xyz") == 264 and built.get_vocab_size() == 265
-    )
+    assert built.token_to_id("ab") == 260 and built.token_to_id("xyz") == 264 and built.get_vocab_size() == 265
 
 
 def test_template_sampling_and_ids(tmp_path):

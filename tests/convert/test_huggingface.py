@@ -224,9 +224,7 @@ def sharded(tmp_path, with_index=True):
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards(tmp_path, with_index):
     checkpoint = open_checkpoint(str(sharded(tmp_path, with_index)))
-    assert len({t.path for t in checkpoint.tensors.values()}) == 3 and len(checkpoint.tensors) == len(
-        hf_shapes()
-    )
+    assert len({t.path for t in checkpoint.tensors.values()}) == 3 and len(checkpoint.tensors) == len(hf_shapes())
     (tmp_path / "hf" / "model-00002-of-00003.safetensors").unlink()
     says = "model-00002-of-00003.safetensors is missing" if with_index else "2 of 3 safetensors files"
     with pytest.raises(ConvertError, match=says):
@@ -409,9 +407,7 @@ def test_what_is_put_around_a_text(tmp_path, post, config, expected):
         "pad_token": "</s>",
     }
     write_json(folder / "tokenizer.json", tokenizer_json(post_processor=post, padding=padding))
-    write_json(
-        folder / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "eos_token": "</s>", **config}
-    )
+    write_json(folder / "tokenizer_config.json", {"bos_token": {"content": "<s>"}, "eos_token": "</s>", **config})
     info = open_checkpoint(str(folder)).vocabulary.model_entry(40)
     assert (info["add_bos"], info["add_eos"]) == expected
     assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (0, 1, None, None)

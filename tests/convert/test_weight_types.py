@@ -12,7 +12,7 @@ from kvrun import _core
 from kvrun.convert import TYPES, convert
 from kvrun.convert.families import FAMILIES, GGUF
 from kvrun.convert.weight_types import target_type
-from kvrun.description import ModelDescription
+from kvrun.files.description import ModelDescription
 
 SIZES = {"hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2}
 MIXED = {
@@ -146,7 +146,9 @@ def test_every_type_converts(tmp_path):
 @pytest.mark.parametrize("kind", ["q4_k", "q4_k_m", "q6_k"])
 def test_the_engine_computes_with_the_values_of_the_file(tmp_path, kind):
     config = {**CONFIG, "hidden_size": 256, "intermediate_size": 768}
-    tensors = {name: a * np.float32(0.05 if a.ndim == 2 else 1) for name, a in random_tensors(hf_shapes(config)).items()}
+    tensors = {
+        name: a * np.float32(0.05 if a.ndim == 2 else 1) for name, a in random_tensors(hf_shapes(config)).items()
+    }
     model = convert(hf_folder(tmp_path / "hf", config, tensors), tmp_path / "model.bin", kind).model
     tokens = np.random.default_rng(2).integers(0, 40, 70).astype(np.int32)
     expected = NumpyLlama(model).logits(tokens)

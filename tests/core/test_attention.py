@@ -2,7 +2,7 @@
 where something changes.
 
 Two kinds of text. An ordinary one, of which every format keeps what it can: the reference attends to the very entries
-that the cache holds, read from its state by the layouts that kv.pxd, kernels.h, tile.h and dot.h describe. And one
+that the cache holds, read from its state by the layouts that kv.pxd, kernels.h, cache/quantized.h and dot.h describe. And one
 that no format and no product has to round, so that a token too many or too few, or a wrong lane, shows in every format
 alike.
 """
@@ -33,8 +33,26 @@ CODE_BITS = {"q8": 8, "q4": 4, "q2": 2}
 # tiles evicted; the same after ten turns.
 RING = range(CTX - 1, CTX + 131)
 TURNS = [10 * CTX, 10 * CTX + 27, 10 * CTX + 28, 10 * CTX + 29]
-BOUNDARIES = [1, 3, 4, 5, 63, 64, 65, 67, 68, 69, 127, 128, 129, 131, 132, 133,
-              *(CTX + evicted * TILE + i for evicted in range(3) for i in range(-1, 3)), *TURNS]
+BOUNDARIES = [
+    1,
+    3,
+    4,
+    5,
+    63,
+    64,
+    65,
+    67,
+    68,
+    69,
+    127,
+    128,
+    129,
+    131,
+    132,
+    133,
+    *(CTX + evicted * TILE + i for evicted in range(3) for i in range(-1, 3)),
+    *TURNS,
+]
 LENGTHS = sorted({*BOUNDARIES, *RING[::3]})
 
 # Errors of a step's output, as root mean square over all heads, relative to that of the output; and the same over all
@@ -92,7 +110,7 @@ def exact(head_dim, n, transformed, n_kv_heads=1):
     k[..., :8, 0] = np.where(chosen, levels[3], rng.choice(levels[:2], chosen.shape))
     for level in (0, 1, 3):  # in every tile, as in every group of V, so that no other scale would do
         for head in range(8):
-            k[SINKS + 5 * head + level::TILE, :, head, 0] = levels[level]
+            k[SINKS + 5 * head + level :: TILE, :, head, 0] = levels[level]
     k[..., 1] = -k[..., 0]
     q = np.zeros((n, n_kv_heads, 8, pairs, 2))
     q[...] = rng.integers(-127, 128, (n, n_kv_heads, 8, pairs, 1))
@@ -117,15 +135,14 @@ class Model:
     """A cache and who asks it: `group` query heads for each KV head."""
 
     def __init__(self, k, v, head_dim, group, level, n_kv_heads=1, options=OPTIONS, threads=1):
-        self.description = SimpleNamespace(n_layers=1, n_kv_heads=n_kv_heads, head_dim=head_dim,
-                                           attention_scale=SCALE)
+        self.description = SimpleNamespace(n_layers=1, n_kv_heads=n_kv_heads, head_dim=head_dim, attention_scale=SCALE)
         self.kv = _core.KVCache(self, k, v, **options)
         self.group, self.level, self.threads = group, level, threads
 
     def feed(self, text, end, attend=True):
         """Tokens up to `end` as one chunk: float64 [tokens, n_kv_heads, group, head_dim], the attention of each."""
         start, n = self.kv.n_tokens, end - self.kv.n_tokens
-        q = text.q[start:end, :, :self.group].reshape(n, -1) if attend else None
+        q = text.q[start:end, :, : self.group].reshape(n, -1) if attend else None
         k, v = (x[start:end].reshape(n, -1) for x in (text.k, text.v))
         out = probe.attention(self.kv, q, k, v, text.inv_freq, self.threads, self.level)
         return out.reshape(n, text.k.shape[1], self.group, -1).astype(np.float64) if attend else None
@@ -145,10 +162,10 @@ def unpack_codes(data, depth, bits):
     for first in range(0, depth, 32):
         size = min(32, depth - first)
         lines = size * bits // 32
-        block = data[:, first * 16 * bits // 8:][:, :64 * lines].reshape(-1, lines, 16, 4)
+        block = data[:, first * 16 * bits // 8 :][:, : 64 * lines].reshape(-1, lines, 16, 4)
         for field in range(8 // bits):
             codes = (block >> field * bits & (1 << bits) - 1).swapaxes(2, 3).reshape(-1, 4 * lines, 16)
-            out[:, first + 4 * field * lines:][:, :4 * lines] = codes
+            out[:, first + 4 * field * lines :][:, : 4 * lines] = codes
     return out
 
 
@@ -161,7 +178,7 @@ def unpack_keys(data, name, head_dim):
     depth, bits = -(-head_dim // 16) * 16, CODE_BITS[name]
     used = TILE * depth * bits // 8
     codes = unpack_codes(data[:used].reshape(4, -1), depth, bits).swapaxes(1, 2).reshape(TILE, depth)
-    scale, minimum = data[used:used + 4 * depth].view(np.float16).reshape(2, depth).astype(np.float64)
+    scale, minimum = data[used : used + 4 * depth].view(np.float16).reshape(2, depth).astype(np.float64)
     return (codes * scale + minimum)[:, :head_dim], used + 4 * depth
 
 
@@ -175,8 +192,8 @@ def unpack_values(data, name, head_dim):
     bits, groups = CODE_BITS[name], -(-head_dim // 64)
     used = TILE * width * bits // 8
     codes = unpack_codes(data[:used].reshape(width // 16, -1), TILE, bits).swapaxes(0, 1).reshape(TILE, width)
-    params = data[used:used + 4 * TILE * groups].view(np.float16).reshape(groups, 2, TILE, 1).astype(np.float64)
-    parts = [codes[:, 64 * g:64 * g + 64] * scale + minimum for g, (scale, minimum) in enumerate(params)]
+    params = data[used : used + 4 * TILE * groups].view(np.float16).reshape(groups, 2, TILE, 1).astype(np.float64)
+    parts = [codes[:, 64 * g : 64 * g + 64] * scale + minimum for g, (scale, minimum) in enumerate(params)]
     return np.concatenate(parts, 1)[:, :head_dim], used + 4 * TILE * groups
 
 
@@ -201,7 +218,7 @@ class Held:
             keys, values, used = self.tile(data, self.k, self.v)
             self.packed[key] = keys, values, data[:used].copy()
         keys, values, written = self.packed[key]
-        assert np.array_equal(data[:len(written)], written), f"tile {key} was written twice"
+        assert np.array_equal(data[: len(written)], written), f"tile {key} was written twice"
         return keys, values, len(written)
 
     def read(self, state, shown):
@@ -214,7 +231,7 @@ class Held:
             keys = [state[:used].view(np.float32).reshape(self.head_dim, lanes).T[:n].astype(np.float64)]
             state = state[used:]
             used = 4 * width * shown.n_sinks
-            values = state[:used].view(np.float32).reshape(-1, width)[:n, :self.head_dim]
+            values = state[:used].view(np.float32).reshape(-1, width)[:n, : self.head_dim]
             values = [values.astype(np.float64) @ self.transform]
             state = state[used:]
             for tile in shown.tiles:
@@ -224,8 +241,8 @@ class Held:
                 state = state[used:]
             for start in range(0, len(shown.window), TILE):
                 k, v, used = self.tile(state, *self.window)
-                keys.append(k[:len(shown.window) - start])
-                values.append(v[:len(shown.window) - start])
+                keys.append(k[: len(shown.window) - start])
+                values.append(v[: len(shown.window) - start])
                 state = state[used:]
             heads.append((np.concatenate(keys), np.concatenate(values)))
         assert len(state) == 0
@@ -292,7 +309,7 @@ def test_attention_is_that_of_what_the_cache_holds(head_dim, level, k, v):
         advance(shown, n)
         if n == TURNS[0]:
             go_on_from_one(models, text, n - 1)
-        asked = models if n in BOUNDARIES else models[n % 4::4]
+        asked = models if n in BOUNDARIES else models[n % 4 :: 4]
         for model in asked:
             model.skip_to(text, n - 1)
             model.output = model.feed(text, n)[0]
@@ -300,7 +317,7 @@ def test_attention_is_that_of_what_the_cache_holds(head_dim, level, k, v):
         check_held(text, entries, shown, k, v)
         expected = attend(text, n - 1, entries, shown)
         for model in asked:
-            part = expected[:, :model.group]
+            part = expected[:, : model.group]
             errors.append(rms(model.output - part) / rms(part))
             assert errors[-1] <= worse(STEP_TOLERANCE, k, v), f"{n} tokens, {model.group} queries"
     assert rms(errors) <= worse(CASE_TOLERANCE, k, v)
@@ -379,6 +396,7 @@ def test_chunks_see_what_single_tokens_see(head_dim, level, k, v):
 
 # Threads and spans of tiles -----------------------------------------------------------------------------------------
 
+
 def after_tiles(n):
     """The first token of another tile."""
     return SINKS + n * TILE + 1
@@ -386,9 +404,11 @@ def after_tiles(n):
 
 # Slots of the ring, and lengths in which the work of one token is split into few spans, into more, into long ones; and
 # where tiles are evicted on the way.
-SPANS = [(15, [1, 2, *map(after_tiles, (6, 7, 8, 11, 12, 15, 16, 17)), after_tiles(16) - 1, after_tiles(17) - 1]),
-         (36, [*map(after_tiles, (31, 32, 33, 38, 47)), after_tiles(38) - 1]),
-         (140, [*map(after_tiles, (126, 127, 128, 135))])]
+SPANS = [
+    (15, [1, 2, *map(after_tiles, (6, 7, 8, 11, 12, 15, 16, 17)), after_tiles(16) - 1, after_tiles(17) - 1]),
+    (36, [*map(after_tiles, (31, 32, 33, 38, 47)), after_tiles(38) - 1]),
+    (140, [*map(after_tiles, (126, 127, 128, 135))]),
+]
 
 
 @pytest.mark.parametrize("k, v", FORMATS)
@@ -431,8 +451,15 @@ def test_calls_that_make_no_sense():
     text = ordinary(64, LENGTHS[-1])
     kv = Model("q4", "q4", 64, 2, None).kv
     q, k, v = np.zeros((3, 128)), text.k[:3, 0], text.v[:3, 0]
-    for wrong in ((q[:2], k, v), (q[:, :100], k, v), (q[:, :20], k, v), (q[0], k, v), (q, k[:, :32], v),
-                  (q, k, v[:2]), (q, k[:0], v[:0])):
+    for wrong in (
+        (q[:2], k, v),
+        (q[:, :100], k, v),
+        (q[:, :20], k, v),
+        (q[0], k, v),
+        (q, k[:, :32], v),
+        (q, k, v[:2]),
+        (q, k[:0], v[:0]),
+    ):
         with pytest.raises(ValueError):
             probe.attention(kv, *wrong, text.inv_freq)
     for options in (dict(threads=0), dict(level="sse9")):

@@ -8,7 +8,7 @@ from numpy_llama import rotate
 
 from kvrun import _core
 from kvrun._core import bench
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
 TILE, VARIANTS = 64, 4
 OPTIONS = dict(ctx=300, sinks=4, window=64)
@@ -72,12 +72,7 @@ def test_bytes_read(n, k, v, engine):
     seen = max(0, n - 4) - TILE * max(0, packed - n_slots)
     expected = d.n_layers * d.n_kv_heads * (seen * token + 4 * min(n, 4) * (d.head_dim + pad))
     kv = filled(engine, n, k, v)
-    assert (
-        bench.bytes_read(kv)
-        == bench.bytes_read(_core.KVCache(engine, k, v, **OPTIONS), n)
-        == expected
-        <= kv.nbytes
-    )
+    assert bench.bytes_read(kv) == bench.bytes_read(_core.KVCache(engine, k, v, **OPTIONS), n) == expected <= kv.nbytes
 
 
 @pytest.mark.parametrize("format", [f for f in _core.KV_FORMATS if f.startswith("q")])
@@ -107,17 +102,12 @@ def expected_attention(engine, n, first, seed, width=None):
     ]
     rng = np.random.default_rng(seed)
     angles = (n - 1) * rng.uniform(0, 2 * np.pi, d.head_dim // 2)
-    q = rotate(rng.standard_normal((1, d.n_heads, d.head_dim), np.float32).astype(np.float64), angles[None])[
-        0
-    ]
+    q = rotate(rng.standard_normal((1, d.n_heads, d.head_dim), np.float32).astype(np.float64), angles[None])[0]
     packed = max(0, (n - 64) // TILE)
     out, group = np.zeros((d.n_heads, d.head_dim)), d.n_heads // d.n_kv_heads
     for head in range(d.n_heads):
         chosen = [tiles[t >= packed][(t + head // group) % VARIANTS] for t in range(first, -(-n // TILE))]
-        k, v = (
-            np.concatenate(parts)[: n - first * TILE].astype(np.float64)
-            for parts in zip(*chosen, strict=True)
-        )
+        k, v = (np.concatenate(parts)[: n - first * TILE].astype(np.float64) for parts in zip(*chosen, strict=True))
         k, v = (part[-width:] if width else part for part in (k, v))
         scores = k @ q[head] * d.attention_scale
         p = np.exp(scores - scores.max())
@@ -136,9 +126,7 @@ def expected_attention(engine, n, first, seed, width=None):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "n, evicted", [(1, 0), (64, 0), (127, 0), (128, 0), (129, 0), (300, 0), (2000, 0), (5000, 46)]
-)
+@pytest.mark.parametrize("n, evicted", [(1, 0), (64, 0), (127, 0), (128, 0), (129, 0), (300, 0), (2000, 0), (5000, 46)])
 def test_attention_is_that_of_the_whole_cache(n, evicted, shape):
     engine = stand_in(**shape)
     kv = filled(engine, n, ctx=2048, sinks=0)

@@ -141,7 +141,7 @@ def test_soft_cap(cap, level, rng):
 def test_rope(head_dim, level, rng):
     x = rng.standard_normal(head_dim).astype(np.float32)
     angles = rng.uniform(0, 7, head_dim // 2)
-    turned = (x[: head_dim // 2] + 1j * x[head_dim // 2:]) * np.exp(1j * angles) * 0.125
+    turned = (x[: head_dim // 2] + 1j * x[head_dim // 2 :]) * np.exp(1j * angles) * 0.125
     got = probe.rope(x, np.cos(angles), np.sin(angles), 0.125, level)
     close(got, np.concatenate([turned.real, turned.imag]), 1e-6)
 
@@ -153,14 +153,14 @@ def test_softmax_over_many_tiles(level, rng):
     scores = (rng.standard_normal((tiles, rows, 64)) * 20).astype(np.float32)
     visible = rng.integers(-3, 65, (tiles, rows))
     visible[0, :4] = [64, 1, 0, 17]
-    visible[1:, 4] = 0      # a row that sees one token of one tile
+    visible[1:, 4] = 0  # a row that sees one token of one tile
     visible[0, 4] = 1
     m, l, acc = np.full(rows, -np.inf), np.zeros(rows), np.zeros((rows, 16))
     values = rng.standard_normal((tiles, 64, 16))
     for tile in range(tiles):
         weights, m, l, acc = probe.softmax_step(scores[tile], visible[tile], m, l, acc, level)
         acc = acc + weights @ values[tile]
-    seen = np.arange(64) < visible[:, :, None]                       # [tiles, rows, 64]
+    seen = np.arange(64) < visible[:, :, None]  # [tiles, rows, 64]
     exact = np.where(seen, scores.astype(np.float64), -np.inf)
     p = np.exp2(exact - exact.max((0, 2), keepdims=True))
     expected = np.einsum("trk,tkc->rc", p, values) / p.sum((0, 2))[:, None]
@@ -210,10 +210,13 @@ def test_products_are_exact_for_inputs_that_need_no_rounding(format, level, rng)
 def test_quantised_tile(format, bits, head_dim, level, rng):
     """K per channel over 64 tokens, V per token over groups of 64 channels: never worse than half a step between the
     extremes, and at 2 bits better than that in the mean square."""
-    k, v = rng.standard_normal((head_dim, 64)).astype(np.float32), rng.standard_normal((64, head_dim)).astype(np.float32)
+    k, v = (
+        rng.standard_normal((head_dim, 64)).astype(np.float32),
+        rng.standard_normal((64, head_dim)).astype(np.float32),
+    )
     tile = probe.Tile(format, k, v, level)
     groups = [(k, tile.unpack()[0])]
-    groups += [(v[:, at:at + 64], tile.unpack()[1][:, at:at + 64]) for at in range(0, head_dim, 64)]
+    groups += [(v[:, at : at + 64], tile.unpack()[1][:, at : at + 64]) for at in range(0, head_dim, 64)]
     for exact, got in groups:
         low, high = exact.min(1, keepdims=True), exact.max(1, keepdims=True)
         step = (high - low) / (2**bits - 1)
@@ -233,7 +236,7 @@ def test_two_bits_find_nearly_the_best_range(n, draw, level, rng):
     v = getattr(rng, draw)(size=(64, n)) + rng.uniform(-3, 3, (64, 1))
     low, high = v.min(1)[:, None, None], v.max(1)[:, None, None]
     first, last = (x.reshape(-1, 1) for x in np.meshgrid(np.linspace(0, 0.55, 50), np.linspace(0.45, 1, 50)))
-    origin, step = low + first * (high - low), (last - first).clip(1e-9) / 3 * (high - low)    # [64, grid, 1]
+    origin, step = low + first * (high - low), (last - first).clip(1e-9) / 3 * (high - low)  # [64, grid, 1]
     codes = ((v[:, None] - origin) / step).round().clip(0, 3)
     best = ((v[:, None] - origin - codes * step) ** 2).sum(2).min(1)
     got = probe.Tile("q2", np.zeros((n, 64)), v, level).unpack()[1]
@@ -308,6 +311,7 @@ def test_levels():
 def test_a_level_that_is_not_there():
     """Importing works, so that a command can say what is wrong."""
     code = "import kvrun._core as c\ntry: c.isa()\nexcept ValueError as e: print(e)"
-    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"KVRUN_ISA": "sse9"}, text=True,
-                            capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"KVRUN_ISA": "sse9"}, text=True, capture_output=True
+    )
     assert result.stdout.startswith("KVRUN_ISA=sse9: this CPU and build have ") and not result.stderr

@@ -45,8 +45,13 @@ def as_quantized(x, planes, level):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(sorted(KINDS)), st.integers(1, 40), st.integers(1, 5), st.integers(1, 19), st.integers(1, 2),
-    st.sampled_from(LEVELS), st.integers(0, 2**32),
+    st.sampled_from(sorted(KINDS)),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(1, 19),
+    st.integers(1, 2),
+    st.sampled_from(LEVELS),
+    st.integers(0, 2**32),
 )
 def test_products_and_values(kind, rows, supers, n, planes, level, seed):
     """Imported super-blocks have the gguf package's values to the bit, and products those in float64."""
@@ -132,8 +137,7 @@ def test_values_that_have_the_type_come_back(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 6e4, -6e4, 1e-6, 1e-30, np.nan, np.inf, -np.inf])
 def test_one_value(kind, value):
-    """Constant rows, values that float16 scales cannot hold, and what is no number: no crash, and close where it can be.
-    """
+    """Constant rows, values that float16 scales cannot hold, and what is no number: no crash, and close where it can be."""
     x = np.full((3, 512), value, np.float32)
     got = _core.unpack(kind, _core.pack(kind, x), 3, 512)
     if value == 0 or 1e-6 < abs(value) < 65504:

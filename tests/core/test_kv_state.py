@@ -13,7 +13,7 @@ from test_ring import OPTIONS, TILE, ListCache
 
 from kvrun import _core
 from kvrun._core import probe
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
 
 class StateCache(ListCache):
@@ -27,8 +27,8 @@ class StateCache(ListCache):
         packed = max(0, (n - self.n_sinks - self.keep) // TILE)  # tiles that had left the window after n tokens
         in_ring = [t for t in kept if t < self.n_sinks + packed * TILE]
         self.sinks, self.n = self.sinks[:n], n
-        self.tiles = [in_ring[i:i + TILE] for i in range(0, len(in_ring), TILE)]
-        self.window = kept[len(in_ring):]
+        self.tiles = [in_ring[i : i + TILE] for i in range(0, len(in_ring), TILE)]
+        self.window = kept[len(in_ring) :]
 
 
 class StepLlama(NumpyLlama):
@@ -146,10 +146,21 @@ def run_steps(engine, pair, steps, options, seed):
         pair.feed(engine, some(3))
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(["feed", "feed", "truncate", "cut a little", "fork", "restore"]),
-                           st.integers(0, 2), st.integers(0, 1000)), min_size=1, max_size=12)
-GEOMETRIES = [dict(ctx=64, sinks=0, window=0), dict(ctx=140, sinks=4, window=64), dict(ctx=200, sinks=70, window=1),
-              dict(ctx=300, sinks=1, window=129)]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["feed", "feed", "truncate", "cut a little", "fork", "restore"]),
+        st.integers(0, 2),
+        st.integers(0, 1000),
+    ),
+    min_size=1,
+    max_size=12,
+)
+GEOMETRIES = [
+    dict(ctx=64, sinks=0, window=0),
+    dict(ctx=140, sinks=4, window=64),
+    dict(ctx=200, sinks=70, window=1),
+    dict(ctx=300, sinks=1, window=129),
+]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -169,7 +180,7 @@ def test_truncation_to_every_length(options, model):
     kv, reference = _core.KVCache(engine, "f32", "f32", **options), StepLlama(file, options)
     whole = Pair(kv, reference)
     for start in range(0, len(tokens), 512):
-        whole.feed(engine, tokens[start:start + 512])
+        whole.feed(engine, tokens[start : start + 512])
     for n in range(len(tokens) + 1):
         if (n - options["sinks"]) % TILE in (0, 1, 2, 62, 63) or n < 3 or n % 41 == 0:
             cut = Pair(kv.copy(), reference.fork())
@@ -208,7 +219,7 @@ def filled(engine, k, v, n, **options):
     kv = _core.KVCache(engine, k, v, **options)
     tokens = np.random.default_rng(n).integers(0, 60, n).astype(np.int32)
     for start in range(0, n, 512):
-        engine.forward(tokens[start:start + 512], kv, "none")
+        engine.forward(tokens[start : start + 512], kv, "none")
     return kv
 
 
@@ -331,20 +342,31 @@ def test_lengths_that_cannot_be(n, model):
     assert kv.n_tokens == 0
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(n_tokens=-1), "cannot have -1 tokens"), (dict(n_tokens=1 << 61), "cannot have"),
-    (dict(n_tokens=1 << 80), "cannot have"), (dict(lost=-1), "cannot have lost -1"),
-    (dict(lost=100), "cannot have lost 100"), (dict(lost=1 << 80), "cannot have lost"),
-    (dict(n_tokens=4, lost=1), "cannot have lost 1"), (dict(n_tokens=0, lost=0), "the state has"),
-    (dict(n_tokens=699 - 64), "the state has"), (dict(lost=8), "the state has"), (dict(cut=1), "the state has"),
-    (dict(cut=-1), "the state has"), (dict(cut=10**9), "the state has 0 bytes")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(n_tokens=-1), "cannot have -1 tokens"),
+        (dict(n_tokens=1 << 61), "cannot have"),
+        (dict(n_tokens=1 << 80), "cannot have"),
+        (dict(lost=-1), "cannot have lost -1"),
+        (dict(lost=100), "cannot have lost 100"),
+        (dict(lost=1 << 80), "cannot have lost"),
+        (dict(n_tokens=4, lost=1), "cannot have lost 1"),
+        (dict(n_tokens=0, lost=0), "the state has"),
+        (dict(n_tokens=699 - 64), "the state has"),
+        (dict(lost=8), "the state has"),
+        (dict(cut=1), "the state has"),
+        (dict(cut=-1), "the state has"),
+        (dict(cut=10**9), "the state has 0 bytes"),
+    ],
+)
 def test_states_that_cannot_be(change, message, wide):
     """One line, and the cache as it was."""
     options = dict(ctx=260, sinks=4, window=64)
     kv, other = filled(wide[1], "f16", "f16", 700, **options), filled(wide[1], "f16", "f16", 150, **options)
     state, before = kv.state(), other.state()
     cut = change.get("cut", 0)
-    changed = state[:max(0, len(state) - cut)] if cut >= 0 else np.append(state, np.uint8(0))
+    changed = state[: max(0, len(state) - cut)] if cut >= 0 else np.append(state, np.uint8(0))
     with pytest.raises(ValueError, match=message) as error:
         other.load_state(change.get("n_tokens", kv.n_tokens), change.get("lost", kv.lost), changed)
     assert "\n" not in str(error.value)

@@ -15,7 +15,15 @@ from kvrun import _core
 
 HERE = Path(__file__).parent / "levels"
 KERNELS = Path(__file__).parents[2] / "_core" / "kernels"
-SOURCES = ("vector", "matmul", "kquants", "attention", "tile", "quantized", "table")
+SOURCES = (
+    "vector",
+    "weights/matmul",
+    "weights/kquants",
+    "cache/float",
+    "cache/quantized_pack",
+    "cache/quantized",
+    "table",
+)
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # level: (compiler, its flags, how the program is run)
@@ -30,12 +38,36 @@ def build(level, compiler, flags, folder):
     objects = []
     for source in SOURCES:
         for name, extra in (("scalar", []), (level, flags)):
-            objects.append(str(folder / f"{source}.{name}.o"))
-            subprocess.run([*common, *extra, f"-DKV_LEVEL={name}", f"-DKV_LEVEL_{name.upper()}", "-c",
-                            str(KERNELS / f"{source}.c"), "-o", objects[-1]], check=True)
+            objects.append(str(folder / f"{Path(source).name}.{name}.o"))
+            subprocess.run(
+                [
+                    *common,
+                    *extra,
+                    f"-DKV_LEVEL={name}",
+                    f"-DKV_LEVEL_{name.upper()}",
+                    "-c",
+                    str(KERNELS / f"{source}.c"),
+                    "-o",
+                    objects[-1],
+                ],
+                check=True,
+            )
     program = folder / "check"
-    subprocess.run([*common, f"-DCHECKED={level}", "-static", str(HERE / "check.c"), str(KERNELS / "pack.c"),
-                    str(KERNELS / "kpack.c"), *objects, "-lm", "-o", str(program)], check=True)
+    subprocess.run(
+        [
+            *common,
+            f"-DCHECKED={level}",
+            "-static",
+            str(HERE / "check.c"),
+            str(KERNELS / "weights/pack.c"),
+            str(KERNELS / "weights/kpack.c"),
+            *objects,
+            "-lm",
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
     return program
 
 

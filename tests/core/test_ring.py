@@ -8,7 +8,7 @@ import pytest
 from numpy_llama import NumpyLlama, rotate
 
 from kvrun import _core
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
 TILE = 64
 
@@ -52,11 +52,11 @@ class RingLlama(NumpyLlama):
             cache.append()
             seen = np.array(cache.visible())
             positions = seen.copy()
-            rest = seen[len(cache.sinks):]
+            rest = seen[len(cache.sinks) :]
             if len(rest):
                 positions[: len(cache.sinks)] = rest[0] - len(cache.sinks) + np.arange(len(cache.sinks))
             turned = rotate(k[seen], positions[:, None] * self.inv_freq)
-            query = rotate(q[t:t + 1], np.array([[t]]) * self.inv_freq)[0]
+            query = rotate(q[t : t + 1], np.array([[t]]) * self.inv_freq)[0]
             group = d.n_heads // d.n_kv_heads
             scores = np.einsum("hd,khd->hk", query, np.repeat(turned, group, 1)) * d.attention_scale
             p = np.exp(scores - scores.max(-1, keepdims=True))
@@ -69,7 +69,7 @@ def run(engine, tokens, chunks, k="f32", v="f32", **options):
     rows, at = [], 0
     while at < len(tokens):
         n = min(next(chunks), len(tokens) - at)
-        rows.append(np.atleast_2d(engine.forward(tokens[at:at + n], cache, "all")))
+        rows.append(np.atleast_2d(engine.forward(tokens[at : at + n], cache, "all")))
         at += n
     return np.concatenate(rows)
 
@@ -85,8 +85,14 @@ def ragged():
         yield int(rng.choice([1, 1, 2, 5, 16, 17, 63, 64, 65, 128, 200, 512]))
 
 
-OPTIONS = [dict(ctx=132, sinks=4, window=64), dict(ctx=200, sinks=4, window=64), dict(ctx=64, sinks=0, window=0),
-           dict(ctx=200, sinks=70, window=1), dict(ctx=220, sinks=1, window=129), dict(ctx=185, sinks=17, window=100)]
+OPTIONS = [
+    dict(ctx=132, sinks=4, window=64),
+    dict(ctx=200, sinks=4, window=64),
+    dict(ctx=64, sinks=0, window=0),
+    dict(ctx=200, sinks=70, window=1),
+    dict(ctx=220, sinks=1, window=129),
+    dict(ctx=185, sinks=17, window=100),
+]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +162,7 @@ def test_at_least_the_newest_are_visible(options):
         if n <= options["sinks"] + rounded:
             assert seen == list(range(n))
         else:
-            newest = seen[len(cache.sinks):]
+            newest = seen[len(cache.sinks) :]
             assert newest == list(range(n - len(newest), n))
             assert rounded <= len(newest) < rounded + TILE
 
@@ -189,11 +195,17 @@ def test_the_textbook_figure(model):
         assert share <= size / textbook < 1.005 * share
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(ctx=131), "a context of 131 is too small: sinks .4., window .64. and one tile .64. take 132"),
-    (dict(ctx=100, sinks=200), "too small"), (dict(sinks=-1), "cannot be negative"),
-    (dict(window=-1), "cannot be negative"), (dict(k="q3"), "KV format 'q3' is not one of f32, f16"),
-    (dict(ctx=1 << 40), "out of range")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(ctx=131), "a context of 131 is too small: sinks .4., window .64. and one tile .64. take 132"),
+        (dict(ctx=100, sinks=200), "too small"),
+        (dict(sinks=-1), "cannot be negative"),
+        (dict(window=-1), "cannot be negative"),
+        (dict(k="q3"), "KV format 'q3' is not one of f32, f16"),
+        (dict(ctx=1 << 40), "out of range"),
+    ],
+)
 def test_impossible_options(options, message, model):
     with pytest.raises(ValueError, match=message):
         _core.KVCache(model[1], **options)
@@ -207,8 +219,9 @@ def test_head_dims_beyond_the_kernels(head_dim):
 
 def test_a_cache_beyond_any_memory(model):
     """More bytes than an address can count: refused as too large, like one that the machine has no room for."""
-    huge = SimpleNamespace(description=replace(model[0].description, n_layers=4096, n_kv_heads=4096, n_heads=4096,
-                                               head_dim=1024))
+    huge = SimpleNamespace(
+        description=replace(model[0].description, n_layers=4096, n_kv_heads=4096, n_heads=4096, head_dim=1024)
+    )
     with pytest.raises(MemoryError):
         _core.KVCache(huge, "f32", "f32", ctx=(1 << 32) - 1)
 
@@ -216,8 +229,12 @@ def test_a_cache_beyond_any_memory(model):
 def test_calls_that_make_no_sense(model):
     file, engine = model
     cache = _core.KVCache(engine)
-    for tokens, message in (([], "1 to 512"), ([0] * 513, "1 to 512"), ([97], "outside the vocabulary"),
-                            ([-1], "outside the vocabulary")):
+    for tokens, message in (
+        ([], "1 to 512"),
+        ([0] * 513, "1 to 512"),
+        ([97], "outside the vocabulary"),
+        ([-1], "outside the vocabulary"),
+    ):
         with pytest.raises(ValueError, match=message):
             engine.forward(np.array(tokens, np.int32), cache)
     with pytest.raises(ValueError, match="logits must be"):

@@ -247,9 +247,7 @@ def test_reset_starts_again():
     assert [sampler.sample(logits) for _ in range(10)] == first
 
 
-@pytest.mark.parametrize(
-    "options", [dict(top_k=8), dict(top_k=0), dict(top_k=0, top_p=0.98), dict(top_k=6, top_p=0.9)]
-)
+@pytest.mark.parametrize("options", [dict(top_k=8), dict(top_k=0), dict(top_k=0, top_p=0.98), dict(top_k=6, top_p=0.9)])
 def test_draws_have_the_stated_distribution(options):
     logits = random_logits(11, 60, 2.0)
     sampler = Sampler(**{"temperature": 1.3, "top_p": 1.0, "min_p": 0.02, "seed": 12345} | options)

@@ -15,10 +15,14 @@ from test_ring import FORMAT_ERROR, TILE, ListCache, every, ragged, rms, run
 
 from kvrun import _core
 from kvrun._core import bench
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 
-OPTIONS = [dict(ctx=200, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1),
-           dict(ctx=300, sinks=1, window=129)]
+OPTIONS = [
+    dict(ctx=200, sinks=4, window=64),
+    dict(ctx=64, sinks=0, window=0),
+    dict(ctx=200, sinks=70, window=1),
+    dict(ctx=300, sinks=1, window=129),
+]
 
 
 def most_visible(options):
@@ -171,8 +175,11 @@ def test_a_model_in_which_all_layers_slide(widths, build):
     file, engine = build(widths)
     tokens = random_tokens(file, 1000)
     exact = SlidingLlama(file, ctx=2000, sinks=0, window=64).logits(tokens)
-    for options in (dict(ctx=2000, sinks=4, window=64), dict(ctx=300, sinks=4, window=64),
-                    dict(ctx=310, sinks=40, window=10)):
+    for options in (
+        dict(ctx=2000, sinks=4, window=64),
+        dict(ctx=300, sinks=4, window=64),
+        dict(ctx=310, sinks=40, window=10),
+    ):
         error = np.abs(run(engine, tokens, ragged(), **options) - exact) / np.abs(exact).max()
         assert error.max() <= 1e-4
 
@@ -199,9 +206,9 @@ def test_many_spans_of_tiles(build):
     options = dict(ctx=4096, sinks=4, window=64)
     kv = _core.KVCache(engine, "f32", "f32", **options)
     tokens = random_tokens(file, 1400)
-    logits = [engine.forward(tokens[at:at + 400], kv, "all") for at in range(0, 1200, 400)]
-    logits += [engine.forward(tokens[at:at + 16], kv, "all") for at in range(1200, 1360, 16)]
-    logits += [engine.forward(tokens[at:at + 1], kv, "all") for at in range(1360, 1400)]
+    logits = [engine.forward(tokens[at : at + 400], kv, "all") for at in range(0, 1200, 400)]
+    logits += [engine.forward(tokens[at : at + 16], kv, "all") for at in range(1200, 1360, 16)]
+    logits += [engine.forward(tokens[at : at + 1], kv, "all") for at in range(1360, 1400)]
     expected = SlidingLlama(file, **options).logits(tokens)
     assert np.abs(np.concatenate(logits) - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -270,7 +277,7 @@ def test_truncation_to_every_length(options, windows, build):
     kv, reference = _core.KVCache(engine, "f32", "f32", **options), SlidingSteps(file, options, windows)
     whole, kept = Pair(kv, reference), 0
     for start in range(0, len(tokens), 512):
-        whole.feed(engine, tokens[start:start + 512])
+        whole.feed(engine, tokens[start : start + 512])
     for n in range(len(tokens) + 1):
         near_edge = any((n - edge) % TILE in (0, 1, 2, 62, 63) for edge in (options["sinks"], windows[0] or 0))
         if n > len(tokens) - 70 or near_edge or n < 3 or n % 41 == 0:
@@ -287,18 +294,21 @@ def test_what_a_truncation_needs(build):
     kv = filled(engine, "f16", "f16", 700, **options)
     kv.truncate(kv.n_tokens - 1)
     state = kv.state()
-    with pytest.raises(ValueError, match=r"cannot keep 600 tokens: 512 tokens after the first 4 have left the cache, "
-                                         r"and a sliding window of 128 needs some$"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot keep 600 tokens: 512 tokens after the first 4 have left the cache, "
+        r"and a sliding window of 128 needs some$",
+    ):
         kv.truncate(600)
     assert np.array_equal(kv.state(), state)
-    assert kv.lost == 8 and not kv.outgrown   # 9 tiles were packed, the smaller ring has a slot
+    assert kv.lost == 8 and not kv.outgrown  # 9 tiles were packed, the smaller ring has a slot
     kv.truncate(0)
     assert kv.lost == 0
 
 
 def test_what_has_outgrown_a_cache(build):
     """Only what layers that see everything have lost is gone for good; without any, more than ctx has room for."""
-    options = dict(ctx=200, sinks=4, window=64)   # room for 3 tiles in the ring
+    options = dict(ctx=200, sinks=4, window=64)  # room for 3 tiles in the ring
     for windows in ((32, None), (32, 100), None, (260, 260)):
         kv = filled(build(windows)[1], "f32", "f32", 4 + 64 + 4 * TILE - 1, **options)
         assert not kv.outgrown
@@ -315,7 +325,7 @@ def filled(engine, k, v, n, **options):
     kv = _core.KVCache(engine, k, v, **options)
     tokens = np.random.default_rng(n).integers(0, 60, n).astype(np.int32)
     for start in range(0, n, 512):
-        engine.forward(tokens[start:start + 512], kv, "none")
+        engine.forward(tokens[start : start + 512], kv, "none")
     return kv
 
 
@@ -349,7 +359,7 @@ def test_states_that_cannot_be(build):
         with pytest.raises(ValueError, match=f"cannot have lost {lost}"):
             other.load_state(700, lost, state)
     for lost in (0, kv.lost - 1):
-        other.load_state(700, lost, state)   # less than what n_tokens says anyway
+        other.load_state(700, lost, state)  # less than what n_tokens says anyway
         assert other.lost == kv.lost
         other.load_state(150, 0, before)
     with pytest.raises(ValueError, match="the state has"):
@@ -383,20 +393,24 @@ def test_bytes_are_counted_exactly(options, width, k, v, build):
 
 
 def gemma_like(windows):
-    return SimpleNamespace(n_layers=len(windows), n_heads=8, n_kv_heads=2, head_dim=64, attention_scale=0.125,
-                           sliding_windows=windows)
+    return SimpleNamespace(
+        n_layers=len(windows), n_heads=8, n_kv_heads=2, head_dim=64, attention_scale=0.125, sliding_windows=windows
+    )
 
 
 def test_a_long_context_costs_what_its_full_layers_do():
     windows = [512 if i % 6 < 5 else None for i in range(18)]
-    sizes = {name: _core.kv_bytes(gemma_like(w), "q4", "q4", ctx=32768)
-             for name, w in (("some", windows), ("all", [None] * 18), ("three", [None] * 3))}
+    sizes = {
+        name: _core.kv_bytes(gemma_like(w), "q4", "q4", ctx=32768)
+        for name, w in (("some", windows), ("all", [None] * 18), ("three", [None] * 3))
+    }
     assert sizes["three"] < sizes["some"] < 0.2 * sizes["all"]
     assert _core.kv_bytes(gemma_like([0] * 18), "q4", "q4", ctx=32768) == sizes["all"]
 
 
-@pytest.mark.parametrize("windows, message", [([1], "1 sliding windows for 2 layers"),
-                                              ([3, -1], "cannot be negative: -1")])
+@pytest.mark.parametrize(
+    "windows, message", [([1], "1 sliding windows for 2 layers"), ([3, -1], "cannot be negative: -1")]
+)
 def test_impossible_windows(windows, message):
     description = SimpleNamespace(n_layers=2, n_kv_heads=1, head_dim=8, sliding_windows=windows)
     for make in (_core.kv_bytes, lambda d: _core.KVCache(SimpleNamespace(description=d))):

@@ -1,7 +1,7 @@
 """The worked examples of docs/kv-cache.md: quantisation by hand, and the size of a cache."""
 
-from pathlib import Path
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

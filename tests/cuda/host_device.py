@@ -132,9 +132,7 @@ class HostDevice(HostMemoryDevice):
 
 def compiled(module, text):
     """The library of one module's source with a launcher for each kernel."""
-    code = f'#include "{PRELUDE}"\n{text}\n' + "".join(
-        f"HOST_LAUNCHER({name})\n" for name in abi.kernel_names(text)
-    )
+    code = f'#include "{PRELUDE}"\n{text}\n' + "".join(f"HOST_LAUNCHER({name})\n" for name in abi.kernel_names(text))
     key = hashlib.sha256((code + PRELUDE.read_text() + " ".join(FLAGS)).encode()).hexdigest()[:20]
     path = FOLDER / f"{module}.{key}.so"
     if not path.exists():

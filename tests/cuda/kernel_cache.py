@@ -60,9 +60,13 @@ class KernelCache:
 
     def __init__(self, k, v, head_dim, n_kv_heads=1, sight=0, scale=0.17, softcap=0.0, spans=3, fill=JUNK, **options):
         description = SimpleNamespace(
-            n_layers=1, n_kv_heads=n_kv_heads, head_dim=head_dim, attention_scale=scale, sliding_windows=(sight,),
+            n_layers=1,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            attention_scale=scale,
+            sliding_windows=(sight,),
             attention_softcap=softcap,
-        )  # fmt: skip
+        )
         self.kv = _core.KVCache(SimpleNamespace(description=description), k, v, **options)
         self.memory = aligned(self.kv.nbytes, fill)
         self.geometry = self.kv.geometry()
@@ -77,8 +81,17 @@ class KernelCache:
     def copy(self):
         d = self.kv.description
         options = dict(ctx=self.kv.ctx, sinks=self.kv.n_sinks, window=self.kv.window)
-        other = KernelCache(self.kv.k, self.kv.v, d.head_dim, d.n_kv_heads, d.sliding_windows[0], self.scale,
-                            self.softcap, self.spans, **options)  # fmt: skip
+        other = KernelCache(
+            self.kv.k,
+            self.kv.v,
+            d.head_dim,
+            d.n_kv_heads,
+            d.sliding_windows[0],
+            self.scale,
+            self.softcap,
+            self.spans,
+            **options,
+        )
         other.memory[:], other.packed_ever = self.memory, self.packed_ever
         other.kv.count(self.kv.n_tokens, self.packed_ever)
         return other
@@ -115,14 +128,34 @@ class KernelCache:
         staged, most = (NULL, NULL), 0
         if n > 1:
             staged, most = [aligned(size) for size in attention.staged_bytes(g, n)], attention.max_tiles(g, n)
-        launch("append", attention.append_grid(g, n), attention.APPEND_THREADS, 0, step, self.layout, k, v,
-               np.int64(heads * dim), *tables[:2], *staged, np.int64(most))  # fmt: skip
+        launch(
+            "append",
+            attention.append_grid(g, n),
+            attention.APPEND_THREADS,
+            0,
+            step,
+            self.layout,
+            k,
+            v,
+            np.int64(heads * dim),
+            *tables[:2],
+            *staged,
+            np.int64(most),
+        )
         out = None
         if q is not None:
             out = self._attend(step, np.ascontiguousarray(q, np.float32), n, group, tables, staged, most)
         if n > 1:
-            launch("commit", attention.commit_grid(g, n), attention.APPEND_THREADS, 0, step, self.layout, *staged,
-                   np.int64(most))  # fmt: skip
+            launch(
+                "commit",
+                attention.commit_grid(g, n),
+                attention.APPEND_THREADS,
+                0,
+                step,
+                self.layout,
+                *staged,
+                np.int64(most),
+            )
         self.kv.count(self.kv.n_tokens + n, self.packed_ever)
         return out
 
@@ -133,14 +166,45 @@ class KernelCache:
         scale, cap = (np.float32(x * np.log2(np.e)) for x in (self.scale, self.softcap))
         if n > 1:
             grid, shared = attention.chunk_grid(g, group, n), attention.chunk_shared(g)
-            launch("attend_chunk", grid, attention.ATTEND_THREADS, shared, step, self.layout, q, np.int64(width),
-                   np.int32(group), scale, cap, *tables, *staged, np.int64(most), out, np.int64(width),
-                   defines=self.defines)  # fmt: skip
+            launch(
+                "attend_chunk",
+                grid,
+                attention.ATTEND_THREADS,
+                shared,
+                step,
+                self.layout,
+                q,
+                np.int64(width),
+                np.int32(group),
+                scale,
+                cap,
+                *tables,
+                *staged,
+                np.int64(most),
+                out,
+                np.int64(width),
+                defines=self.defines,
+            )
             return out
         grid = self.spans, g["n_kv_heads"], -(-group // 8)
         partial = np.full(attention.partial_floats(g, grid), np.nan, np.float32)
         counters = np.zeros(grid[1] * grid[2], np.int32)
-        launch("attend", grid, attention.ATTEND_THREADS, attention.attend_shared(g), step, self.layout, q,
-               np.int32(group), scale, cap, *tables, partial, counters, out, defines=self.defines)  # fmt: skip
+        launch(
+            "attend",
+            grid,
+            attention.ATTEND_THREADS,
+            attention.attend_shared(g),
+            step,
+            self.layout,
+            q,
+            np.int32(group),
+            scale,
+            cap,
+            *tables,
+            partial,
+            counters,
+            out,
+            defines=self.defines,
+        )
         assert not counters.any()
         return out

@@ -74,8 +74,14 @@ class Matrices:
             self.values.append(_core.unpack(kind, packed, rows, cols))
             panels = -(-rows // PANEL)
             self.struct["segments"][0, i] = (
-                at(packed), at(bias), _core.packed_size(kind, PANEL, cols), TYPE_IDS[kind], rows, panels, offset,
-            )  # fmt: skip
+                at(packed),
+                at(bias),
+                _core.packed_size(kind, PANEL, cols),
+                TYPE_IDS[kind],
+                rows,
+                panels,
+                offset,
+            )
             self.struct["cols"], offset = cols, offset + PANEL * panels
         self.struct["panels"], self.struct["width"] = offset // PANEL, offset
         self.cols, self.width = int(self.struct["cols"][0]), offset
@@ -87,9 +93,7 @@ def norm_of(kind, n, rng):
         return abi.struct(abi.NORM), lambda x: x.astype(np.float64), None
     weight, bias = array(1 + rng.normal(0, 0.3, n)), array(rng.normal(0, 0.3, n))
     layer = kind == "layer"
-    struct = abi.struct(
-        abi.NORM, weight=at(weight), bias=at(bias) if layer else 0, eps=1e-5, layer_norm=layer
-    )
+    struct = abi.struct(abi.NORM, weight=at(weight), bias=at(bias) if layer else 0, eps=1e-5, layer_norm=layer)
 
     def reference(x):
         x = x.astype(np.float64)

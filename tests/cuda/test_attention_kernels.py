@@ -6,15 +6,35 @@ from itertools import cycle
 import numpy as np
 import pytest
 from kernel_cache import KernelCache
-from test_attention import (CODE_BITS, CTX, OPTIONS, SCALE, TURNS, Held, advance, attend, check_held, exact, ordinary,
-                            rms)  # fmt: skip
+from test_attention import (
+    CODE_BITS,
+    CTX,
+    OPTIONS,
+    SCALE,
+    TURNS,
+    Held,
+    advance,
+    attend,
+    check_held,
+    exact,
+    ordinary,
+    rms,
+)
 from test_ring import ListCache
 
 from kvrun._core import probe
 from kvrun.cuda import attention
 
-FORMATS = [("f32", "f32"), ("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q2", "q2"), ("q4", "q2"), ("q8", "f16"),
-           ("f32", "q4")]  # fmt: skip
+FORMATS = [
+    ("f32", "f32"),
+    ("f16", "f16"),
+    ("q8", "q8"),
+    ("q4", "q4"),
+    ("q2", "q2"),
+    ("q4", "q2"),
+    ("q8", "f16"),
+    ("f32", "q4"),
+]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 
 # Errors of an output, as root mean square relative to it. One token: floats are summed in float32; with float16 queries
@@ -26,8 +46,25 @@ CHUNK_TOLERANCE = 2e-3
 CORE_TOLERANCE = {"f32": 2e-3, "f16": 2e-3, "q8": 3e-3, "q4": 0.08, "q2": 0.08}
 
 # Lengths of the text: the first tokens, the first window, tiles packed and evicted, ten turns.
-LENGTHS = [1, 3, 5, 64, 68, 70, 131, 132, 133, CTX - 1, CTX, CTX + 2, CTX + 63, CTX + 64, CTX + 66, TURNS[0] + 28,
-           TURNS[0] + 29]  # fmt: skip
+LENGTHS = [
+    1,
+    3,
+    5,
+    64,
+    68,
+    70,
+    131,
+    132,
+    133,
+    CTX - 1,
+    CTX,
+    CTX + 2,
+    CTX + 63,
+    CTX + 64,
+    CTX + 66,
+    TURNS[0] + 28,
+    TURNS[0] + 29,
+]
 
 
 def queries(text, start, end, group):
@@ -60,7 +97,7 @@ def test_one_token(head_dim, k, v):
     text, turn = ordinary(head_dim, LENGTHS[-1]), HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
     cache, shown = KernelCache(k, v, head_dim, scale=SCALE, **OPTIONS), ListCache(**OPTIONS)
     held = Held(cache.kv)
-    for i, n in list(enumerate(LENGTHS))[turn % 2 if head_dim > 80 else 0::2 if head_dim > 80 else 1]:
+    for i, n in list(enumerate(LENGTHS))[turn % 2 if head_dim > 80 else 0 :: 2 if head_dim > 80 else 1]:
         group = [1, 8, 3, 4, 9, 2, 7, 5, 6][(i + turn) % 9]
         cache.spans = [1, 3, 2, 11][(i + turn) % 4]
         skip_to(cache, text, n - 1)
@@ -75,8 +112,10 @@ def test_one_token(head_dim, k, v):
 CHUNKS = [(40, 100, 33, 64, 65), (200, 1, 90), (3, 16, 64, 1, 150, 11), (17, 66, 5, 130)]
 
 
-@pytest.mark.parametrize("k, v, head_dim", [
-    (*formats, dim) for i, formats in enumerate(FORMATS) for j, dim in enumerate(HEAD_DIMS) if (i + j) % 2 == 0])  # fmt: skip
+@pytest.mark.parametrize(
+    "k, v, head_dim",
+    [(*formats, dim) for i, formats in enumerate(FORMATS) for j, dim in enumerate(HEAD_DIMS) if (i + j) % 2 == 0],
+)
 def test_chunks_see_what_single_tokens_see(k, v, head_dim):
     """While tiles are packed and evicted and the sinks move. Some tokens of every chunk are asked again alone."""
     text, turn = ordinary(head_dim, CTX + 300), HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
@@ -120,8 +159,12 @@ def test_every_token_of_a_chunk_without_rounding(head_dim, k, v):
     assert errors.max() <= 1e-4 * 127.5, f"first at token {first + np.argmax(errors > 1e-4 * 127.5)}"
 
 
-SLIDING = [dict(ctx=200, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1),
-           dict(ctx=300, sinks=17, window=129)]  # fmt: skip
+SLIDING = [
+    dict(ctx=200, sinks=4, window=64),
+    dict(ctx=64, sinks=0, window=0),
+    dict(ctx=200, sinks=70, window=1),
+    dict(ctx=300, sinks=17, window=129),
+]
 
 
 @pytest.mark.parametrize("options", SLIDING, ids=str)
@@ -148,7 +191,7 @@ def test_after_taking_back():
     core, text = cache.reference(), ordinary(64, 900, 2)
     for n, keep in ((400, 390), (1, 350), (70, 345), (1, None), (150, None), (1, None)):
         start = core.n_tokens
-        q, k, v = queries(text, start, start + n, 3), *(x[start:start + n].reshape(n, -1) for x in (text.k, text.v))
+        q, k, v = queries(text, start, start + n, 3), *(x[start : start + n].reshape(n, -1) for x in (text.k, text.v))
         expected = probe.attention(core, q, k, v, text.inv_freq, level="scalar")
         assert rms(cache.feed(q, k, v, text.inv_freq, 3) - expected) <= CORE_TOLERANCE["q8"] * rms(expected), start
         if keep is not None:

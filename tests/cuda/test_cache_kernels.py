@@ -7,11 +7,23 @@ from kernel_cache import BY_VALUE, KernelCache, launch
 from kvrun._core import probe
 from kvrun.cuda import abi, attention
 
-FORMATS = [("f32", "f32"), ("f16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q2", "q2"), ("q4", "q2"), ("f32", "q8"),
-           ("q2", "f16")]  # fmt: skip
+FORMATS = [
+    ("f32", "f32"),
+    ("f16", "f16"),
+    ("q8", "q8"),
+    ("q4", "q4"),
+    ("q2", "q2"),
+    ("q4", "q2"),
+    ("f32", "q8"),
+    ("q2", "f16"),
+]
 HEAD_DIMS = [16, 64, 72, 80, 96, 128, 256]
-OPTIONS = [dict(ctx=132, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1),
-           dict(ctx=300, sinks=17, window=129)]  # fmt: skip
+OPTIONS = [
+    dict(ctx=132, sinks=4, window=64),
+    dict(ctx=64, sinks=0, window=0),
+    dict(ctx=200, sinks=70, window=1),
+    dict(ctx=300, sinks=17, window=129),
+]
 # Up to three turns of the ring, in chunks that pack no tile, one, and more than the ring has.
 CHUNKS = [(1, 2, 70, 1, 200, 300, 1, 1, 30), (600,), (3, 64, 65, 63, 128, 1, 1, 190)]
 
@@ -111,8 +123,18 @@ def test_angles(first, n):
     assert ropes.dtype in BY_VALUE
     shapes = [(2, n, half)] * 2 + [(2, rows, 3, half)] * 2
     tables = [np.full(shape, np.nan, np.float32) for shape in shapes]
-    launch("step_angles", (2,), 64, 0, step.view(np.uint8), ropes, cache.layout, np.int64(cache.geometry["n_slots"]),
-           np.int32(rows), *tables)  # fmt: skip
+    launch(
+        "step_angles",
+        (2,),
+        64,
+        0,
+        step.view(np.uint8),
+        ropes,
+        cache.layout,
+        np.int64(cache.geometry["n_slots"]),
+        np.int32(rows),
+        *tables,
+    )
 
     gathered = first + 1 - 3 - 64
     evicted = max(gathered // 64 - cache.geometry["n_slots"], 0)

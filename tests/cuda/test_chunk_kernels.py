@@ -39,8 +39,10 @@ def test_dequantize(kind, rows, cols, rng):
 
 def test_dequantize_parts(rng):
     """Parts of a matrix of three tensors, each in its place."""
-    tensors = [(kind, rng.standard_normal((rows, 96)).astype(np.float32)) for kind, rows in
-               (("q4_0", 80), ("f16", 20), ("q8_0", 33))]  # fmt: skip
+    tensors = [
+        (kind, rng.standard_normal((rows, 96)).astype(np.float32))
+        for kind, rows in (("q4_0", 80), ("f16", 20), ("q8_0", 33))
+    ]
     m = Matrices(tensors)
     out = empty(m.width, 96, dtype=np.float16)
     parts = slices(m.struct, 2 * 2 * 16 * 96)
@@ -125,16 +127,22 @@ def test_activate_to_half(name, gated, scaled, rng):
     half, out_scale = half_rows(n, rows)
     if scaled:
         out_scale[:] = scale  # may be the same
-    run(matrix.activate_to_half(
-        gate.struct if gated else NONE, up.struct, name, at(products[0]), at(products[1]), up.width,
-        at(out_scale) if scaled else 0, at(half), at(out_scale), n,
-    ))  # fmt: skip
-    g, u = (
-        p[:, :rows] * (scale[:, None] if scaled else 1) + b for p, b in zip(products, biases, strict=True)
+    run(
+        matrix.activate_to_half(
+            gate.struct if gated else NONE,
+            up.struct,
+            name,
+            at(products[0]),
+            at(products[1]),
+            up.width,
+            at(out_scale) if scaled else 0,
+            at(half),
+            at(out_scale),
+            n,
+        )
     )
-    expected = np.array(
-        [probe.activate(name, g[t], u[t]) if gated else probe.activate(name, u[t]) for t in range(n)]
-    )
+    g, u = (p[:, :rows] * (scale[:, None] if scaled else 1) + b for p, b in zip(products, biases, strict=True))
+    expected = np.array([probe.activate(name, g[t], u[t]) if gated else probe.activate(name, u[t]) for t in range(n)])
     for t in range(n):
         close(half[t].astype(np.float32) * out_scale[t], expected[t], 6e-4)
 
@@ -159,9 +167,11 @@ def test_add(kind, rng):
     before = rng.standard_normal((n, hidden + 4)).astype(np.float32)
     for products in (True, False):
         x, struct = array(before), m.struct if products else NONE
-        run(matrix.add_chunk(
-            struct, norm, at(scale) if products else 0, at(branch), m.width, hidden, 0.3, at(x), hidden + 4, n
-        ))  # fmt: skip
+        run(
+            matrix.add_chunk(
+                struct, norm, at(scale) if products else 0, at(branch), m.width, hidden, 0.3, at(x), hidden + 4, n
+            )
+        )
         value = branch[:, :hidden] * scale[:, None] + bias if products else branch[:, :hidden]
         close(x[:, :hidden], before[:, :hidden] + 0.3 * reference(value), 1e-6)
         np.testing.assert_array_equal(x[:, hidden:], before[:, hidden:])

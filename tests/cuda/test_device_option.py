@@ -56,9 +56,12 @@ def run(model, command, folder=None):
     arguments = [*name, model, *command[len(name) :], "--device", "cuda"]
     path = os.pathsep.join(filter(None, [folder and str(folder), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "kvrun", *arguments], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "kvrun", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    )
     assert not done.stdout
     return done.returncode, done.stderr
 
@@ -103,9 +106,7 @@ def test_in_a_program(model):
             kvrun.load(model, device="cuda", device_memory=wrong)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--device-memory", "0"], ["--device-memory", "lots"], ["--device-memory", "1"]]
-)
+@pytest.mark.parametrize("arguments", [["--device-memory", "0"], ["--device-memory", "lots"], ["--device-memory", "1"]])
 def test_amounts_of_memory_that_are_none(model, arguments):
     done = subprocess.run(
         [sys.executable, "-m", "kvrun", model, "-p", "Hi", *arguments], capture_output=True, text=True, timeout=120

@@ -15,10 +15,12 @@ from test_families import NAMES, cache_of, expected_of, family  # noqa: F401
 
 import kvrun
 import kvrun.cuda
-from kvrun import _core, cli, speed
+from kvrun import _core
 from kvrun._core import bench as core
+from kvrun.commands import main as cli
+from kvrun.files.model_file import read_model_file
+from kvrun.measure import speed
 from kvrun.model import Model, load
-from kvrun.modelfile import read_model_file
 
 # Of the largest logit. A token by itself is as exact as on the CPU, where the cache does not round: there a value that
 # is on the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that a
@@ -115,7 +117,7 @@ MIXTURES = {
     "scaled, normed, some layers": dict(
         n_experts=5, experts_used=3, expert_size=48, residual_scale=0.5, post_norms=True, expert_layers=(True, False)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("weight_type", ["f32", "q8_0", "q4_0"])
@@ -283,9 +285,7 @@ def test_bench(converted, on_device, capsys, monkeypatch):
     cpu = load(path)
     kv = cpu.engine.new_cache(k="q4", v="q4", ctx=228)
     read = speed.weight_bytes(cpu) + core.bytes_read(kv, 101)
-    assert (
-        rows["decode", 100, "q4"]["bytes_per_token"] == read and rows["decode", 100, "q4"]["bandwidth_fraction"] > 0
-    )
+    assert rows["decode", 100, "q4"]["bytes_per_token"] == read and rows["decode", 100, "q4"]["bandwidth_fraction"] > 0
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "host, host; memory is read at" in out and "\ndecode" in out

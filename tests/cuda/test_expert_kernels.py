@@ -31,12 +31,8 @@ class Experts:
         self.n, self.of, self.table = n, {}, {}
         for p, (part, shape) in enumerate(shapes.items()):
             kind = [kinds[(p + e) % len(kinds)] for e in range(n)]
-            self.of[part] = [
-                Matrices([(k, rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32))]) for k in kind
-            ]
-            self.table[part] = array(
-                np.concatenate([m.struct for m in self.of[part]]).view(np.uint8), np.uint8
-            )
+            self.of[part] = [Matrices([(k, rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32))]) for k in kind]
+            self.table[part] = array(np.concatenate([m.struct for m in self.of[part]]).view(np.uint8), np.uint8)
 
     def one(self, part):
         return self.of[part][0].struct
@@ -71,7 +67,7 @@ def test_choose(n_experts, used, normalize, rng):
 def test_scores_that_are_not_numbers_choose_experts_that_exist():
     scores, chosen, share = array(np.full((1, 16), np.nan)), empty(1, 3, dtype=np.int32), empty(1, 3)
     run(matrix.choose(at(scores), 16, 4, 3, True, at(chosen), at(share), 1))
-    assert ((0 <= chosen) & (chosen < 4)).all()
+    assert ((chosen >= 0) & (chosen < 4)).all()
     assert np.isnan(share).all()
 
 
@@ -107,12 +103,16 @@ def test_one_token(kinds, hidden, size, add, rng):
     )
     before = out.copy()
     tables = {part: at(table) for part, table in experts.table.items()}
-    run(matrix.experts_gated(
-        tables["gate"], tables["up"], experts.one("up"), norm, at(x), at(chosen), used, "silu", at(inner)
-    ))  # fmt: skip
-    run(matrix.experts_down(
-        tables["down"], experts.one("down"), at(inner), width, at(chosen), at(share), used, at(out), add
-    ))  # fmt: skip
+    run(
+        matrix.experts_gated(
+            tables["gate"], tables["up"], experts.one("up"), norm, at(x), at(chosen), used, "silu", at(inner)
+        )
+    )
+    run(
+        matrix.experts_down(
+            tables["down"], experts.one("down"), at(inner), width, at(chosen), at(share), used, at(out), add
+        )
+    )
     close(out, experts(reference(x), chosen, share) + (before if add else 0), 1e-5)
 
 
@@ -138,21 +138,51 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
     run(matrix.choose(at(scores), router.width, 5, used, True, at(chosen), at(share), n))
     run(matrix.sort_slots(at(chosen), n, used, 5, at(order)))
     for part, to in inner.items():
-        run(matrix.experts_matmul(
-            at(experts.table[part]), experts.one(part), at(order), n, used, 5, at(half), at(row_scale), False, at(to),
+        run(
+            matrix.experts_matmul(
+                at(experts.table[part]),
+                experts.one(part),
+                at(order),
+                n,
+                used,
+                5,
+                at(half),
+                at(row_scale),
+                False,
+                at(to),
+                width,
+            )
+        )
+    run(
+        matrix.activate_to_half(
+            experts.one("gate"),
+            experts.one("up"),
+            "silu",
+            at(inner["gate"]),
+            at(inner["up"]),
             width,
-        ))  # fmt: skip
-    run(matrix.activate_to_half(
-        experts.one("gate"), experts.one("up"), "silu", at(inner["gate"]), at(inner["up"]), width, 0, at(inner_half),
-        at(inner_scale), slots,
-    ))  # fmt: skip
-    run(matrix.experts_matmul(
-        at(experts.table["down"]), experts.one("down"), at(order), n, used, 5, at(inner_half), at(inner_scale), True,
-        at(out), out.shape[1],
-    ))  # fmt: skip
-    run(matrix.experts_add(
-        post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld
-    ))  # fmt: skip
+            0,
+            at(inner_half),
+            at(inner_scale),
+            slots,
+        )
+    )
+    run(
+        matrix.experts_matmul(
+            at(experts.table["down"]),
+            experts.one("down"),
+            at(order),
+            n,
+            used,
+            5,
+            at(inner_half),
+            at(inner_scale),
+            True,
+            at(out),
+            out.shape[1],
+        )
+    )
+    run(matrix.experts_add(post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld))
     normed = reference(before[:, :hidden])
     wanted, shares = choice((normed @ router.values[0].T).astype(np.float32), used, True)
     np.testing.assert_array_equal(chosen, wanted)

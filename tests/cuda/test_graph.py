@@ -165,9 +165,7 @@ def test_a_chunk(kind, monkeypatch):
             assert before.kernel == "dequantize" and int(out[0]) == gemm.weights
             assert (int(part["width"][0]), int(part["cols"][0])) == (gemm.rows, gemm.cols)
             assert 2 * gemm.rows * gemm.cols <= 1 << 14 or gemm.rows == 16
-    matrices = [
-        m for layer in engine.weights.layers for m in (layer.qkv, layer.o, layer.gate, layer.up, layer.down)
-    ]
+    matrices = [m for layer in engine.weights.layers for m in (layer.qkv, layer.o, layer.gate, layer.up, layer.down)]
     wanted = sum(int(m["width"][0]) for m in matrices) * n + int(engine.weights.head["width"][0]) * n
     assert sum(g.rows * g.n for g in device.done if isinstance(g, abi.Gemm)) == wanted
     copies = [o for o in device.done if isinstance(o, abi.Copy)]

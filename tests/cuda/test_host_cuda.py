@@ -129,8 +129,13 @@ def test_sums_and_bytes():
 def test_lanes():
     out, lane = np.zeros((5, 32), np.uint32), np.arange(32)
     launch("lanes", 1, (32, 1, 1), 0, out)
-    expected = [np.where(lane < 29, lane + 3, lane), np.where(lane > 2, lane - 3, lane), 8 + 0 * lane,
-                sum(1 << i for i in range(0, 32, 3)) + 0 * lane, 3 + 0 * lane]  # fmt: skip
+    expected = [
+        np.where(lane < 29, lane + 3, lane),
+        np.where(lane > 2, lane - 3, lane),
+        8 + 0 * lane,
+        sum(1 << i for i in range(0, 32, 3)) + 0 * lane,
+        3 + 0 * lane,
+    ]
     np.testing.assert_array_equal(out, expected)
 
 

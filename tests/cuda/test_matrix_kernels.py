@@ -14,11 +14,7 @@ NONE, NO_NORM = matrix.NO_MATRIX, matrix.NO_NORM
 SHAPES = [(40, 576), (33, 100), (1, 1), (20, 1100), (7, 31), (70, 65)]
 SUPER_SHAPES = [(40, 256), (17, 1280)]
 KINDS = list(_core.WEIGHT_TYPES)
-CASES = [
-    (kind, *shape)
-    for kind in _core.WEIGHT_TYPES
-    for shape in (SUPER_SHAPES if kind in SUPER_TYPES else SHAPES)
-]  # fmt: skip
+CASES = [(kind, *shape) for kind in _core.WEIGHT_TYPES for shape in (SUPER_SHAPES if kind in SUPER_TYPES else SHAPES)]
 EXACT = 1e-5  # sums in another order
 NORMED = 1e-4  # a norm in another order may round to another code
 

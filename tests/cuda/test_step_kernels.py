@@ -30,15 +30,21 @@ def begin(embed, token, x, scale=1.0, positions=None, first=0, packed_ever=0):
     ids = array([token], np.int32)
     run(
         matrix.begin_step(
-            at(step), at(ids), embed.struct, none if positions is None else positions.struct, scale, embed.cols, at(x),
+            at(step),
+            at(ids),
+            embed.struct,
+            none if positions is None else positions.struct,
+            scale,
+            embed.cols,
+            at(x),
             *angles,
         )
-    )  # fmt: skip
+    )
     return tables, inv_freq, amplitude
 
 
 @pytest.mark.parametrize("kind, rows, cols", CASES)
-def test_embedding(kind, rows, cols, rng):  # noqa: F811
+def test_embedding(kind, rows, cols, rng):
     embed = Matrices([(kind, rng.standard_normal((rows, cols)).astype(np.float32))])
     x = empty(cols + 1)
     for token in {0, rows // 2, rows - 1}:
@@ -47,7 +53,7 @@ def test_embedding(kind, rows, cols, rng):  # noqa: F811
         assert np.isnan(x[cols])
 
 
-def test_learned_positions(rng):  # noqa: F811
+def test_learned_positions(rng):
     embed = Matrices([("q8_0", rng.standard_normal((20, 96)).astype(np.float32))])
     positions = Matrices([("f16", rng.standard_normal((50, 96)).astype(np.float32))])
     x = empty(96)
@@ -56,7 +62,7 @@ def test_learned_positions(rng):  # noqa: F811
 
 
 @pytest.mark.parametrize("first, evicted", [(0, 0), (5, 0), (SINKS + WINDOW + 64 * (SLOTS + 2), 2), (100_000, 1557)])
-def test_angles(first, evicted, rng):  # noqa: F811
+def test_angles(first, evicted, rng):
     """Of the token, of sinks where they were, and of sinks moved up by the tiles that the ring has lost."""
     embed, x = Matrices([("f32", rng.standard_normal((3, 32)).astype(np.float32))]), empty(32)
     (cos, sin, sink_cos, sink_sin), inv_freq, amplitude = begin(embed, 1, x, first=first)
@@ -69,8 +75,10 @@ def test_angles(first, evicted, rng):  # noqa: F811
 
 
 @pytest.mark.parametrize("all_heads", [False, True])
-@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim, n", [(4, 2, 64, 1), (3, 3, 80, 2), (1, 1, 2, 3), (8, 1, 256, 1)])
-def test_norms_of_heads(all_heads, n_heads, n_kv_heads, head_dim, n, rng):  # noqa: F811
+@pytest.mark.parametrize(
+    "n_heads, n_kv_heads, head_dim, n", [(4, 2, 64, 1), (3, 3, 80, 2), (1, 1, 2, 3), (8, 1, 256, 1)]
+)
+def test_norms_of_heads(all_heads, n_heads, n_kv_heads, head_dim, n, rng):
     q, k = n_heads * head_dim, n_kv_heads * head_dim
     k_offset = -(-q // 16) * 16
     ld = k_offset + 2 * k + 3
@@ -81,7 +89,7 @@ def test_norms_of_heads(all_heads, n_heads, n_kv_heads, head_dim, n, rng):  # no
         matrix.norm_heads(
             at(qkv), ld, k_offset, at(weights[0]), at(weights[1]), n_heads, n_kv_heads, head_dim, 1e-5, all_heads, n
         )
-    )  # fmt: skip
+    )
     after = before.copy()
     for weight, start, size in zip(weights, (0, k_offset), (q, k), strict=True):
         part = before[:, start : start + size].astype(np.float64).reshape(n, -1, weight.size)

@@ -8,8 +8,8 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.cuda.engine import CudaEngine
-from kvrun.description import ModelDescription
-from kvrun.modelfile import WeightTensor
+from kvrun.files.description import ModelDescription
+from kvrun.files.model_file import WeightTensor
 
 TINY = dict(
     architecture="llama",
@@ -37,9 +37,7 @@ SUPER = dict(hidden_size=256, intermediate_size=256, n_heads=4, n_kv_heads=2, he
 def tiny(weight_type="f32", seed=0, **fields):
     """description, weights and vectors of a model. weight_type: one, or a list that matrices take in turn."""
     types = [weight_type] if isinstance(weight_type, str) else list(weight_type)
-    description = ModelDescription(
-        **{**TINY, **(SUPER if any(t in ("q4_k", "q6_k") for t in types) else {}), **fields}
-    )
+    description = ModelDescription(**{**TINY, **(SUPER if any(t in ("q4_k", "q6_k") for t in types) else {}), **fields})
     rng, weights, vectors = np.random.default_rng(seed), {}, {}
     for i, (name, shape) in enumerate(description.tensor_shapes().items()):
         if len(shape) == 1:

@@ -6,9 +6,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from kvrun.chat import ChatTemplate
 from kvrun.model import Model
-from kvrun.tokenizer import Tokenizer
+from kvrun.text.templates import ChatTemplate
+from kvrun.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -92,11 +92,7 @@ class FakeModel:
     def says(self, *answers):
         """What the engine says next; each answer is text or ids, and ends with the end token."""
         for answer in answers:
-            ids = (
-                self.tokenizer.encode(answer, parse_special=False)
-                if isinstance(answer, str)
-                else list(answer)
-            )
+            ids = self.tokenizer.encode(answer, parse_special=False) if isinstance(answer, str) else list(answer)
             self.engine.script += [*ids, END]
 
     @property

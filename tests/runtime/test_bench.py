@@ -9,9 +9,12 @@ import sys
 
 import pytest
 
-from kvrun import _core, bench, cli, speed
+from kvrun import _core
 from kvrun._core import bench as core
-from kvrun.modelfile import read_model_file
+from kvrun.commands import bench
+from kvrun.commands import main as cli
+from kvrun.files.model_file import read_model_file
+from kvrun.measure import speed
 
 KEYS = {
     "test",
@@ -180,14 +183,11 @@ def test_defaults(model, capsys, monkeypatch):
     formats = [kv for kv in _core.KV_FORMATS if kv != "f32"]
     length = read_model_file(model).description.context_length
     depths = [depth for depth in (0, 30) if depth + speed.ROOM <= length] or [0]
-    prefill = 20 if 20 + speed.ROOM <= length else length
+    prefill = 20 if length >= 20 + speed.ROOM else length
     assert [
         (row["test"], row["kv"], row["tokens"] if row["test"] == "prefill" else row["depth"])
         for row in found["results"]
-    ] == (
-        [("prefill", kv, prefill) for kv in formats]
-        + [("decode", kv, depth) for depth in depths for kv in formats]
-    )
+    ] == ([("prefill", kv, prefill) for kv in formats] + [("decode", kv, depth) for depth in depths for kv in formats])
 
 
 def test_a_shape_of_another_model(model, capsys):
@@ -254,9 +254,7 @@ def test_table(model, capsys):
 def test_progress_on_a_terminal_only(model):
     main, side = pty.openpty()
     command = [sys.executable, "-m", "kvrun", "bench", model, "--test", "cache", "-n", "2", *QUICK]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=side, env=os.environ | {"TERM": "xterm"}, timeout=120
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, env=os.environ | {"TERM": "xterm"}, timeout=120)
     os.close(side)
     shown = os.read(main, 1 << 16).decode()
     os.close(main)
@@ -283,9 +281,7 @@ def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
     refused(capsys, model, "--plot", str(tmp_path / "p.txt"), words=["plot", "p.txt", ".png, .svg, .pdf"])
     refused(capsys, model, "--plot", str(tmp_path / "no" / "p.png"), words=["plot", "no folder"])
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     refused(capsys, model, "--plot", path, words=["plot", "matplotlib is missing", "pip install"])
     assert not os.listdir(tmp_path)
 

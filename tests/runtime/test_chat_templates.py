@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kvrun.chat import ChatTemplate
 from kvrun.errors import KvrunError
-from kvrun.tokenizer import SpecialTokens
+from kvrun.text.special_tokens import SpecialTokens
+from kvrun.text.templates import ChatTemplate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHATS = json.loads((FIXTURES / "chats.json").read_text("utf-8"))

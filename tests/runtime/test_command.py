@@ -13,7 +13,7 @@ import time
 import pytest
 
 import kvrun
-from kvrun import cli
+from kvrun.commands import main as cli
 from kvrun.version import __version__
 
 KVRUN = [sys.executable, "-m", "kvrun"]
@@ -158,10 +158,7 @@ def test_prompts_that_look_like_options(model, capsys):
         expected = kvrun.load(model).generate(prompt, max_tokens=12, seed=3, ignore_eos=True)
         status, out, err = called(capsys, model, "-q", "-p", prompt, *STEADY)
         assert status == 0 and out.removesuffix("\n") == expected.removesuffix("\n")
-    same = [
-        called(capsys, model, "-q", *form, *STEADY)[1]
-        for form in (["-px"], ["--prompt=x"], ["--prompt", "x"])
-    ]
+    same = [called(capsys, model, "-q", *form, *STEADY)[1] for form in (["-px"], ["--prompt=x"], ["--prompt", "x"])]
     assert len(set(same)) == 1
     assert called(capsys, "-q", "-p", "a", "--stop", "--", *STEADY, model)[0] == 0
 
@@ -345,9 +342,7 @@ def test_ctrl_c_ends_one_answer_with_130(model):
 
 def test_a_locale_without_the_characters(model):
     wild = ["--temperature", "5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "60", "--ignore-eos"]
-    status, out, err = command(
-        model, "-q", "-p", "a", "--seed", "1", *wild, env={"PYTHONIOENCODING": "ascii"}
-    )
+    status, out, err = command(model, "-q", "-p", "a", "--seed", "1", *wild, env={"PYTHONIOENCODING": "ascii"})
     assert status == 0 and err == "" and out.isascii()
 
 
@@ -355,9 +350,7 @@ def test_chat_from_a_pipe_keeps_the_conversation(model):
     status, out, err = command(model, *STEADY, stdin=b"one\n\ntwo\r\nthree")
     assert status == 0
     session = kvrun.load(model).session()
-    texts = [
-        "".join(session.stream(p, max_tokens=12, seed=3, ignore_eos=True)) for p in ("one", "two", "three")
-    ]
+    texts = ["".join(session.stream(p, max_tokens=12, seed=3, ignore_eos=True)) for p in ("one", "two", "three")]
     assert out.decode() == "".join(t + "\n" * (not t.endswith("\n")) for t in texts)
     assert len(err.splitlines()) == 3
 

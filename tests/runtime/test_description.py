@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvrun.description import ModelDescription
 from kvrun.errors import ModelFileError
+from kvrun.files.description import ModelDescription
 
 BASE = ModelDescription(
     architecture="llama",
@@ -124,9 +124,7 @@ def test_tables_of_layers():
     assert tables.of_layer.tolist() == [1, 0, 2] and len(tables.inv_freq) == 3
     assert np.array_equal(tables.inv_freq[1], 100.0 ** -(np.arange(4) / 4) / 2)
     assert not tables.inv_freq[2].any() and (tables.amplitude == 1).all()
-    part = replace(
-        BASE, rotary_dim=4, rope_scaling={**LONGROPE, "short_factors": [1, 1], "long_factors": [2, 2]}
-    )
+    part = replace(BASE, rotary_dim=4, rope_scaling={**LONGROPE, "short_factors": [1, 1], "long_factors": [2, 2]})
     assert np.array_equal(part.rope_tables().inv_freq, [[0.5, 500000.0**-0.5 / 2, 0, 0]])
     assert np.array_equal(part.rope_tables().amplitude, [[1.2, 1.2, 1, 1]])
     learned = replace(BASE, rope_theta=None, learned_positions=True).rope_tables()
@@ -146,9 +144,7 @@ def test_tensors_of_other_options():
     names = list(gpt2.tensor_shapes())
     assert names[:2] == ["embed.weight", "positions.weight"] and names[-1] == "norm.bias"
     assert "layers.0.mlp.gate.weight" not in names and "layers.0.attn.norm.bias" in names
-    both = replace(
-        BASE, n_layers=1, post_norms=True, qk_norm="all", attention_bias=True, attention_out_bias=False
-    )
+    both = replace(BASE, n_layers=1, post_norms=True, qk_norm="all", attention_bias=True, attention_out_bias=False)
     shapes = both.tensor_shapes()
     assert shapes["layers.0.attn.post_norm.weight"] == shapes["layers.0.mlp.post_norm.weight"] == (32,)
     assert (shapes["layers.0.attn.q_norm.weight"], shapes["layers.0.attn.k_norm.weight"]) == ((32,), (16,))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from kvrun import _core
-from kvrun.inspect import _lines, inspect
-from kvrun.modelfile import read_model_file
+from kvrun.commands.inspect import _lines, inspect
+from kvrun.files.model_file import read_model_file
 
 
 @pytest.fixture

@@ -42,10 +42,7 @@ def test_a_second_turn_is_as_if_all_was_fed_anew(model):
 
 def test_the_same_seed_gives_the_same_text_on_any_number_of_threads(converted):
     path = converted("grouped-tied")
-    texts = {
-        kvrun.load(path, threads=n).generate("Once", max_tokens=40, seed=5, ignore_eos=True)
-        for n in (1, 2, 3)
-    }
+    texts = {kvrun.load(path, threads=n).generate("Once", max_tokens=40, seed=5, ignore_eos=True) for n in (1, 2, 3)}
     assert len(texts) == 1
 
 
@@ -78,9 +75,7 @@ def test_where_the_model_lies_changes_nothing(converted, memory):
 
 def test_tokenize_and_detokenize(model):
     ids = model.tokenize("The cat<|im_end|>")
-    assert (
-        model.detokenize(ids) == "The cat<|im_end|>" and model.detokenize(ids, skip_special=True) == "The cat"
-    )
+    assert model.detokenize(ids) == "The cat<|im_end|>" and model.detokenize(ids, skip_special=True) == "The cat"
     assert len(model.tokenize("<|im_end|>", parse_special=False)) > 1
     assert model.session().tokenize("The cat") == model.tokenize("The cat")
 
@@ -100,9 +95,7 @@ def test_errors_are_of_one_family():
 
 def test_importing_loads_numpy_and_the_core_only():
     heavy = "tokenizers sentencepiece jinja2 rich prompt_toolkit gguf safetensors torch transformers argparse"
-    code = (
-        f"import sys, kvrun; print(*(m for m in {heavy.split()} if m in sys.modules), 'numpy' in sys.modules)"
-    )
+    code = f"import sys, kvrun; print(*(m for m in {heavy.split()} if m in sys.modules), 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
 

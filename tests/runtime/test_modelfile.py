@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvrun import _core, modelwriter
-from kvrun.description import ModelDescription
+from kvrun import _core
 from kvrun.errors import ModelFileError, TokenizerError
-from kvrun.modelfile import header_checksum, read_model_file
-from kvrun.modelwriter import ModelFileWriter
+from kvrun.files import model_writer
+from kvrun.files.description import ModelDescription
+from kvrun.files.model_file import header_checksum, read_model_file
+from kvrun.files.model_writer import ModelFileWriter
 
 DESCRIPTION = ModelDescription(
     architecture="llama",
@@ -57,10 +58,7 @@ def types(description=DESCRIPTION):
 
 def values(description=DESCRIPTION):
     rng = np.random.default_rng(0)
-    return {
-        name: rng.standard_normal(shape).astype(np.float32)
-        for name, shape in description.tensor_shapes().items()
-    }
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in description.tensor_shapes().items()}
 
 
 def open_writer(path, **changes):
@@ -362,12 +360,7 @@ def test_metadata_values_that_are_no_strings(path, value):
 
 def test_repeated_keys(path):
     header, data = split(path)
-    text = (
-        json.dumps(header).encode()[:-1]
-        + b', "norm.weight": '
-        + json.dumps(header["norm.weight"]).encode()
-        + b"}"
-    )
+    text = json.dumps(header).encode()[:-1] + b', "norm.weight": ' + json.dumps(header["norm.weight"]).encode() + b"}"
     text += b" " * (-(8 + len(text)) % 64)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     with pytest.raises(ModelFileError, match="twice"):
@@ -422,11 +415,10 @@ def leftovers(folder):
 def test_nothing_is_left_of_an_interrupted_write(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"older")
     for fault in (KeyboardInterrupt, ValueError, SystemExit):
-        with pytest.raises(fault):
-            with open_writer(tmp_path / "model.bin") as writer:
-                writer.write("embed.weight", [_core.pack("f32", values()["embed.weight"])])
-                assert len(leftovers(tmp_path)) == 2
-                raise fault
+        with pytest.raises(fault), open_writer(tmp_path / "model.bin") as writer:
+            writer.write("embed.weight", [_core.pack("f32", values()["embed.weight"])])
+            assert len(leftovers(tmp_path)) == 2
+            raise fault
         assert leftovers(tmp_path) == ["model.bin"] and (tmp_path / "model.bin").read_bytes() == b"older"
 
 
@@ -465,7 +457,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(fd):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(modelwriter.os, "fsync", full)
+    monkeypatch.setattr(model_writer.os, "fsync", full)
     with pytest.raises(ModelFileError, match="No space left on device"):
         with open_writer(tmp_path / "model.bin") as writer:
             write_all(writer)

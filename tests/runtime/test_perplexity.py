@@ -9,9 +9,11 @@ import pytest
 from numpy_llama import NumpyLlama, f16_cache
 
 import kvrun
-from kvrun import _core, cli, perplexity
+from kvrun import _core
+from kvrun.commands import main as cli
+from kvrun.commands import perplexity
 from kvrun.convert import convert
-from kvrun.modelfile import read_model_file
+from kvrun.files.model_file import read_model_file
 from kvrun.options import CacheOptions
 
 KEYS = {"kv", "bpv", "window", "cache_ctx", "perplexity", "ratio", "kl_mean", "top1_agreement"}
@@ -149,9 +151,7 @@ def test_a_ring_smaller_than_the_chunk_is_measured_as_in_decoding(model, text, c
     loaded = kvrun.load(model)
     (chunk,), _ = perplexity.text_chunks(loaded, some_text(150), 400, 1)
     cache = _core.KVCache(loaded.engine, k="f32", v="f32", ctx=132)
-    log_p = distributions(
-        np.array([loaded.engine.forward(chunk[t : t + 1], cache) for t in range(399)], np.float64)
-    )
+    log_p = distributions(np.array([loaded.engine.forward(chunk[t : t + 1], cache) for t in range(399)], np.float64))
     nll = [-log_p[t, chunk[t + 1]] for t in range(200, 399)]
     assert ring["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
 

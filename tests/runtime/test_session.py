@@ -369,10 +369,7 @@ def test_the_models_own_sampling_is_the_default():
     model = FakeModel(sampling={"temperature": 0.0})
     greedy = text(many_choices(model).stream("q", max_tokens=5))
     assert len(set(greedy)) == 1
-    assert (
-        text(many_choices(model).stream("q", max_tokens=20, temperature=5.0, top_k=0, top_p=1.0, min_p=0))
-        != greedy
-    )
+    assert text(many_choices(model).stream("q", max_tokens=20, temperature=5.0, top_k=0, top_p=1.0, min_p=0)) != greedy
 
 
 def test_the_repeat_penalty_counts_the_prompt(model):

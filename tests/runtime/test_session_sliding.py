@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_session_state import GO_ON, talked, text
 
+from kvrun.commands.inspect import inspect
 from kvrun.errors import KvrunError, OptionError
-from kvrun.inspect import inspect
+from kvrun.files.model_file import read_model_file
 from kvrun.model import Model
-from kvrun.modelfile import read_model_file
 
 ONE = "Once upon a time there was a cat who lived in a hat, and that was all there is to say."
 
@@ -96,7 +96,7 @@ def test_truncate(model):
 
 def test_inspect(model):
     """Less memory than without windows, and a word about them."""
-    from kvrun.inspect import _lines
+    from kvrun.commands.inspect import _lines
 
     report = inspect(model.file)
     plain = read_model_file(model.file.path)

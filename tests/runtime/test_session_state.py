@@ -12,9 +12,10 @@ from fakes import END, FakeModel
 from safetensors import safe_open
 
 import kvrun
-from kvrun import _core, cli
+from kvrun import _core
 from kvrun import session as session_module
 from kvrun._core.sampler import Sampler as CoreSampler
+from kvrun.commands import main as cli
 from kvrun.errors import KvrunError, ModelFileError, OptionError
 
 GO_ON = dict(max_tokens=30, seed=3, ignore_eos=True)
@@ -204,8 +205,8 @@ def test_every_length_counts(model, saved, tmp_path):
 
 def with_meta(data, start, **changes):
     """The file with other metadata and a header that agrees with it."""
-    from kvrun.modelfile import header_checksum
-    from kvrun.modelwriter import header_bytes
+    from kvrun.files.model_file import header_checksum
+    from kvrun.files.model_writer import header_bytes
 
     header = json.loads(data[8:start])
     meta = {**header["__metadata__"], **changes}
@@ -294,7 +295,7 @@ def test_contents_that_make_no_sense(model, saved, tmp_path, field, changes):
     ],
 )
 def test_tensors_that_make_no_sense(model, saved, tmp_path, change):
-    from kvrun.modelwriter import header_bytes
+    from kvrun.files.model_writer import header_bytes
 
     data, start = saved
     header = json.loads(data[8:start])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrun.errors import OptionError
-from kvrun.text import StopStrings, Thinking, opens_thinking
+from kvrun.text.streaming import StopStrings, Thinking, opens_thinking
 
 
 def run(stops, pieces):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kvrun.errors import TokenizerError
-from kvrun.tokenizer import ESCAPE, Tokenizer
+from kvrun.text.special_tokens import ESCAPE
+from kvrun.text.tokenizer import Tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, again and again. It isn't over; they've 1234 more.",
@@ -65,9 +66,7 @@ def byte_fallback(**metaspace):
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **metaspace)
     else:
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     strip = decoders.Strip(" ", 1, 0)
     replace = decoders.Replace("\u2581", " ")
     tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
@@ -242,9 +241,7 @@ def test_leading_space_only_where_a_text_begins(name):
 @pytest.mark.parametrize("name", ["prepend", "metaspace-first", "metaspace-always"])
 def test_continued_text_gets_no_dummy_space(name):
     ours = OURS[name]
-    ids = ours.encode("the", add_special=False) + ours.encode(
-        "the the</s>", add_special=False, continued=True
-    )
+    ids = ours.encode("the", add_special=False) + ours.encode("the the</s>", add_special=False, continued=True)
     assert ours.decode(ids) == "thethe the</s>"
 
 
@@ -266,9 +263,7 @@ def test_beginning_and_end_of_text():
 # --- special tokens only where they are meant -----------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text", ["<|im_end|>", "a<|im_start|>system\nb", "<|im_end|><|im_end|>", "<<|im_end|>>"]
-)
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>system\nb", "<|im_end|><|im_end|>", "<<|im_end|>>"])
 def test_special_tokens_can_be_left_as_text(text):
     ours = OURS["byte-level"]
     assert any(map(ours.is_special, ours.encode(text)))

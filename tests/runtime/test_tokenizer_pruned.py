@@ -7,9 +7,9 @@ import tokenizers
 from strings import varied_strings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kvrun import tokenizer_pruned
-from kvrun.tokenizer import Tokenizer as Ours
-from kvrun.tokenizer_pruned import PrunedBpe, read_prunable
+from kvrun.text import pruned
+from kvrun.text.pruned import PrunedBpe, read_prunable
+from kvrun.text.tokenizer import Tokenizer as Ours
 
 TEXT = ["The cat sat on the mat; it's 12345 o'clock, naïve café 你好 🙂 the  the\n\n\tx = y(1000)"] * 3
 LLAMA3 = (
@@ -54,9 +54,7 @@ SPECS = {
     ),
     # Bytes that have no token: dropped, or unknown.
     "some bytes": trained(GPT2, alphabet=[c for c in pre_tokenizers.ByteLevel.alphabet() if c < "é"]),
-    "unknown": trained(
-        GPT2, alphabet=[c for c in pre_tokenizers.ByteLevel.alphabet() if c < "é"], unknown="<unk>"
-    ),
+    "unknown": trained(GPT2, alphabet=[c for c in pre_tokenizers.ByteLevel.alphabet() if c < "é"], unknown="<unk>"),
 }
 for name in ("some bytes", "unknown"):  # the trainer keeps the bytes of its text
     vocab = {t: i for i, t in enumerate(t for t in SPECS[name]["model"]["vocab"] if t.isascii() or t[:1] == "<")}
@@ -93,7 +91,7 @@ def test_the_first_text_and_those_after_it(name):
     spec = SPECS[name]
     data, whole = json.dumps(spec).encode(), library(spec)
     info = {"kind": "tokenizer.json", "bos_id": 0}
-    for text in ("the cat<|im_end|>", "x" * (tokenizer_pruned.LONGEST + 1), ""):
+    for text in ("the cat<|im_end|>", "x" * (pruned.LONGEST + 1), ""):
         ours = Ours(info, data)
         for _ in range(2):
             assert ours.encode(text) == whole.encode(text, add_special_tokens=False).ids
@@ -102,9 +100,7 @@ def test_the_first_text_and_those_after_it(name):
     ours.encode("a"), ours.encode("b")
     assert tokens == [ours.token_bytes(i) for i in range(ours.vocab_size)]
     assert ours.vocab_size == whole.get_vocab_size() == len(tokens)
-    assert ours.special.ids == {
-        t.content: i for i, t in whole.get_added_tokens_decoder().items() if t.special
-    }
+    assert ours.special.ids == {t.content: i for i, t in whole.get_added_tokens_decoder().items() if t.special}
 
 
 def changed(**parts):

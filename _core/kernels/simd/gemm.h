@@ -4,7 +4,7 @@
 #ifndef KVRUN_GEMM_H
 #define KVRUN_GEMM_H
 
-#include "simd.h"
+#include "simd/simd.h"
 
 #define KV_GEMM(NAME, TYPE, LOAD)                                                                                      \
     KV_INLINE void NAME##_rows(const int rows, const int groups, const float *a, int64_t ld_a, const TYPE *b,          \

@@ -21,13 +21,13 @@ from kvrun.version import __version__
 if TYPE_CHECKING:
     from kvrun.model import Model
     from kvrun.session import Session
-    from kvrun.text import Thinking
+    from kvrun.text.streaming import Thinking
 
 COMMANDS = {
-    "bench": "kvrun.bench",
+    "bench": "kvrun.commands.bench",
     "convert": "kvrun.convert.cli",
-    "inspect": "kvrun.inspect",
-    "perplexity": "kvrun.perplexity",
+    "inspect": "kvrun.commands.inspect",
+    "perplexity": "kvrun.commands.perplexity",
 }
 """Subcommand: the module whose main(argv) runs it."""
 
@@ -154,9 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     memory = parser.add_argument_group("memory and device")
     add_mmap_option(memory)
     add_device_options(memory)
-    memory.add_argument(
-        "--prefault", action="store_true", help="have model and cache in memory before the first token"
-    )
+    memory.add_argument("--prefault", action="store_true", help="have model and cache in memory before the first token")
     return parser
 
 
@@ -285,9 +283,7 @@ def utf8(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise OptionError(
-            f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from None
+        raise OptionError(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -305,7 +301,7 @@ def _run(args: argparse.Namespace) -> int:
         answer = Answers(session, args)
         if prompt is not None:
             return 0 if answer(prompt) else 130
-        from kvrun.repl import chat
+        from kvrun.commands.chat import chat
 
         return chat(answer)
 
@@ -317,7 +313,7 @@ def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
     if args.session is None:
         yield model.session(**cache)
         return
-    from kvrun.modelwriter import check_output
+    from kvrun.files.model_writer import check_output
 
     check_output(args.session)
     if os.path.lexists(args.session):
@@ -432,9 +428,7 @@ class _Output:
     """Text to a stream at once. A terminal gets no control characters that a model may have written, and its
     thinking dimmed."""
 
-    _visible = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(
-        range(0x7F, 0xA0), 0xFFFD
-    )
+    _visible = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -447,7 +441,7 @@ class _Output:
     def expect_thinking(self, begun: bool) -> None:
         """The answer that comes may begin with thinking; `begun`: it goes on with it."""
         if self._terminal and os.environ.get("TERM") != "dumb":
-            from kvrun.text import Thinking
+            from kvrun.text.streaming import Thinking
 
             self._thinking = Thinking(begun)
 

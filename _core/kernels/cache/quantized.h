@@ -9,7 +9,7 @@
 #ifndef KVRUN_TILE_H
 #define KVRUN_TILE_H
 
-#include "simd.h"
+#include "simd/simd.h"
 
 enum { GROUP = 64 };
 

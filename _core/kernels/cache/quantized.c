@@ -1,11 +1,11 @@
-/* Products with tiles of cache formats q8, q4, q2 (tile.h).
+/* Products with tiles of cache formats q8, q4, q2 (cache/quantized.h).
  *
  * The scales are folded into the queries (K) or the softmax weights (V), which are then rounded; the minima become one
  * constant a row. What remains is a product of codes and small integers: int8 in blocks of 32 inputs for q4 and q2, 16
  * bits for q8, so as not to lose what it kept. */
-#include "dot.h"
+#include "simd/dot.h"
 #include "f16.h"
-#include "tile.h"
+#include "cache/quantized.h"
 
 enum { MAX_DEPTH = KV_MAX_HEAD_DIM, PLANES_8 = 2 };
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from kvrun.description import ModelDescription
 from kvrun.errors import ModelFileError
-from kvrun.modelfile import (
+from kvrun.files.description import ModelDescription
+from kvrun.files.model_file import (
     ALIGNMENT,
     FORMAT,
     MAX_HEADER,
@@ -195,9 +195,7 @@ class ModelFileWriter(SafeFile):
 
     def _weights_json(self) -> str:
         matrices = {name: shape for name, shape in self._shapes.items() if len(shape) == 2}
-        return dumps(
-            {name: {"type": self._types[name], "shape": list(shape)} for name, shape in matrices.items()}
-        )
+        return dumps({name: {"type": self._types[name], "shape": list(shape)} for name, shape in matrices.items()})
 
     def _header(self) -> bytes:
         """The header; as long without checksums as with them, since a checksum has a fixed length."""
@@ -217,9 +215,7 @@ class ModelFileWriter(SafeFile):
         try:
             return header_bytes(self.path, entries)
         except UnicodeEncodeError:
-            raise ModelFileError(
-                f"{self.path}: the model's name or chat template is not valid text"
-            ) from None
+            raise ModelFileError(f"{self.path}: the model's name or chat template is not valid text") from None
 
 
 def header_bytes(path: str, entries: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 #ifndef KVRUN_PANELS_H
 #define KVRUN_PANELS_H
 
-#include "simd.h"
+#include "simd/simd.h"
 
 /* Defines matmul_NAME for a panel of BYTES bytes (with `in` at hand), from
  *   ROWS(type, rows, planes, panel, in, first, out, ld_out, add)   for rows from `first` on

@@ -1,4 +1,4 @@
-"""The two tokenizer libraries behind one interface, for `kvrun.tokenizer`.
+"""The two tokenizer libraries behind one interface, for `kvrun.text.tokenizer`.
 
 A backend has `size` (number of tokens), `special` (a SpecialTokens), `dummy_space` (whether a text gets a
 space put before it), and these methods:
@@ -19,9 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvrun.errors import TokenizerError
-from kvrun.text import PER_BYTE, StreamDecoder
-from kvrun.tokenizer import CONTINUED, ESCAPE, INNER, START, SpecialTokens
-from kvrun.tokenizer_pruned import LONGEST, PrunedBpe, byte_characters, read_prunable
+from kvrun.text.pruned import LONGEST, PrunedBpe, byte_characters, read_prunable
+from kvrun.text.special_tokens import CONTINUED, ESCAPE, INNER, START, SpecialTokens
+from kvrun.text.streaming import PER_BYTE, StreamDecoder
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -213,9 +213,7 @@ class _Decoder:
         self._bytes = byte_characters() if "ByteLevel" in kinds else None
         self._fallback = "ByteFallback" in kinds
         self._metaspace = [
-            (s["replacement"], s.get("prepend_scheme", "always") != "never")
-            for s in steps
-            if s["type"] == "Metaspace"
+            (s["replacement"], s.get("prepend_scheme", "always") != "never") for s in steps if s["type"] == "Metaspace"
         ]
         self._replace = [_replacement(step) for step in steps if step["type"] == "Replace"]
         self.strip = sum(step.get("start", 0) for step in steps if step["type"] == "Strip")
@@ -247,8 +245,7 @@ def _replacement(step: Mapping[str, Any]) -> tuple[str, str]:
     pattern = step.get("pattern", {})
     if "String" not in pattern:
         raise TokenizerError(
-            "the model's tokenizer.json has a decoder that replaces by regular expression, "
-            "which is not supported"
+            "the model's tokenizer.json has a decoder that replaces by regular expression, which is not supported"
         )
     return pattern["String"], step["content"]
 

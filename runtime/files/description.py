@@ -82,9 +82,7 @@ class RopeTables:
     of_layer: np.ndarray
 
 
-def frequencies(
-    theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: int
-) -> tuple[np.ndarray, float]:
+def frequencies(theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: int) -> tuple[np.ndarray, float]:
     """(angle per position of each pair: float64 [pairs], amplitude) of a checked rope_scaling."""
     exponents = np.arange(pairs, dtype=np.float64) / pairs
     plain = theta**-exponents
@@ -191,23 +189,17 @@ class ModelDescription:
         self._check_experts()
 
     def _check_rope(self) -> None:
-        if self.rotary_dim is not None and not (
-            0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0
-        ):
+        if self.rotary_dim is not None and not (0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0):
             _bad("rotary_dim", f"{self.rotary_dim} is not an even number below head_dim = {self.head_dim}")
         pairs = (self.rotary_dim or self.head_dim) // 2
         if self.rope_layers is not None:
-            object.__setattr__(
-                self, "rope_layers", _checked_layers("rope_layers", self.rope_layers, self.n_layers)
-            )
+            object.__setattr__(self, "rope_layers", _checked_layers("rope_layers", self.rope_layers, self.n_layers))
         if self.rope_theta is None:
             for name in ("rope_scaling", "rope_local", "rope_layers", "rotary_dim"):
                 if getattr(self, name) is not None:
                     _bad(name, "there is no rope_theta")
         if self.rope_scaling is not None:
-            object.__setattr__(
-                self, "rope_scaling", checked_scaling("rope_scaling", self.rope_scaling, pairs)
-            )
+            object.__setattr__(self, "rope_scaling", checked_scaling("rope_scaling", self.rope_scaling, pairs))
         local = self.rope_local
         if local is not None:
             if self.sliding_windows is None:
@@ -290,9 +282,7 @@ class ModelDescription:
         )
         for i, rope in enumerate(ropes):
             if rope is not None:
-                inv_freq[i, :pairs], amplitude[i, :pairs] = frequencies(
-                    *rope, pairs, ctx or self.context_length
-                )
+                inv_freq[i, :pairs], amplitude[i, :pairs] = frequencies(*rope, pairs, ctx or self.context_length)
         none, windows = len(ropes) - 1, self.sliding_windows or (None,) * self.n_layers
         of_layer = [
             none
@@ -353,10 +343,7 @@ class ModelDescription:
         parts = ("weight", "bias") if self.norm == "layer" else ("weight",)
         kinds = [kind for kind, there in (("norm", self.pre_norms), ("post_norm", self.post_norms)) if there]
         norms = {
-            f"{step}.{kind}.{part}": self.hidden_size
-            for kind in kinds
-            for step in ("attn", "mlp")
-            for part in parts
+            f"{step}.{kind}.{part}": self.hidden_size for kind in kinds for step in ("attn", "mlp") for part in parts
         }
         if self.qk_norm is not None:
             heads = (1, 1) if self.qk_norm == "head" else (self.n_heads, self.n_kv_heads)

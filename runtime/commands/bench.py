@@ -1,4 +1,4 @@
-"""`kvrun bench`: the command, and its table; `kvrun.speed` measures, `kvrun.plots` draws."""
+"""`kvrun bench`: the command, and its table; `kvrun.measure.speed` measures, `kvrun.measure.plots` draws."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvrun import plots
-from kvrun.cli import _default_model, _Parser, _whole, add_device_options, add_mmap_option, device_options
+from kvrun.commands.main import _default_model, _Parser, _whole, add_device_options, add_mmap_option, device_options
+from kvrun.commands.perplexity import cache_options, default_formats
 from kvrun.errors import OptionError
+from kvrun.measure import plots
+from kvrun.measure.speed import ROOM, TESTS, Bench, Plan, Shape
 from kvrun.options import MAX_CTX, integer
-from kvrun.perplexity import cache_options, default_formats
-from kvrun.speed import ROOM, TESTS, Bench, Plan, Shape
 
 DEFAULT_TESTS = ("prefill", "decode")
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
@@ -88,7 +88,7 @@ def _list(values: Sequence[Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status. Errors are raised, for `kvrun.cli.main` to state."""
+    """Run the command; the exit status. Errors are raised, for `kvrun.commands.main.main` to state."""
     args = build_parser().parse_args(argv)
     report = run(args)
     if args.json:
@@ -141,8 +141,7 @@ def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int)
     plan = Plan(
         tests=tests,
         depths=_numbers("depth", args.depth, 0, limit) or _fitting(DEPTHS, context_length, 0),
-        prefills=_numbers("prefill", args.prefill, 1, limit)
-        or _fitting(PREFILLS, context_length, context_length),
+        prefills=_numbers("prefill", args.prefill, 1, limit) or _fitting(PREFILLS, context_length, context_length),
         formats=tuple(dict.fromkeys(cache_options(name, context_length, **sizes)[0] for name in names)),
         shapes=tuple(dict.fromkeys(map(Shape.parse, args.shape or ()))),
         runs=RUNS if args.runs is None else integer("runs", args.runs, low=1, high=1000),
@@ -201,24 +200,19 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(
-        highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100
-    )
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
     threads = f", {report['threads']} thread{'s' * (report['threads'] > 1)}" if report["device"] == "cpu" else ""
     console.print(
         f"{report['model']}: {report['cpu']}, {report['isa']}{threads}; memory is read at "
         f"{report['memory_bandwidth_gb_s']:.1f} GB/s\n"
-        f"a decode step reads {report['weight_bytes_per_token'] / 1e6:.1f} MB of weights; "
-        + _runs(report["results"])
+        f"a decode step reads {report['weight_bytes_per_token'] / 1e6:.1f} MB of weights; " + _runs(report["results"])
     )
     for test in TESTS:
         rows = [row for row in report["results"] if row["test"] == test]
         if not rows:
             continue
         headings, line = (_CACHE_HEADINGS, _cache_line) if test == "cache" else (_HEADINGS[test], _speed_line)
-        table = Table(
-            box=None, pad_edge=False, title=_title(test, rows[0]), title_justify="left", title_style="bold"
-        )
+        table = Table(box=None, pad_edge=False, title=_title(test, rows[0]), title_justify="left", title_style="bold")
         for heading in headings:
             table.add_column(heading, justify="left" if heading in ("cache", "shape") else "right")
         previous = None

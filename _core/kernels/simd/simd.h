@@ -53,13 +53,13 @@ KV_INLINE void f4_store(float *p, f4 x) { memcpy(p, &x, sizeof x); }
 KV_INLINE void kv_ahead(const void *p) { __builtin_prefetch((const char *)p + KV_AHEAD); }
 
 #if defined(KV_LEVEL_AVX512)
-#include "simd_avx512.h"
+#include "simd/avx512.h"
 #elif defined(KV_LEVEL_AVX2)
-#include "simd_avx2.h"
+#include "simd/avx2.h"
 #elif defined(KV_LEVEL_NEON)
-#include "simd_neon.h"
+#include "simd/neon.h"
 #else
-#include "simd_scalar.h"
+#include "simd/scalar.h"
 #endif
 
 #ifndef KV_LINES

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from kvrun import _core
-from kvrun.description import ModelDescription
 from kvrun.errors import KvrunError, one_line
-from kvrun.modelfile import ModelFile, read_model_file
+from kvrun.files.description import ModelDescription
+from kvrun.files.model_file import ModelFile, read_model_file
 from kvrun.options import default_window
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -135,8 +135,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         ("model", f"{model['name']} ({model['architecture']}), {_millions(report['parameters'])} parameters"),
         (
             "file",
-            f"{report['path']}, {_size(report['bytes'])}"
-            + (", all checksums match" if report["verified"] else ""),
+            f"{report['path']}, {_size(report['bytes'])}" + (", all checksums match" if report["verified"] else ""),
         ),
         ("source", f"{source.get('form', 'unknown')} {source.get('name', '')}".strip()),
         (
@@ -157,9 +156,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
     if report["sampling"]:
         rows.append(("sampling", ", ".join(f"{key} {value:g}" for key, value in report["sampling"].items())))
-    rows.append(
-        ("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight")
-    )
+    rows.append(("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight"))
     lines = [f"{label + ':':<15}{one_line(value)}" for label, value in rows]
     for name, entry in report["weight_types"].items():
         lines.append(

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from kvrun.chat import check_messages
-from kvrun.description import strict_json
 from kvrun.errors import KvrunError, ModelFileError
-from kvrun.modelfile import MAX_HEADER, header_checksum, open_regular
-from kvrun.modelwriter import SafeFile, dumps, header_bytes
+from kvrun.files.description import strict_json
+from kvrun.files.model_file import MAX_HEADER, header_checksum, open_regular
+from kvrun.files.model_writer import SafeFile, dumps, header_bytes
 from kvrun.options import CacheOptions
+from kvrun.text.templates import check_messages
 
 FORMAT = "kvrun-session"
 VERSION = 1
@@ -59,9 +59,7 @@ def write_session_file(path: str | os.PathLike[str], saved: SavedSession) -> Non
     """Write under a temporary name, flush to disk, rename. ModelFileError when the file cannot be written."""
     tensors = {"kv": saved.kv, "tokens": saved.tokens, "logits": saved.logits}
     arrays = {
-        name: np.ascontiguousarray(value, _NUMPY[_DTYPES[name]])
-        for name, value in tensors.items()
-        if value is not None
+        name: np.ascontiguousarray(value, _NUMPY[_DTYPES[name]]) for name, value in tensors.items() if value is not None
     }
     metadata = {
         "format": FORMAT,
@@ -125,8 +123,7 @@ class _Reader:
         meta = header["__metadata__"]
         if meta["model"] != model:
             raise ModelFileError(
-                f"{self._path}: saved with another model; a session goes on only with the model file "
-                "that it began with"
+                f"{self._path}: saved with another model; a session goes on only with the model file that it began with"
             )
         self._vocab_size = vocab_size
         cache = self._object(meta, "cache", ("k", "v", "ctx", "sinks", "window", "n_tokens", "lost"))
@@ -189,8 +186,7 @@ class _Reader:
         version = meta.get("version")
         if version != str(VERSION):
             raise ModelFileError(
-                f"{self._path}: session format version {str(version)[:20]!r}; this kvrun reads version "
-                f"{VERSION}"
+                f"{self._path}: session format version {str(version)[:20]!r}; this kvrun reads version {VERSION}"
             )
         if set(meta) != set(_FIELDS) or not all(isinstance(value, str) for value in meta.values()):
             self._damaged("its metadata fields are not those of a session")
@@ -243,9 +239,7 @@ class _Reader:
         needed = max(entry["data_offsets"][1] for entry in entries.values())
         if needed != available:
             what = "truncated" if needed > available else "damaged session file"
-            raise ModelFileError(
-                f"{self._path}: {what}: {needed} bytes of data belong to it, not {available}"
-            )
+            raise ModelFileError(f"{self._path}: {what}: {needed} bytes of data belong to it, not {available}")
         return sizes
 
     def _arrays(self, sizes: dict[str, int], checksums: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The model file: a safetensors file with a fixed layout, read without copying (docs/format.md).
 
 `read_model_file` checks every name, type, shape, offset and size against the model description and the
-file's real length before anything is used. `kvrun.modelwriter` writes such files.
+file's real length before anything is used. `kvrun.files.model_writer` writes such files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from kvrun import _core
-from kvrun.description import ModelDescription, strict_json
 from kvrun.errors import ModelFileError, TokenizerError
+from kvrun.files.description import ModelDescription, strict_json
 
 try:  # OpenSSL, which hashlib loads, takes longer to start and more memory than a header's checksum is worth
     from _sha2 import sha256
@@ -203,8 +203,7 @@ def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:
     meta = header.get("__metadata__")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ModelFileError(
-            f"{path}: a safetensors file, but not a kvrun model; kvrun convert makes one "
-            "from a checkpoint folder"
+            f"{path}: a safetensors file, but not a kvrun model; kvrun convert makes one from a checkpoint folder"
         )
     if (8 + length) % ALIGNMENT:
         raise ModelFileError(f"{path}: damaged header: data does not start on a {ALIGNMENT}-byte boundary")
@@ -243,8 +242,7 @@ class _Metadata:
             self._fail("version", "missing or not a number")
         if int(version) > VERSION:
             raise ModelFileError(
-                f"{self._path}: format version {version} is newer than this kvrun reads "
-                f"({VERSION}); upgrade kvrun"
+                f"{self._path}: format version {version} is newer than this kvrun reads ({VERSION}); upgrade kvrun"
             )
         if int(version) != VERSION:
             self._fail("version", f"{version} was never published")

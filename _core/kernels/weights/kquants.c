@@ -1,8 +1,8 @@
 /* Matrix products of q4_k and q6_k, whose blocks of 32 or 16 channels share the scales of a super-block.
  * Products within a block are exact integers. */
-#include "dot.h"
-#include "kpack.h"
-#include "panels.h"
+#include "simd/dot.h"
+#include "weights/kpack.h"
+#include "weights/panels.h"
 
 /* Four lines of six-bit numbers from three: their high bits are the fourth. */
 KV_INLINE void six_bits(const uint8_t *p, vw line[4])

@@ -2,7 +2,7 @@
  *
  * K is packed channel by channel, V token by token: both are rows of numbers, 16 lanes of a panel side by side, with a
  * range to each row. So one routine packs blocks of 32 rows of either, four rows to a line of codes at a time. */
-#include "tile.h"
+#include "cache/quantized.h"
 #include "f16.h"
 
 enum { LANES = 16, PANELS = KV_TILE / LANES };

@@ -22,9 +22,9 @@ import numpy as np
 
 from kvrun import _core
 from kvrun._core import bench as core
+from kvrun.commands.perplexity import cache_options, new_cache
 from kvrun.errors import OptionError
 from kvrun.options import CacheOptions, integer
-from kvrun.perplexity import cache_options, new_cache
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
@@ -205,9 +205,7 @@ class Bench:
 
     def _attention_at(self, shape: Shape, n_layers: int, depth: int) -> Iterator[dict[str, Any]]:
         """Measured with more layers than n_layers, reported for these."""
-        small = {
-            name: self._cache(name, depth, self._stand_in(shape, n_layers)) for name in self.plan.formats
-        }
+        small = {name: self._cache(name, depth, self._stand_in(shape, n_layers)) for name in self.plan.formats}
         times = min(
             math.ceil(COLD_BYTES / min(core.bytes_read(kv, depth + 1) for kv in small.values())),
             max(1, MAX_BYTES // max(kv.nbytes for kv in small.values())),

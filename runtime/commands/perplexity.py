@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvrun import _core, plots
-from kvrun.cli import _Parser, _whole, add_device_options, device_options, utf8
+from kvrun import _core
+from kvrun.commands.main import _Parser, _whole, add_device_options, device_options, utf8
 from kvrun.errors import KvrunError, OptionError
+from kvrun.measure import plots
 from kvrun.options import CacheOptions, integer
 
 if TYPE_CHECKING:
@@ -202,9 +203,7 @@ def new_cache(engine: _core.Engine, options: CacheOptions) -> _core.KVCache:
     except ValueError as error:
         raise OptionError(str(error)) from None
     except MemoryError:
-        raise OptionError(
-            f"not enough memory for a cache of {options.ctx} tokens; a smaller ctx needs less"
-        ) from None
+        raise OptionError(f"not enough memory for a cache of {options.ctx} tokens; a smaller ctx needs less") from None
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status. Errors are raised, for `kvrun.cli.main` to state."""
+    """Run the command; the exit status. Errors are raised, for `kvrun.commands.main.main` to state."""
     args = build_parser().parse_args(argv)
     if args.plot is not None:
         plots.check(args.plot)

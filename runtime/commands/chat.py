@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvrun.errors import KvrunError, OptionError
 
 if TYPE_CHECKING:
-    from kvrun.cli import Answers
+    from kvrun.commands.main import Answers
 
 
 def chat(answer: Answers) -> int:
@@ -21,7 +21,7 @@ def chat(answer: Answers) -> int:
 
 
 def _piped(answer: Answers) -> int:
-    from kvrun.cli import utf8
+    from kvrun.commands.main import utf8
 
     for number, line in enumerate(sys.stdin.buffer, 1):
         prompt = utf8(line, f"line {number} of standard input").rstrip("\r\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvrun.errors import KvrunError, OptionError
 
 if TYPE_CHECKING:
-    from kvrun.tokenizer import SpecialTokens
+    from kvrun.text.special_tokens import SpecialTokens
 
 Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -40,9 +40,7 @@ class ChatTemplate:
         except Exception as error:
             raise KvrunError(_report("cannot be used", error)) from None
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation, ready for the answer. KvrunError if the template refuses it."""
         try:
             return self._template.render(
@@ -88,16 +86,12 @@ def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """A conversation given by a program, copied; OptionError if it is none."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise OptionError(
-                f"message {number} must be a dict with role and content, not {type(message).__name__}"
-            )
+            raise OptionError(f"message {number} must be a dict with role and content, not {type(message).__name__}")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise OptionError(f"message {number} has no role")
         calls = content is None and message.get("tool_calls")  # the one kind of message without content
-        if not (isinstance(content, (str, list)) or calls) or not all(
-            isinstance(key, str) for key in message
-        ):
+        if not (isinstance(content, (str, list)) or calls) or not all(isinstance(key, str) for key in message):
             raise OptionError(f"message {number} has no content that is text")
     return [dict(message) for message in messages]
 
@@ -116,9 +110,7 @@ def _environment() -> Any:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -135,9 +127,7 @@ def _environment() -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

@@ -6,7 +6,7 @@
 #ifndef KVRUN_DOT_H
 #define KVRUN_DOT_H
 
-#include "simd.h"
+#include "simd/simd.h"
 
 /* Adds the products of a block's 4- or 2-bit codes with input rows r, integers all, to dot[r]. */
 KV_INLINE void dot_add(const int bits, const int lines, const int rows, const uint8_t *codes, const int8_t *x, int64_t ld,

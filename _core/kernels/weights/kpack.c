@@ -9,7 +9,7 @@
 
 #include "f16.h"
 #include "kernels.h"
-#include "kpack.h"
+#include "weights/kpack.h"
 
 static void put_f16(uint8_t *p, float f) { uint16_t h = kv_float_f16(f); memcpy(p, &h, 2); }
 static float get_f16(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return kv_f16_float(h); }

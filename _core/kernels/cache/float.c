@@ -1,6 +1,6 @@
 /* Cache formats f32 and f16, and the softmax step of the attention driver. */
 #include "f16.h"
-#include "gemm.h"
+#include "simd/gemm.h"
 
 /* f32: exact, the reference for the others. */
 static int64_t f32_k_bytes(int64_t head_dim) { return head_dim * KV_TILE * 4; }

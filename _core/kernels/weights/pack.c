@@ -6,7 +6,7 @@
 
 #include "f16.h"
 #include "kernels.h"
-#include "kpack.h"
+#include "weights/kpack.h"
 
 /* GGML's block layouts: fp16 scale, fp16 minimum for q4_1, then codes (nibble j: low channel j, high channel j+16). */
 enum { Q8_0_BYTES = 34, Q4_1_BYTES = 20, Q4_0_BYTES = 18 };

@@ -1,8 +1,8 @@
 /* Weights times a chunk of inputs. Panels outside, inputs inside: a panel is read from memory once for all tokens,
  * and KV_ROWS tokens share each load and each unpacking of its lines. */
-#include "dot.h"
-#include "gemm.h"
-#include "panels.h"
+#include "simd/dot.h"
+#include "simd/gemm.h"
+#include "weights/panels.h"
 
 static void matmul_f32(const uint8_t *panels, int64_t n_panels, int64_t cols, const kv_input *in, int64_t n_tokens,
                        float *out, int64_t ld_out, int add)

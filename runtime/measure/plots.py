@@ -53,8 +53,9 @@ def quality(report: dict[str, Any], path: str) -> None:
     for row in rows:
         for axes, y in ((divergence, max(row["kl_mean"], 1e-9)), (agreement, 100 * row["top1_agreement"])):
             axes.plot([row["bpv"]], [y], "o")
-            axes.annotate(f"{row['kv']}, window {row['window']}", (row["bpv"], y), xytext=(7, 4),
-                          textcoords="offset points")  # fmt: skip
+            axes.annotate(
+                f"{row['kv']}, window {row['window']}", (row["bpv"], y), xytext=(7, 4), textcoords="offset points"
+            )
     divergence.set(title="KL divergence from an exact cache, mean", ylabel="nats", yscale="log")
     agreement.set(title="same likeliest token", ylabel="%")
     for axes in (divergence, agreement):

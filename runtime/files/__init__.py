@@ -1,0 +1,1 @@
+"""Files that the runtime reads and writes: models, their description, sessions."""

@@ -1,0 +1,1 @@
+"""Measuring speed and quality, and plots of both. Knows no command."""

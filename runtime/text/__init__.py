@@ -1,0 +1,1 @@
+"""Text on its way into the model and out of it: tokenizers, chat templates, streaming, stop strings."""
