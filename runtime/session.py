@@ -9,7 +9,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,16 @@ class _Turn:
     text: str | None = None
 
 
+def new_cache(engine: Any, options: CacheOptions, prefault: bool = False) -> Any:
+    """A cache of an engine. OptionError for options that make no cache, or one too large for the memory."""
+    try:
+        return engine.new_cache(**asdict(options), prefault=prefault)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    except MemoryError:
+        raise OptionError(f"not enough memory for a cache of {options.ctx} tokens; a smaller ctx needs less") from None
+
+
 class Session:
     """One text with a cache of its own; `Model.session` makes one. Not for several threads at a time.
 
@@ -65,21 +75,7 @@ class Session:
     def __init__(self, model: Model, **cache: Any) -> None:
         self.model = model
         self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.usual_context, **cache)
-        try:
-            self._kv = model.engine.new_cache(
-                k=self.cache.k,
-                v=self.cache.v,
-                ctx=self.cache.ctx,
-                sinks=self.cache.sinks,
-                window=self.cache.window,
-                prefault=model.prefault,
-            )
-        except ValueError as error:
-            raise OptionError(str(error)) from None
-        except MemoryError:
-            raise OptionError(
-                f"not enough memory for a cache of {self.cache.ctx} tokens; a smaller ctx needs less"
-            ) from None
+        self._kv = new_cache(model.engine, self.cache, model.prefault)
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False

@@ -6,14 +6,21 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from kvrun.commands.main import _default_model, _Parser, _whole, add_device_options, add_mmap_option, device_options
-from kvrun.commands.perplexity import cache_options, default_formats
+from kvrun.commands.arguments import (
+    Parser,
+    add_device_options,
+    add_mmap_option,
+    default_model,
+    device_options,
+    whole,
+)
+from kvrun.commands.progress import announced_steps
 from kvrun.errors import OptionError
 from kvrun.measure import plots
+from kvrun.measure.caches import cache_options, default_formats
 from kvrun.measure.speed import ROOM, TESTS, Bench, Plan, Shape
 from kvrun.options import MAX_CTX, integer
 
@@ -37,23 +44,18 @@ and cache) times speed, as a share of the memory's read bandwidth measured in th
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="kvrun bench",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("kvrun bench", _DESCRIPTION)
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
     add("--test", choices=(*TESTS, "all"), action="append", help="repeatable (prefill and decode)")
     add(
         "--depth",
-        **_whole("depth"),
+        **whole("depth"),
         **several,
         help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)",
     )
-    add("--prefill", **_whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
+    add("--prefill", **whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
     add(
         "--kv",
         metavar="FORMAT",
@@ -69,13 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "-n",
         "--max-tokens",
-        **_whole("max-tokens"),
+        **whole("max-tokens"),
         help=f"tokens that the cache test generates ({MAX_TOKENS})",
     )
-    add("--runs", **_whole("runs"), help="runs of each (3, or fewer where they take long)")
-    add("--sinks", **_whole("sinks"), help="first tokens that are always kept (4)")
-    add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
-    add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
+    add("--runs", **whole("runs"), help="runs of each (3, or fewer where they take long)")
+    add("--sinks", **whole("sinks"), help="first tokens that are always kept (4)")
+    add("--window", **whole("window"), help="newest tokens kept unquantised (by format)")
+    add("--threads", **whole("threads"), help="threads (the CPUs this process may use)")
     add_mmap_option(parser)
     add_device_options(parser)
     add("--json", action="store_true", help="machine-readable output")
@@ -87,7 +89,7 @@ def _list(values: Sequence[Any]) -> str:
     return " ".join(map(str, values))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status. Errors are raised, for `kvrun.commands.main.main` to state."""
     args = build_parser().parse_args(argv)
     report = run(args)
@@ -109,9 +111,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "decode" not in tests:
             raise OptionError("plot: it shows decode speed by depth; add --test decode")
         plots.check(args.plot)
-    model = load(args.model or _default_model(), threads=args.threads, mmap=args.mmap, **device_options(args))
+    model = load(args.model or default_model(), threads=args.threads, mmap=args.mmap, **device_options(args))
     plan = _plan(args, tests, model.description.context_length)
-    with _progress(plan.steps) as progress:
+    with announced_steps(plan.steps) as progress:
         return Bench(model, plan, progress).report()
 
 
@@ -168,28 +170,6 @@ def _max_tokens(given: int | None, context_length: int) -> int:
     if given is not None:
         return integer("max_tokens", given, low=1, high=1 << 16)
     return min(MAX_TOKENS, max(1, context_length - ROOM))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error that says what is measured, if that is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda what: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        started = False
-
-        def progress(what: str) -> None:
-            nonlocal started
-            bar.update(task, advance=int(started), description=what)
-            started = True
-
-        yield progress
 
 
 # --- for people -----------------------------------------------------------------------------------
