@@ -14,16 +14,17 @@ from kvrun.commands.arguments import (
     Parser,
     add_cache_options,
     add_device_options,
-    add_mmap_option,
+    add_load_option,
+    add_option,
     argument_text,
     default_model,
-    device_options,
-    real,
+    given,
+    load_options,
     utf8,
-    whole,
 )
 from kvrun.commands.output import Output
 from kvrun.errors import KvrunError, OptionError
+from kvrun.options import AnswerKeywords, CacheKeywords, SamplingKeywords, StreamKeywords, declared
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def main(argv: Sequence[str]) -> int:
         raise KvrunError("standard output is closed")
     from kvrun.model import load
 
-    memory = {"mmap": args.mmap, "prefault": args.prefault, **device_options(args)}
-    model = load(args.model or default_model(), threads=args.threads, precise=args.precise, **memory)
+    model = load(args.model or default_model(), **load_options(args))
     with _session(model, args) as session:
         answer = Answers(session, args)
         if prompt is not None:
@@ -88,37 +88,34 @@ def _parser() -> argparse.ArgumentParser:
     _add_answer_options(parser)
     add_cache_options(parser)
     memory = parser.add_argument_group("memory and device")
-    add_mmap_option(memory)
+    add_load_option(memory, "mmap")
     add_device_options(memory)
-    memory.add_argument("--prefault", action="store_true", help="have model and cache in memory before the first token")
+    add_load_option(memory, "prefault")
     return parser
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("prompt").add_argument
+    group = parser.add_argument_group("prompt")
+    add = group.add_argument
     text, file = {"metavar": "TEXT", "type": _text}, {"metavar": "FILE", "type": _text}
     add("-p", "--prompt", **text, help="answer this prompt; - reads it from standard input")
     add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
     add("--system", **text, help="system message that the conversation begins with")
-    add("--raw", action="store_true", help="go on from the text as it is, without the model's chat template")
-    add("--no-think", action="store_true", help="tell the model to answer without thinking, if its template can")
-    add("--precise", action="store_true", help="read it as precisely as the answer is made; about half as fast")
+    for name in ("raw", "think"):
+        add_option(group, declared(AnswerKeywords)[name])
+    add_load_option(group, "precise")
     add("--session", **file, help="go on from the session in this file if it is there; save it there at the end")
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     note = "Defaults of sampling in parentheses, where the model file has none of its own."
-    add = parser.add_argument_group("answer", note).add_argument
-    text = {"metavar": "TEXT", "type": _text}
-    add("-n", "--max-tokens", **whole("max-tokens"), default=-1, help="most tokens; -1: no limit (-1)")
-    add("--stop", **text, action="append", default=[], help="end before this text; repeatable")
-    add("--ignore-eos", action="store_true", help="go on where the model would end")
-    add("--seed", **whole("seed"), help="same seed, same text (random)")
-    add("--temperature", **real("temperature"), help="0 takes the likeliest token (0.8)")
-    add("--top-k", **whole("top-k"), help="the N likeliest tokens; 0: all (40)")
-    add("--top-p", **real("top-p"), help="the likeliest that hold this probability (0.95)")
-    add("--min-p", **real("min-p"), help="those X times as likely as the likeliest (0.05)")
-    add("--repeat-penalty", **real("repeat-penalty"), help="against repetition; 1: none (1)")
+    group = parser.add_argument_group("answer", note)
+    options = declared(AnswerKeywords)
+    add_option(group, options["max_tokens"])
+    add_option(group, options["stop"], metavar="TEXT", type=_text, action="append")
+    add_option(group, options["ignore_eos"])
+    for option in declared(SamplingKeywords).values():
+        add_option(group, option)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -126,7 +123,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(_joined(arguments))
     if args.prompt is not None and args.file is not None:
         parser.error("-p and -f: only one of them can be the prompt")
-    if args.no_think and args.raw:
+    if args.think is False and args.raw:
         parser.error("--no-think needs the chat template that --raw leaves out")
     if args.system is not None and args.raw:
         parser.error("--system needs the chat template that --raw leaves out")
@@ -185,7 +182,7 @@ def _standard_input() -> Any:
 @contextmanager
 def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
     """A session for the answers; with --session the one in that file, and saved to it at the end."""
-    cache = {name: getattr(args, name) for name in ("kv", "kv_k", "kv_v", "ctx", "sinks", "window")}
+    cache = given(args, CacheKeywords)
     if args.session is None:
         yield model.session(**cache)
         return
@@ -208,12 +205,12 @@ def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
 
 def _check_cache(session: Session, given: dict[str, Any], path: str) -> None:
     """A restored session has the cache it was saved with: OptionError if other options are given."""
-    default = _parser().get_default
-    kv = given["kv"] if given["kv"] != default("kv") else None
+    options = declared(CacheKeywords)
+    kv = given["kv"] if given["kv"] != options["kv"].default else None
     wanted = {**given, "kv_k": given["kv_k"] or kv, "kv_v": given["kv_v"] or kv}
     has = {**asdict(session.cache), "kv_k": session.cache.k, "kv_v": session.cache.v}
     for name in ("kv_k", "kv_v", "ctx", "sinks", "window"):
-        if wanted[name] not in (has[name], default(name)):
+        if wanted[name] not in (has[name], None, options[name].default):
             option = name.replace("_", "-")
             raise OptionError(
                 f"--{option}: the session in {path} has {has[name]}, not {wanted[name]}; leave the option out"
@@ -230,26 +227,12 @@ class Answers:
         self._system = None if args.system is None else argument_text(args.system, "the system message")
         if self._system is not None and self.plain:
             raise OptionError("--system: the model has no chat template")
-        if args.no_think and self.plain:
+        if args.think is False and self.plain:
             raise OptionError("--no-think: the model has no chat template")
-        if args.no_think and not session.model.chat.can_think_or_not:
+        if args.think is False and not session.model.chat.can_think_or_not:
             raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
-        self._options: dict[str, Any] = {
-            name: getattr(args, name)
-            for name in (
-                "max_tokens",
-                "temperature",
-                "top_k",
-                "top_p",
-                "min_p",
-                "repeat_penalty",
-                "seed",
-                "ignore_eos",
-                "raw",
-            )
-        }
-        self._options["think"] = not args.no_think
-        self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop]
+        self._options = given(args, StreamKeywords)
+        self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop or ()]
         self._out = Output(sys.stdout)
 
     def __call__(self, prompt: str) -> bool:

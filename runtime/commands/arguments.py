@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from kvrun.errors import OptionError
-from kvrun.options import number
+from kvrun.options import CacheKeywords, LoadKeywords, Option, declared, number
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,42 +54,55 @@ def real(name: str) -> dict[str, Any]:
     return {"metavar": "X", "type": convert}
 
 
-# --- options of several commands -------------------------------------------------------------------
+# --- declared options --------------------------------------------------------------------------------
+
+
+def add_option(parser: Any, option: Option, *, usual: str | None = None, **more: Any) -> None:
+    """The argument of a declared option, None where it is not given. `usual`: its default here, if another; `more`
+    goes to `add_argument`."""
+    names = [option.short] if option.short else []
+    dashed = option.name.replace("_", "-")
+    usual = option.default_text if usual is None else usual
+    if option.kind is bool:
+        names.append(f"--no-{dashed}" if option.default else f"--{dashed}")
+        kind: dict[str, Any] = {"action": "store_const", "const": not option.default}
+    else:
+        names.append(f"--{dashed}")
+        kind = {int: whole, float: real}[option.kind](dashed) if option.kind in (int, float) else {}
+        kind |= {"choices": option.choices} if option.choices else {}
+    text = option.help + (f" ({usual})" if usual else "")
+    parser.add_argument(*names, **{"dest": option.name, "help": text, **kind, **more})
+
+
+def given(args: argparse.Namespace, group: type) -> dict[str, Any]:
+    """The options of a group that the arguments have, None for those that are not given."""
+    return {name: getattr(args, name) for name in declared(group) if hasattr(args, name)}
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `Model.session`, and `--threads`; for every command that runs a model."""
-    add = parser.add_argument_group("cache and machine").add_argument
-    add("--kv", metavar="FORMAT", default="f16", help="format of the key/value cache (f16)")
-    add("--kv-k", metavar="FORMAT", help="format of the keys, if another")
-    add("--kv-v", metavar="FORMAT", help="format of the values, if another")
-    add("--ctx", **whole("ctx"), help="tokens kept (the model's context length, at most 8192)")
-    add("--sinks", **whole("sinks"), default=4, help="first tokens that are always kept (4)")
-    add("--window", **whole("window"), help="newest tokens kept unquantised (64; 128 with q2)")
-    add("--threads", **whole("threads"), help="threads (the CPUs this process may use)")
+    """The options of `Model.session`, and `--threads`."""
+    group = parser.add_argument_group("cache and machine")
+    for option in declared(CacheKeywords).values():
+        add_option(group, option, **({"metavar": "FORMAT"} if option.kind is str else {}))
+    add_load_option(group, "threads")
+
+
+def add_load_option(parser: Any, name: str) -> None:
+    """An option of `load` by its name."""
+    add_option(parser, declared(LoadKeywords)[name])
 
 
 def add_device_options(parser: Any) -> None:
-    """`--device` and `--device-memory`, for every command that runs a model; `device_options` reads them."""
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="what runs the model: cuda is an NVIDIA GPU (cpu)")
-    add("--device-memory", **real("device-memory"), help="GB of the GPU's memory to use at most (all)")
+    """`--device` and `--device-memory`, for every command that runs a model."""
+    add_load_option(parser, "device")
+    parser.add_argument("--device-memory", **real("device-memory"), help="GB of the GPU's memory to use at most (all)")
 
 
-def device_options(args: argparse.Namespace) -> dict[str, Any]:
-    """As `load` takes them. OptionError for an amount of memory that is none."""
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As `load` takes them. OptionError if `--device-memory` is not a positive number."""
     limit = args.device_memory
-    limit = None if limit is None else int(1e9 * number("device-memory", limit, low=0, high=1e6, above=True))
-    return {"device": args.device, "device_memory": limit}
-
-
-def add_mmap_option(parser: Any) -> None:
-    parser.add_argument(
-        "--no-mmap",
-        dest="mmap",
-        action="store_false",
-        help="read the model into huge pages instead of mapping its file: starts later, decodes faster",
-    )
+    limit = None if limit is None else int(1e9 * number("device-memory", limit, low=0, high=1_000_000, above=True))
+    return {**given(args, LoadKeywords), "device_memory": limit}
 
 
 # --- text -------------------------------------------------------------------------------------------

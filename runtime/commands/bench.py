@@ -12,9 +12,10 @@ from typing import Any
 from kvrun.commands.arguments import (
     Parser,
     add_device_options,
-    add_mmap_option,
+    add_load_option,
+    add_option,
     default_model,
-    device_options,
+    load_options,
     whole,
 )
 from kvrun.commands.progress import announced_steps
@@ -22,7 +23,7 @@ from kvrun.errors import OptionError
 from kvrun.measure import plots
 from kvrun.measure.caches import cache_options, default_formats
 from kvrun.measure.speed import ROOM, TESTS, Bench, Plan, Shape
-from kvrun.options import MAX_CTX, integer
+from kvrun.options import MAX_CTX, CacheKeywords, declared, integer
 
 DEFAULT_TESTS = ("prefill", "decode")
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
@@ -75,10 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"tokens that the cache test generates ({MAX_TOKENS})",
     )
     add("--runs", **whole("runs"), help="runs of each (3, or fewer where they take long)")
-    add("--sinks", **whole("sinks"), help="first tokens that are always kept (4)")
-    add("--window", **whole("window"), help="newest tokens kept unquantised (by format)")
-    add("--threads", **whole("threads"), help="threads (the CPUs this process may use)")
-    add_mmap_option(parser)
+    add_option(parser, declared(CacheKeywords)["sinks"])
+    add_option(parser, declared(CacheKeywords)["window"], usual="by format")
+    add_load_option(parser, "threads")
+    add_load_option(parser, "mmap")
     add_device_options(parser)
     add("--json", action="store_true", help="machine-readable output")
     add("--plot", metavar="FILE", help="draw decode speed and memory by depth; .png, .svg or .pdf")
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "decode" not in tests:
             raise OptionError("plot: it shows decode speed by depth; add --test decode")
         plots.check(args.plot)
-    model = load(args.model or default_model(), threads=args.threads, mmap=args.mmap, **device_options(args))
+    model = load(args.model or default_model(), **load_options(args))
     plan = _plan(args, tests, model.description.context_length)
     with announced_steps(plan.steps) as progress:
         return Bench(model, plan, progress).report()
@@ -125,7 +126,7 @@ def _tests(args: argparse.Namespace) -> tuple[str, ...]:
     named = set(args.test or (["attention"] if args.shape else DEFAULT_TESTS))
     if args.shape and not named & {"attention", "all"}:
         raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
-    if args.device != "cpu":
+    if args.device not in (None, "cpu"):
         if args.shape or "attention" in named:
             raise OptionError("test: attention alone is measured on the CPU; leave --device out")
         return tuple(test for test in TESTS if test != "attention" and (test in named or "all" in named))
@@ -133,11 +134,7 @@ def _tests(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int) -> Plan:
-    sizes = {
-        name: integer(name, value, low=0)
-        for name, value in (("sinks", args.sinks), ("window", args.window))
-        if value is not None
-    }
+    sizes = {"sinks": args.sinks, "window": args.window}
     limit = MAX_CTX - ROOM
     names = args.kv or default_formats()
     plan = Plan(

@@ -13,10 +13,9 @@ from kvrun.commands.arguments import Parser
 from kvrun.errors import one_line
 from kvrun.files.description import ModelDescription
 from kvrun.files.model_file import ModelFile, read_model_file
-from kvrun.options import default_window
+from kvrun.measure.caches import fitting
 
 CONTEXTS = (2048, 8192, 32768, 131072)
-SINKS = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,15 +80,13 @@ def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
 
 def kv_memory(description: ModelDescription) -> dict[str, dict[str, int]]:
     """{format: {context length: bytes}}, with the default sinks and window."""
-    result = {}
-    for name in _core.KV_FORMATS:
-        window = default_window(name, name)
-        least = SINKS + window + 64
-        result[name] = {
-            str(ctx): _core.kv_bytes(description, name, name, max(ctx, least), SINKS, window)
+    return {
+        name: {
+            str(ctx): _core.kv_bytes(description, **asdict(fitting(name, ctx, ctx)[1]))
             for ctx in _contexts(description)
         }
-    return result
+        for name in _core.KV_FORMATS
+    }
 
 
 def _contexts(description: ModelDescription) -> list[int]:

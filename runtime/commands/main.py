@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"):  # a locale that lacks a character must not end the command
             sys.stdout.reconfigure(errors="replace")
-        status = importlib.import_module(module or ANSWER).main(arguments[1:] if module else arguments)
+        status: int = importlib.import_module(module or ANSWER).main(arguments[1:] if module else arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status

@@ -10,12 +10,20 @@ from dataclasses import asdict
 from typing import Any
 
 from kvrun import _core
-from kvrun.commands.arguments import Parser, add_device_options, device_options, utf8, whole
+from kvrun.commands.arguments import (
+    Parser,
+    add_device_options,
+    add_load_option,
+    add_option,
+    load_options,
+    utf8,
+    whole,
+)
 from kvrun.commands.progress import counted
 from kvrun.measure import plots
 from kvrun.measure.caches import REFERENCE, cache_options, default_formats, fitting
 from kvrun.measure.quality import measure, results, text_chunks
-from kvrun.options import CacheOptions, integer
+from kvrun.options import CacheKeywords, CacheOptions, declared, integer
 from kvrun.session import new_cache
 
 CTX = 2048
@@ -47,9 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ctx", **whole("ctx"), help="tokens of a chunk (2048, or the model's context length if less)")
     add("--chunks", **whole("chunks"), help="most chunks to read (all)")
     add("--cache-ctx", **whole("cache-ctx"), help="tokens the caches keep; the exact one keeps all (all)")
-    add("--sinks", **whole("sinks"), default=4, help="first tokens that are always kept (4)")
-    add("--window", **whole("window"), help="newest tokens kept unquantised (by format)")
-    add("--threads", **whole("threads"), help="threads (the CPUs this process may use)")
+    add_option(parser, declared(CacheKeywords)["sinks"])
+    add_option(parser, declared(CacheKeywords)["window"], usual="by format")
+    add_load_option(parser, "threads")
     add_device_options(parser)
     add("--fast", action="store_true", help="activations of ordinary prefill, for a rough figure")
     add("--json", action="store_true", help="machine-readable output")
@@ -79,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chunk_limit = None if args.chunks is None else integer("chunks", args.chunks, low=1)
     with open(args.text, "rb") as file:
         text = utf8(file.read(), f"the text in {args.text}").removeprefix("\ufeff")
-    model = load(args.model, threads=args.threads, precise=not args.fast, **device_options(args))
+    model = load(args.model, precise=not args.fast, **load_options(args))
     length = model.description.context_length
     ctx = min(CTX, length) if args.ctx is None else integer("ctx", args.ctx, low=4, high=1 << 24)
     options = _caches(args, length, ctx)
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "ctx": ctx,
         "chunks": len(chunks),
         "scored_tokens": scores[0].tokens,
-        "sinks": args.sinks,
+        "sinks": options[0][1].sinks,
         "precise": not args.fast,
         "isa": _core.isa(),
         "threads": model.threads,

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvrun import _core
 from kvrun.errors import OptionError
-from kvrun.options import CacheOptions
+from kvrun.options import CacheOptions, least_ctx
 
 REFERENCE = "f32"
 """The format of an exact cache, which the others are compared with."""
@@ -17,9 +17,7 @@ def cache_options(name: str, context_length: int, **sizes: Any) -> tuple[str, Ca
     k, slash, v = name.partition("/")
     if slash and not (k and v and "/" not in v):
         raise OptionError(f"kv: {name!r} is no pair of formats; write K/V, as in f16/f32")
-    # A window that is not given is left to the format.
-    sizes = {key: value for key, value in sizes.items() if value is not None}
-    cache = CacheOptions.resolve(_core.KV_FORMATS, context_length, k, k, v or k, **sizes)
+    cache = CacheOptions.resolve(context_length, kv=k, kv_k=k, kv_v=v or k, **sizes)
     return cache.k if cache.k == cache.v else f"{cache.k}/{cache.v}", cache
 
 
@@ -30,4 +28,4 @@ def default_formats() -> list[str]:
 def fitting(name: str, context_length: int, tokens: int, **sizes: Any) -> tuple[str, CacheOptions]:
     """`cache_options` of a cache that keeps so many tokens, or the fewest it can if those are more."""
     found = cache_options(name, context_length, **sizes)[1]
-    return cache_options(name, context_length, ctx=max(tokens, found.sinks + found.window + 64), **sizes)
+    return cache_options(name, context_length, ctx=max(tokens, least_ctx(found.sinks, found.window)), **sizes)

@@ -79,7 +79,7 @@ class Plan:
     runs: int
     patience: float
     max_tokens: int
-    sizes: dict[str, int]
+    sizes: dict[str, int | None]
 
     def cache(self, name: str, tokens: int, context_length: int) -> CacheOptions:
         """A cache that has room for so many tokens and a few more."""

@@ -199,7 +199,7 @@ def test_formats_by_default(model, text, capsys):
     found = report(capsys, model, "--text", text, "--ctx", "200", "--chunks", "1")
     assert [r["kv"] for r in found["results"]] == ["f32", *(f for f in _core.KV_FORMATS if f != "f32")]
     assert (found["chunks"], found["scored_tokens"]) == (1, 99)
-    windows = [CacheOptions.resolve(_core.KV_FORMATS, 1024, r["kv"]).window for r in found["results"]]
+    windows = [CacheOptions.resolve(1024, kv=r["kv"]).window for r in found["results"]]
     assert [r["window"] for r in found["results"]] == windows
 
 
