@@ -1,7 +1,7 @@
 """The core: engine, KV ring, sampler and kernels. Knows no file, tokenizer or terminal."""
 
 from .engine import HAS_OPENMP, MAX_CHUNK, MAX_THREADS, Engine, max_threads
-from .kernels import isa, isa_available
+from .kernels import TILE, isa, isa_available
 from .kv import KV_FORMATS, KVCache, kv_bytes
 from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
@@ -12,6 +12,7 @@ __all__ = [
     "KV_FORMATS",
     "MAX_CHUNK",
     "MAX_THREADS",
+    "TILE",
     "WEIGHT_TYPES",
     "Engine",
     "KVCache",
