@@ -2,7 +2,7 @@
 
 from .engine import HAS_OPENMP, MAX_CHUNK, MAX_THREADS, Engine, max_threads
 from .kernels import isa, isa_available
-from .kv import KV_FORMATS, KVCache, kv_bytes
+from .cache import KV_FORMATS, KVCache, kv_bytes
 from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
 from .weights import WEIGHT_TYPES, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
