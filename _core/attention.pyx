@@ -6,9 +6,11 @@ copy of them, or the ring tile they will replace.
 """
 
 from libc.math cimport INFINITY, M_LOG2E, cos, sin
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
+from .team cimport kv_team_size, kv_team_take
 from .cache cimport first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
 
 cdef extern from "<math.h>" nogil:
@@ -32,14 +34,14 @@ cdef inline int64_t _rows(int64_t group) noexcept nogil:
     return _queries_per_block(group) * group
 
 
-cdef inline int64_t _first(const Cache* c, const Plan* plan, int64_t layer) noexcept nogil:
+cdef inline int64_t _first(const Plan* plan, int64_t layer) noexcept nogil:
     """The oldest tile that the chunk sees in a layer."""
-    return first_tile(c, layer, plan.first, tiles_packed(c, plan.first + 1))
+    return first_tile(plan.cache, layer, plan.first, tiles_packed(plan.cache, plan.first + 1))
 
 
-cdef inline int64_t _spans(const Cache* c, const Plan* plan, int64_t layer) noexcept nogil:
+cdef inline int64_t _spans(const Plan* plan, int64_t layer) noexcept nogil:
     """Spans that the tiles of a layer are split into: as its queries see, not as the cache has."""
-    cdef int64_t tiles = plan.last_tile - _first(c, plan, layer) + 1
+    cdef int64_t tiles = plan.last_tile - _first(plan, layer) + 1
     if plan.n > SPLIT_TOKENS:
         return 1
     return max(max((tiles + SPAN_MOST - 1) // SPAN_MOST, <int64_t>1), min(tiles // SPAN_LEAST, <int64_t>SPANS))
@@ -50,11 +52,11 @@ cdef inline int64_t _rope(const Plan* plan, int64_t layer) noexcept nogil:
     return plan.ropes.of_layer[layer] if plan.ropes.of_layer != NULL else 0
 
 
-cdef void plan_chunk(Plan* p, const Cache* c, const Ropes* ropes, int64_t first, int64_t n, int64_t n_heads,
-                     float scale, float soft_cap, int64_t threads) noexcept nogil:
+cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
+                     int64_t n_heads, float scale, float soft_cap, int64_t threads) noexcept nogil:
     """Counts what a chunk of n tokens from position `first` on needs; no buffer is placed. soft_cap: 0 for none."""
     cdef int64_t layer
-    p.ropes = ropes[0]
+    p.kern, p.cache, p.ropes = kern, c, ropes[0]
     p.soft_cap = <float>(soft_cap * M_LOG2E)
     p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
     p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
@@ -64,7 +66,7 @@ cdef void plan_chunk(Plan* p, const Cache* c, const Ropes* ropes, int64_t first,
     p.block_tokens = _queries_per_block(p.group)
     p.n_spans = 1
     for layer in range(c.n_layers):
-        p.n_spans = max(p.n_spans, _spans(c, p, layer))
+        p.n_spans = max(p.n_spans, _spans(p, layer))
     p.max_tiles = p.last_tile - p.packed_before + 1
     # of a thread: a tile while it is packed; or rotated queries, scores, two counts
     p.scratch_floats = max(KV_TILE * c.head_pad, _rows(p.group) * (c.head_dim + KV_TILE + 2))
@@ -78,9 +80,10 @@ cdef inline void* _take(uint8_t* block, int64_t* used, int64_t bytes) noexcept n
     return NULL if block == NULL else block + at
 
 
-cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogil:
+cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil:
     """Places the buffers in a block on a 64-byte boundary, which needs as many bytes as are returned; NULL: only
     counts them."""
+    cdef const Cache* c = p.cache
     cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads
     p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
     p.cos = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
@@ -97,8 +100,9 @@ cdef int64_t plan_buffers(Plan* p, const Cache* c, uint8_t* block) noexcept nogi
     return used
 
 
-cdef void plan_queries(Plan* p, const Cache* c) noexcept nogil:
+cdef void plan_queries(Plan* p) noexcept nogil:
     """Query blocks, and the angles of the new tokens and of the sinks, in float64."""
+    cdef const Cache* c = p.cache
     cdef int64_t t = 0, s, j, packed, shift, half = c.head_dim // 2, rope
     cdef QueryBlock* block
     p.n_blocks = 0
@@ -134,18 +138,18 @@ cdef void _angles(const Plan* p, int64_t rope, int64_t position, int64_t half, f
 
 # Where a tile is while a chunk is under way -------------------------------------------------------------------------
 
-cdef inline uint8_t* _unpacked(const Cache* c, const Plan* plan, int64_t layer, int64_t head,
-                               int64_t tile) noexcept nogil:
+cdef inline uint8_t* _unpacked(const Plan* plan, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
     """Window tile, in the window or, when the chunk reaches beyond it, staged."""
+    cdef const Cache* c = plan.cache
     cdef int64_t beyond = tile - plan.packed_before - c.n_window_tiles
     if beyond < 0:
         return window_tile(c, layer, head, tile)
     return plan.staged_windows + (head * plan.max_tiles + beyond) * (c.window_k_bytes + c.window_v_bytes)
 
 
-cdef inline uint8_t* _packed(const Cache* c, const Plan* plan, int64_t layer, int64_t head,
-                             int64_t tile) noexcept nogil:
+cdef inline uint8_t* _packed(const Plan* plan, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
     """Tile in the ring, or staged when this chunk packs it."""
+    cdef const Cache* c = plan.cache
     cdef int64_t fresh = tile - plan.packed_before
     if fresh < 0:
         return ring_tile(c, layer, head, tile)
@@ -154,29 +158,41 @@ cdef inline uint8_t* _packed(const Cache* c, const Plan* plan, int64_t layer, in
 
 # Append -------------------------------------------------------------------------------------------------------------
 
-cdef void _append_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head,
-                        const float* k, const float* v, int64_t ld) noexcept nogil:
+# What a layer adds to the cache.
+ctypedef struct Added:
+    const Plan* plan
+    int64_t layer
+    const float* k              # [n][n_kv_heads * head_dim], before RoPE, ld floats between tokens
+    const float* v
+    int64_t ld
+
+
+cdef void _append_sinks(const Added* added, int64_t head) noexcept nogil:
     """Keeps the chunk's share of the first tokens, and rotates all sinks for every place they are seen at: with a
     sliding window where they were."""
-    cdef int64_t t, i, s, lanes = c.sink_lanes, sight = c.layers[layer].sight, set = c.head_dim * c.sink_lanes
-    cdef float* keys = sink_keys(c, layer, head)
-    cdef float* values = sink_values(c, layer, head)
+    cdef const Plan* plan = added.plan
+    cdef const Cache* c = plan.cache
+    cdef int64_t t, i, s, at, lanes = c.sink_lanes, set = c.head_dim * c.sink_lanes
+    cdef int64_t sight = c.layers[added.layer].sight
+    cdef float* keys = sink_keys(c, added.layer, head)
+    cdef float* values = sink_values(c, added.layer, head)
     cdef float* out = plan.sinks + head * plan.n_shifts * set
     for t in range(max(<int64_t>0, min(plan.n, c.n_sinks - plan.first))):
+        at = t * added.ld + head * c.head_dim
         for i in range(c.head_dim):
-            keys[i * lanes + plan.first + t] = k[t * ld + head * c.head_dim + i]
-        memcpy(values + (plan.first + t) * c.head_pad, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
+            keys[i * lanes + plan.first + t] = added.k[at + i]
+        memcpy(values + (plan.first + t) * c.head_pad, added.v + at, c.head_dim * sizeof(float))
         if c.v.hadamard:
-            kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
+            plan.kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
     if not sight:
         for s in range(plan.n_shifts):
-            _rotate_sinks(c, plan, _rope(plan, layer), s, keys, out + s * set)
+            _rotate_sinks(plan, _rope(plan, added.layer), s, keys, out + s * set)
     elif plan.first - sight + 1 < c.n_sinks:
-        _rotate_sinks(c, plan, _rope(plan, layer), plan.n_shifts, keys, out)
+        _rotate_sinks(plan, _rope(plan, added.layer), plan.n_shifts, keys, out)
 
 
-cdef void _rotate_sinks(const Cache* c, const Plan* plan, int64_t rope, int64_t place, const float* keys,
-                        float* out) noexcept nogil:
+cdef void _rotate_sinks(const Plan* plan, int64_t rope, int64_t place, const float* keys, float* out) noexcept nogil:
+    cdef const Cache* c = plan.cache
     cdef int64_t i, j, at, half = c.head_dim // 2, lanes = c.sink_lanes
     cdef float a, b
     for i in range(half):
@@ -187,55 +203,60 @@ cdef void _rotate_sinks(const Cache* c, const Plan* plan, int64_t rope, int64_t 
             out[(i + half) * lanes + j] = b * plan.sink_cos[at] + a * plan.sink_sin[at]
 
 
-cdef void _append_tile(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head,
-                       int64_t tile, const float* k, const float* v, int64_t ld, float* scratch) noexcept nogil:
+cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* scratch) noexcept nogil:
     """Puts the chunk's tokens of one tile into its window copy; packs the tile if it leaves the window."""
-    cdef int64_t start = c.n_sinks + tile * KV_TILE, half = c.head_dim // 2, position, t
-    cdef int64_t angles = _rope(plan, layer) * plan.n * half
-    cdef uint8_t* window = _unpacked(c, plan, layer, head, tile)
+    cdef const Plan* plan = added.plan
+    cdef const Cache* c = plan.cache
+    cdef int64_t start = c.n_sinks + tile * KV_TILE, half = c.head_dim // 2, position, t, at
+    cdef int64_t angles = _rope(plan, added.layer) * plan.n * half
+    cdef uint8_t* window = _unpacked(plan, added.layer, head, tile)
     cdef uint8_t* packed
     for position in range(max(start, plan.first), min(start + KV_TILE, plan.first + plan.n)):
         t = position - plan.first
-        kern.rope(k + t * ld + head * c.head_dim, plan.cos + angles + t * half, plan.sin + angles + t * half,
-                  c.head_dim, 1, scratch)
+        at = t * added.ld + head * c.head_dim
+        plan.kern.rope(added.k + at, plan.cos + angles + t * half, plan.sin + angles + t * half, c.head_dim, 1, scratch)
         c.wk.put_k(window, c.head_dim, position - start, scratch)
-        memcpy(scratch, v + t * ld + head * c.head_dim, c.head_dim * sizeof(float))
+        memcpy(scratch, added.v + at, c.head_dim * sizeof(float))
         if c.v.hadamard:
-            kern.hadamard(scratch, c.head_dim)
+            plan.kern.hadamard(scratch, c.head_dim)
         c.wv.put_v(window + c.window_k_bytes, c.head_dim, position - start, scratch)
-    if tile < plan.packed_after and c.layers[layer].n_slots:
-        packed = _packed(c, plan, layer, head, tile)
+    if tile < plan.packed_after and c.layers[added.layer].n_slots:
+        packed = _packed(plan, added.layer, head, tile)
         c.wk.unpack_k(window, c.head_dim, scratch)
         c.k.pack_k(scratch, c.head_dim, packed)
         c.wv.unpack_v(window + c.window_k_bytes, c.head_dim, scratch)
         c.v.pack_v(scratch, c.head_dim, packed + c.k_bytes)
 
 
-cdef void append_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* k,
-                      const float* v, int64_t ld, kv_team* team, int thread) noexcept nogil:
+cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld, kv_team* team,
+                      int thread) noexcept nogil:
     """Work items: for each KV head, its sinks and each tile that gets tokens or is packed.
 
     k, v: [n][n_kv_heads * head_dim], before RoPE, ld floats between tokens.
     """
     cdef int64_t items = plan.last_tile - plan.packed_before + 2, i = 0, end = 0, tile
     cdef float* scratch = plan.scratch + thread * plan.scratch_floats
+    cdef Added added
+    added.plan, added.layer, added.k, added.v, added.ld = plan, layer, k, v, ld
     while True:
-        i = kv_team_take(team, items * c.n_kv_heads, 1, &end)
+        i = kv_team_take(team, items * plan.cache.n_kv_heads, 1, &end)
         if i < 0:
             break
         tile = plan.packed_before + i % items - 1
         if tile < plan.packed_before:
-            _append_sinks(kern, c, plan, layer, i // items, k, v, ld)
+            _append_sinks(&added, i // items)
         else:
-            _append_tile(kern, c, plan, layer, i // items, tile, k, v, ld, scratch)
+            _append_tile(&added, i // items, tile, scratch)
 
 
-cdef bint commit_needed(const Cache* c, const Plan* plan) noexcept nogil:
-    return plan.packed_after > plan.packed_before or plan.last_tile >= plan.packed_before + c.n_window_tiles
+cdef bint commit_needed(const Plan* plan) noexcept nogil:
+    return (plan.packed_after > plan.packed_before
+            or plan.last_tile >= plan.packed_before + plan.cache.n_window_tiles)
 
 
-cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
+cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
     """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
+    cdef const Cache* c = plan.cache
     cdef int64_t tile, head = 0, end = 0, bytes = c.k_bytes + c.v_bytes, n_slots = c.layers[layer].n_slots
     cdef int64_t window_bytes = c.window_k_bytes + c.window_v_bytes
     while True:
@@ -243,15 +264,16 @@ cdef void commit_step(const Cache* c, const Plan* plan, int64_t layer, kv_team* 
         if head < 0:
             break
         for tile in range(max(plan.packed_before, plan.packed_after - n_slots), plan.packed_after):
-            memcpy(ring_tile(c, layer, head, tile), _packed(c, plan, layer, head, tile), bytes)
+            memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), bytes)
         for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
-            memcpy(window_tile(c, layer, head, tile), _unpacked(c, plan, layer, head, tile), window_bytes)
+            memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes)
 
 
 # Attend -------------------------------------------------------------------------------------------------------------
 
 # One work item: the rows (queries of a block times heads of a group) of one KV head, over one span of tiles.
 ctypedef struct Rows:
+    const Plan* plan
     int64_t n, layer, head, sight
     const QueryBlock* block
     float* q                   # [n][head_dim], rotated and scaled
@@ -263,16 +285,16 @@ ctypedef struct Rows:
     float* acc                 # [n][head_pad]
 
 
-cdef inline int64_t _see(const Cache* c, const Plan* plan, Rows* rows, int64_t start, int64_t tokens) noexcept nogil:
+cdef inline int64_t _see(Rows* rows, int64_t start, int64_t tokens) noexcept nogil:
     """Counts, for every row, what it sees of the tokens from position `start` on: those that are not in its future, nor
     before its sliding window. Returns how far the row that sees the most of them does."""
     cdef int64_t t, h, r = 0, seen, hidden, most = 0
     for t in range(rows.block.start, rows.block.end):
-        seen = plan.first + t + 1 - start
+        seen = rows.plan.first + t + 1 - start
         hidden = max(seen - rows.sight, <int64_t>0) if rows.sight else 0
         seen = min(seen, tokens) if hidden < tokens else 0
         most = max(most, seen)
-        for h in range(plan.group):
+        for h in range(rows.plan.group):
             rows.visible[r] = <int32_t>seen
             rows.hidden[r] = <int32_t>min(hidden, tokens)
             r += 1
@@ -286,19 +308,22 @@ cdef inline void _fill_hidden(Rows* rows, float value) noexcept nogil:
             rows.scores[r * KV_TILE + i] = value
 
 
-cdef inline void _weigh(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows) noexcept nogil:
+cdef inline void _weigh(Rows* rows) noexcept nogil:
     """From scores to softmax weights: none for what a row does not see."""
-    if plan.soft_cap > 0:
-        kern.soft_cap(rows.scores, rows.n * KV_TILE, plan.soft_cap)
+    cdef const kv_kernels* kern = rows.plan.kern
+    if rows.plan.soft_cap > 0:
+        kern.soft_cap(rows.scores, rows.n * KV_TILE, rows.plan.soft_cap)
     if rows.sight:
         _fill_hidden(rows, -INFINITY)
-    kern.softmax_step(rows.scores, rows.visible, rows.n, c.head_pad, rows.top, rows.total, rows.acc)
+    kern.softmax_step(rows.scores, rows.visible, rows.n, rows.plan.cache.head_pad, rows.top, rows.total, rows.acc)
     if rows.sight:
         _fill_hidden(rows, 0)  # their exponentials, 1e-38, have not changed the sum, which is at least 1
 
 
-cdef void _attend_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows) noexcept nogil:
-    cdef const kv_format* f32 = &kern.format[KV_FORMAT_F32]
+cdef void _attend_sinks(Rows* rows) noexcept nogil:
+    cdef const Plan* plan = rows.plan
+    cdef const Cache* c = plan.cache
+    cdef const kv_format* f32 = &plan.kern.format[KV_FORMAT_F32]
     cdef int64_t place = 0, start = 0, lanes, tokens
     cdef const float* keys
     cdef const float* values = sink_values(c, rows.layer, rows.head)
@@ -307,53 +332,56 @@ cdef void _attend_sinks(const kv_kernels* kern, const Cache* c, const Plan* plan
     keys = plan.sinks + (rows.head * plan.n_shifts + place) * c.head_dim * c.sink_lanes
     while start < c.n_sinks:
         lanes, tokens = min(c.sink_lanes - start, <int64_t>KV_TILE), min(c.n_sinks - start, <int64_t>KV_TILE)
-        tokens = _see(c, plan, rows, start, tokens)  # beyond them lies what an earlier text left
+        tokens = _see(rows, start, tokens)  # beyond them lies what an earlier text left
         if tokens > 0:
             f32.k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
-            _weigh(kern, c, plan, rows)
+            _weigh(rows)
             f32.v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
         start += KV_TILE
 
 
-cdef inline const uint8_t* _tile_at(const Cache* c, const Plan* plan, const Rows* rows, int64_t tile) noexcept nogil:
+cdef inline const uint8_t* _tile_at(const Rows* rows, int64_t tile) noexcept nogil:
     if tile < rows.block.packed:
-        return _packed(c, plan, rows.layer, rows.head, tile)
-    return _unpacked(c, plan, rows.layer, rows.head, tile)
+        return _packed(rows.plan, rows.layer, rows.head, tile)
+    return _unpacked(rows.plan, rows.layer, rows.head, tile)
 
 
-cdef void _attend_tile(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows,
-                       int64_t tile) noexcept nogil:
+cdef void _attend_tile(Rows* rows, int64_t tile) noexcept nogil:
+    cdef const Cache* c = rows.plan.cache
     cdef bint packed = tile < rows.block.packed
     cdef const kv_format* k = c.k if packed else c.wk
     cdef const kv_format* v = c.v if packed else c.wv
     cdef int64_t start = c.n_sinks + tile * KV_TILE, k_bytes = c.k_bytes if packed else c.window_k_bytes, tokens
-    cdef const uint8_t* data = _tile_at(c, plan, rows, tile)
-    tokens = _see(c, plan, rows, start, KV_TILE)
+    cdef const uint8_t* data = _tile_at(rows, tile)
+    tokens = _see(rows, start, KV_TILE)
     k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
-    _weigh(kern, c, plan, rows)
+    _weigh(rows)
     v.v_accumulate(data + k_bytes, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
 
 
-cdef void _prepare_rows(const kv_kernels* kern, const Cache* c, const Plan* plan, Rows* rows, const float* q,
-                        int64_t ld) noexcept nogil:
+cdef void _prepare_rows(Rows* rows, const float* q, int64_t ld) noexcept nogil:
     """Rotates and scales the queries; starts the softmax."""
+    cdef const Plan* plan = rows.plan
+    cdef const Cache* c = plan.cache
     cdef int64_t r, t, i, half = c.head_dim // 2, at
     for r in range(rows.n):
         t = rows.block.start + r // plan.group
         at = (_rope(plan, rows.layer) * plan.n + t) * half
-        kern.rope(q + t * ld + (rows.head * plan.group + r % plan.group) * c.head_dim, plan.cos + at, plan.sin + at,
-                  c.head_dim, plan.scale, rows.q + r * c.head_dim)
+        plan.kern.rope(q + t * ld + (rows.head * plan.group + r % plan.group) * c.head_dim, plan.cos + at,
+                       plan.sin + at, c.head_dim, plan.scale, rows.q + r * c.head_dim)
         rows.top[r] = -INFINITY
         rows.total[r] = 0
         for i in range(c.head_pad):
             rows.acc[r * c.head_pad + i] = 0
 
 
-cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t head, int64_t block,
-                  int64_t span, const float* q, int64_t ld, float* scratch) noexcept nogil:
+cdef Rows _rows_of(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span,
+                   float* scratch) noexcept nogil:
+    cdef const Cache* c = plan.cache
     cdef Rows rows
-    cdef int64_t at, tile, first, last, tiles, start = _first(c, plan, layer), spans = _spans(c, plan, layer)
-    rows.layer, rows.head, rows.block, rows.sight = layer, head, &plan.blocks[block], c.layers[layer].sight
+    cdef int64_t at
+    rows.plan, rows.layer, rows.head, rows.block = plan, layer, head, &plan.blocks[block]
+    rows.sight = c.layers[layer].sight
     rows.n = (rows.block.end - rows.block.start) * plan.group
     rows.q = scratch
     rows.scores = rows.q + _rows(plan.group) * c.head_dim
@@ -361,25 +389,34 @@ cdef void _attend(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
     rows.hidden = rows.visible + _rows(plan.group)
     at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
     rows.top, rows.total, rows.acc = plan.top + at, plan.total + at, plan.acc + at * c.head_pad
+    return rows
+
+
+cdef void _attend(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span, const float* q,
+                  int64_t ld, float* scratch) noexcept nogil:
+    """One work item: what a block of queries gathers from a span of a head's tiles."""
+    cdef const Cache* c = plan.cache
+    cdef Rows rows = _rows_of(plan, layer, head, block, span, scratch)
+    cdef int64_t tile, first, last, start = _first(plan, layer), spans = _spans(plan, layer)
+    cdef int64_t tiles = plan.last_tile - start + 1
     first = first_tile(c, layer, plan.first + rows.block.start, rows.block.packed)
     last = tile_of(c, plan.first + rows.block.end - 1)
-    tiles = plan.last_tile - start + 1
     first = max(first, start + span * tiles // spans)
     last = min(last, start + (span + 1) * tiles // spans - 1)
     if first <= last:
-        kv_prefetch(_tile_at(c, plan, &rows, first), c.k_bytes + c.v_bytes)
-    _prepare_rows(kern, c, plan, &rows, q, ld)
+        kv_prefetch(_tile_at(&rows, first), c.k_bytes + c.v_bytes)
+    _prepare_rows(&rows, q, ld)
     if span == 0 and c.n_sinks:
-        _attend_sinks(kern, c, plan, &rows)
+        _attend_sinks(&rows)
     for tile in range(first, last + 1):
-        _attend_tile(kern, c, plan, &rows, tile)
+        _attend_tile(&rows, tile)
 
 
-cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, const float* q,
-                      int64_t ld, kv_team* team, int thread) noexcept nogil:
+cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_team* team,
+                      int thread) noexcept nogil:
     """Work items: each KV head, query block and span of tiles. q: [n][n_heads * head_dim], before RoPE."""
-    cdef int64_t spans = _spans(c, plan, layer), items = c.n_kv_heads * plan.n_blocks * spans, i = 0, end = 0, rest
-    cdef int64_t grab = 1
+    cdef int64_t heads = plan.cache.n_kv_heads, spans = _spans(plan, layer), items = heads * plan.n_blocks * spans
+    cdef int64_t i = 0, end = 0, rest, grab = 1
     cdef float* scratch = plan.scratch + thread * plan.scratch_floats
     if plan.n <= SPLIT_TOKENS:  # neighbouring spans to one thread, as long as they last: memory is read in one go
         grab = max(items // (2 * kv_team_size(team)), <int64_t>1)
@@ -390,16 +427,16 @@ cdef void attend_step(const kv_kernels* kern, const Cache* c, const Plan* plan, 
         for i in range(i, end):
             if plan.n <= SPLIT_TOKENS:
                 rest = i % (plan.n_blocks * spans)
-                _attend(kern, c, plan, layer, i // (plan.n_blocks * spans), rest // spans, rest % spans, q, ld, scratch)
+                _attend(plan, layer, i // (plan.n_blocks * spans), rest // spans, rest % spans, q, ld, scratch)
             else:
                 rest = items - 1 - i  # the last blocks see most: first
-                _attend(kern, c, plan, layer, rest % c.n_kv_heads, rest // c.n_kv_heads, 0, q, ld, scratch)
+                _attend(plan, layer, rest % heads, rest // heads, 0, q, ld, scratch)
 
 
-cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int64_t layer, int64_t token,
-                  float* out) noexcept nogil:
+cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil:
     """Attention output of one token in a layer from its spans' partial softmax: out [n_heads * head_dim]."""
-    cdef int64_t h, span, at, i, spans = _spans(c, plan, layer)
+    cdef const Cache* c = plan.cache
+    cdef int64_t h, span, at, i, spans = _spans(plan, layer)
     cdef float top, total, weight
     cdef float* to
     for h in range(plan.n_heads):
@@ -421,4 +458,4 @@ cdef void combine(const kv_kernels* kern, const Cache* c, const Plan* plan, int6
         for i in range(c.head_dim):
             to[i] /= total
         if c.v.hadamard:
-            kern.hadamard(to, c.head_dim)
+            plan.kern.hadamard(to, c.head_dim)

@@ -13,12 +13,12 @@ import time
 
 import numpy as np
 
-from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_barrier, kv_team_grab, kv_team_run,
-                         kv_team_take, plan_buffers, plan_chunk, plan_queries)
+from .attention cimport Plan, Ropes, attend_step, combine, plan_buffers, plan_chunk, plan_queries
 from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
 from .kernels import require_level
 from .memory import advise_huge, anonymous
 from .cache import sliding_windows
+from .team cimport kv_team, kv_team_barrier, kv_team_grab, kv_team_run, kv_team_take
 from .cache cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
                   window_tile)
 from .weights import pack, packed_size, type_id
@@ -257,8 +257,6 @@ cdef _copy(const Cache* c, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] win
 # Attention --------------------------------------------------------------------------------------------------
 
 ctypedef struct Step:
-    const kv_kernels* kern
-    const Cache* cache
     Plan plan
     const float* q          # [n_heads * head_dim], of every layer
     float* out              # [threads][n_heads * head_dim]
@@ -268,11 +266,12 @@ cdef void _step(void* arg, kv_team* team, int thread) noexcept nogil:
     """One thread's part of the attention of one token, as the engine runs it between its matrices: every thread
     combines the spans for itself, since each needs the whole output."""
     cdef const Step* s = <const Step*>arg
-    cdef int64_t layer, width = s.plan.n_heads * s.cache.head_dim
-    for layer in range(s.cache.n_layers):
-        attend_step(s.kern, s.cache, &s.plan, layer, s.q, width, team, thread)
+    cdef const Cache* c = s.plan.cache
+    cdef int64_t layer, width = s.plan.n_heads * c.head_dim
+    for layer in range(c.n_layers):
+        attend_step(&s.plan, layer, s.q, width, team, thread)
         kv_team_barrier(team)
-        combine(s.kern, s.cache, &s.plan, layer, 0, s.out + thread * width)
+        combine(&s.plan, layer, 0, s.out + thread * width)
         kv_team_barrier(team)
 
 
@@ -308,15 +307,15 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef float[::1] q = rng.standard_normal(width, np.float32), out = np.zeros(threads * width, np.float32), sinks
     cdef uint8_t[::1] block
     memset(&step, 0, sizeof(Step))
-    step.kern, step.cache, step.q, step.out = kernels(), c, &q[0], &out[0]
+    step.q, step.out = &q[0], &out[0]
     memset(&ropes, 0, sizeof(Ropes))
     ropes.n, ropes.inv_freq = 1, &inv_freq[0]
-    plan_chunk(p, c, &ropes, c.n_tokens - 1, 1, d.n_heads, d.attention_scale,
+    plan_chunk(p, kernels(), c, &ropes, c.n_tokens - 1, 1, d.n_heads, d.attention_scale,
                getattr(d, "attention_softcap", None) or 0, threads)
     p.packed_before = p.packed_after   # the token is in already
-    block = _aligned(plan_buffers(p, c, NULL))
-    plan_buffers(p, c, &block[0])
-    plan_queries(p, c)
+    block = _aligned(plan_buffers(p, NULL))
+    plan_buffers(p, &block[0])
+    plan_queries(p)
     if c.n_sinks:                      # which an append would rotate
         sinks = rng.standard_normal(c.n_kv_heads * c.head_dim * c.sink_lanes, np.float32)
         memcpy(p.sinks, &sinks[0], sinks.nbytes)

@@ -5,27 +5,24 @@ Threads take work by number between barriers, so that every result is the same w
 
 import os
 
-from libc.math cimport INFINITY
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 import numpy as np
 
-from .attention cimport (KV_MAX_THREADS, append_step, attend_step, combine, commit_needed, commit_step, kv_team,
-                         kv_team_barrier, kv_team_grab, kv_team_has_openmp, kv_team_run, kv_team_share, kv_team_take,
-                         plan_buffers, plan_chunk, plan_queries)
-from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_packed_bytes,
-                       kv_prefetch, kv_unpack_row)
+from .attention cimport Ropes, plan_buffers, plan_chunk, plan_queries
 from .cache cimport KVCache
-from .kernels import require_level
+from .call cimport Call, Codes, RunState, Worker
+from .experts cimport mixture
+from .kernels cimport KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_input, kv_packed_bytes
+from .model cimport Config, Expert, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
+from .steps cimport (activate_mlp, add, attend, embed, logits, matmul, norm_heads, prepare_attended, prepare_gated,
+                     prepare_head, prepare_normed)
+from .team cimport KV_MAX_THREADS, kv_team, kv_team_has_openmp, kv_team_run
 from .cache import sliding_windows
+from .kernels import require_level
 from .weights import packed_size, type_id
-
-cdef extern from "<math.h>" nogil:
-    float expf(float)
-
-cdef enum:
-    FIRST_BYTES = 16384   # of a thread's share of the next matrix, asked for while others finish with this one
 
 MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
@@ -48,40 +45,36 @@ def max_threads():
     return os.cpu_count() or 1
 
 
-include "steps.pxi"
-include "experts.pxi"
-
-
 cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
     """One thread's part of a chunk: embedding, layers, logits."""
     cdef const Call* call = <const Call*>arg
     cdef const Config* c = call.config
     cdef const RunState* run = &call.run
     cdef const Layer* layer
-    cdef int64_t n = call.plan.n, i
+    cdef int64_t i
     cdef kv_input x
-    _embed(call, team)                                                            # x [n][hidden]
+    cdef Worker w
+    w.call, w.team, w.thread = call, team, thread
+    embed(&w)                                                                           # x [n][hidden]
     for i in range(c.n_layers):
         layer = &call.layers[i]
-        x = _input(call, team, thread, &layer.qkv, _normed, &layer.attn_norm, i, 0, n)
-        _matmul(call, team, thread, &layer.qkv, &x, n, run.qkv, layer.qkv.width, False, NULL)     # [n][q, k, v]
+        x = prepare_normed(&w, &layer.qkv, &layer.attn_norm)
+        matmul(&w, &layer.qkv, &x, run.qkv, layer.qkv.width, False, NULL)               # [n][q, k, v]
         if layer.q_norm != NULL:
-            _norm_heads(call, team, layer)
-        _attention(call, team, thread, layer, i)
-        x = _input(call, team, thread, &layer.o, _attended, NULL, i, 0, n)        # [n][n_heads * head_dim]
-        _add(call, team, thread, &layer.o, &x, n, &layer.attn_post_norm, _first_of_mlp(layer))
+            norm_heads(&w, layer)
+        attend(&w, layer, i)
+        x = prepare_attended(&w, &layer.o, i)                                           # [n][n_heads * head_dim]
+        add(&w, &layer.o, &x, &layer.attn_post_norm, first_of_mlp(layer))
         if layer.router.n_segments:
-            _mixture(call, team, thread, layer, i, n)
+            mixture(&w, layer)
             continue
-        x = _input(call, team, thread, _first_of_mlp(layer), _normed, &layer.mlp_norm, i, 0, n)
-        _activated(call, team, thread, layer, &x, n)                              # [n][intermediate]
-        x = _input(call, team, thread, &layer.down, NULL, NULL, i, 0, n)
-        _add(call, team, thread, &layer.down, &x, n, &layer.mlp_post_norm,
-             &layer[1].qkv if i + 1 < c.n_layers else call.head)
+        x = prepare_normed(&w, first_of_mlp(layer), &layer.mlp_norm)
+        activate_mlp(&w, layer, &x)                                                     # [n][intermediate]
+        x = prepare_gated(&w, &layer.down)
+        add(&w, &layer.down, &x, &layer.mlp_post_norm, &layer[1].qkv if i + 1 < c.n_layers else call.head)
     if call.logits != NULL:
-        n -= call.first_logit
-        x = _input(call, team, thread, call.head, _normed, call.norm, c.n_layers, call.first_logit, n)
-        _logits(call, team, &x, n)
+        x = prepare_head(&w)
+        logits(&w, &x)
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
@@ -124,7 +117,7 @@ cdef class Engine:
     weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
     rope_tables: function of the tokens that a cache has room for -> object with float64 [tables, head_dim / 2] inv_freq
     and amplitude, and int64 [n_layers] of_layer, the table of each. threads: at least 1. precise: block-quantised
-    weights take activations of 16 bits in chunks too, not in decode alone; about half as fast there.
+    weights take activations of 16 bits always, not only when decoding; chunks are about half as fast then.
     Raises ValueError when a tensor is missing or has the wrong shape or size, or KVRUN_ISA names no level.
     """
     cdef Config c
@@ -181,7 +174,7 @@ cdef class Engine:
         d, c = self.description, &self.c
         c.n_layers, c.hidden_size, c.intermediate_size = d.n_layers, d.hidden_size, d.intermediate_size
         c.n_heads, c.n_kv_heads, c.head_dim, c.vocab_size = d.n_heads, d.n_kv_heads, d.head_dim, d.vocab_size
-        c.hidden_pad = _whole_panels(c.hidden_size)
+        c.hidden_pad = whole_panels(c.hidden_size)
         c.norm_eps, c.attention_scale, c.attention_softcap = d.norm_eps, d.attention_scale, d.attention_softcap or 0
         c.embedding_scale, c.residual_scale, c.logit_scale = d.embedding_scale, d.residual_scale, d.logit_scale
         c.logit_softcap, c.layer_norm, c.norm_all_heads = d.logit_softcap or 0, d.norm == "layer", d.qk_norm == "all"
@@ -274,20 +267,23 @@ cdef class Engine:
         """A cache for this engine; takes and raises what ``KVCache`` does."""
         return KVCache(self, **options)
 
-    def forward(self, tokens, KVCache kv not None, logits="last"):
+    def forward(self, tokens, KVCache kv not None, logits="last", decoding=None):
         """Runs a chunk of 1 to ``MAX_CHUNK`` tokens that follow those already in the cache.
 
         tokens: int32 [n]. logits: "last", "all" or "none". Returns float32 [vocab_size], [n, vocab_size] or None.
+        decoding: block-quantised weights take activations of 16 bits, as for text that is being written, instead of
+        the 8 that do for reading; None: when there is one token. (A precise engine always uses 16, and so does the
+        head when the last token's logits alone are wanted.)
         Every token sees the cache as it would if the chunk were fed one by one. The GIL is released.
         Raises ValueError for tokens outside the vocabulary, a chunk of the wrong size or more tokens than the model has
         learned positions, RuntimeError when another thread is using the cache.
         """
         cdef const int32_t[::1] ids = self.checked(tokens, kv, logits)
-        cdef int64_t n = ids.shape[0]
+        cdef bint two_planes = self.precise or (ids.shape[0] == 1 if decoding is None else decoding)
         if not kv.lock.acquire(blocking=False):
             raise RuntimeError("this cache is in use by another thread")
         try:
-            result = self._forward(ids, kv, 0 if logits == "all" else n - 1 if logits == "last" else n)
+            result = self._forward(ids, kv, logits, two_planes)
             return result[0] if logits == "last" else result
         finally:
             kv.lock.release()
@@ -332,7 +328,7 @@ cdef class Engine:
         ropes.n, ropes.inv_freq, ropes.amplitude = inv_freq.shape[0], &inv_freq[0, 0], &amplitude[0, 0]
         ropes.of_layer = &of_layer[0]
 
-    cdef _forward(self, const int32_t[::1] ids, KVCache kv, int64_t first_logit):
+    cdef _forward(self, const int32_t[::1] ids, KVCache kv, logits, bint two_planes):
         cdef Call call
         cdef Ropes ropes
         cdef int64_t n = ids.shape[0]
@@ -343,21 +339,23 @@ cdef class Engine:
             kv.buffers = _Arena()
         arena = kv.buffers
         memset(&call, 0, sizeof(Call))
-        call.kern, call.config, call.layers, call.cache = kernels(), &self.c, self.layers, &kv.c
+        call.kern, call.config, call.layers = kernels(), &self.c, self.layers
         call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, &self.norm, &ids[0]
         call.positions = &self.positions
-        call.first_logit = first_logit
+        call.first_logit = {"all": 0, "last": n - 1, "none": n}[logits]
+        call.planes = 2 if two_planes else 1
+        call.head_planes = 2 if two_planes or logits == "last" else 1
         self._rope(kv.ctx, &ropes)
-        plan_chunk(&call.plan, &kv.c, &ropes, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale,
+        plan_chunk(&call.plan, call.kern, &kv.c, &ropes, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale,
                    self.c.attention_softcap, threads)
         arena.count()
         self._buffers(arena, &call)
         arena.allocate()
         self._buffers(arena, &call)
-        plan_queries(&call.plan, &kv.c)
+        plan_queries(&call.plan)
         result = None
-        if first_logit < n:
-            result = np.empty((n - first_logit, self.head.width), np.float32)
+        if call.first_logit < n:
+            result = np.empty((n - call.first_logit, self.head.width), np.float32)
             out = result
             call.logits = &out[0, 0]
         with nogil:
@@ -366,32 +364,33 @@ cdef class Engine:
         return None if result is None else result[:, :self.c.vocab_size]
 
     cdef void _buffers(self, _Arena arena, Call* call) noexcept:
-        cdef Plan* p = &call.plan
         cdef RunState* run = &call.run
-        cdef const Cache* c = call.cache
-        cdef int64_t n = p.n, rows = max(n, <int64_t>self.threads)
+        cdef int64_t n = call.plan.n, rows = max(n, <int64_t>self.threads), gates = whole_panels(self.c.intermediate_size)
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
-        cdef int64_t gates = _whole_panels(self.c.intermediate_size)
-        cdef int64_t blocks = (widest + KV_BLOCK - 1) // KV_BLOCK
-        run.input_width, run.planes = _whole_panels(widest), 2 if self.precise else 1
+        run.input_width = whole_panels(widest)
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
         run.input = <float*>arena.take(4 * rows * run.input_width)
-        run.q = <int8_t*>arena.take(2 * rows * blocks * KV_BLOCK)
-        run.q_scale = <float*>arena.take(8 * rows * blocks)
-        run.q_sum = <int32_t*>arena.take(8 * rows * blocks)
-        run.q_offset = <int32_t*>arena.take(16 * rows * blocks)
+        run.codes = self._codes(arena, rows, widest)
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
         run.gate = <float*>arena.take(4 * n * gates)
         run.up = <float*>arena.take(4 * n * gates)
         run.branch = <float*>arena.take(4 * n * self.c.hidden_pad if self.c.branch else 0)
         if self.c.n_experts:
             self._expert_buffers(arena, run, n)
-        plan_buffers(p, c, <uint8_t*>arena.take(plan_buffers(p, c, NULL)))
+        plan_buffers(&call.plan, <uint8_t*>arena.take(plan_buffers(&call.plan, NULL)))
+
+    cdef Codes _codes(self, _Arena arena, int64_t rows, int64_t cols) noexcept:
+        cdef Codes codes
+        cdef int64_t blocks = 2 * rows * ((cols + KV_BLOCK - 1) // KV_BLOCK)
+        codes.q = <int8_t*>arena.take(blocks * KV_BLOCK)
+        codes.scale = <float*>arena.take(4 * blocks)
+        codes.sum = <int32_t*>arena.take(4 * blocks)
+        codes.offset = <int32_t*>arena.take(8 * blocks)
+        return codes
 
     cdef void _expert_buffers(self, _Arena arena, RunState* run, int64_t n) noexcept:
-        cdef int64_t slots = n * self.c.experts_used, width = _whole_panels(self.c.expert_size)
-        cdef int64_t blocks = (max(self.c.hidden_size, self.c.expert_size) + KV_BLOCK - 1) // KV_BLOCK
-        run.router = <float*>arena.take(4 * n * _whole_panels(self.c.n_experts))
+        cdef int64_t slots = n * self.c.experts_used, width = whole_panels(self.c.expert_size)
+        run.router = <float*>arena.take(4 * n * whole_panels(self.c.n_experts))
         run.chosen = <int32_t*>arena.take(4 * slots)
         run.share = <float*>arena.take(4 * slots)
         run.slot_of = <int32_t*>arena.take(4 * slots)
@@ -401,10 +400,7 @@ cdef class Engine:
         run.active = <int32_t*>arena.take(4 * self.c.n_experts)
         run.n_active = <int64_t*>arena.take(8)
         run.slot_input = <float*>arena.take(4 * slots * run.input_width)
-        run.slot_q = <int8_t*>arena.take(2 * slots * blocks * KV_BLOCK)
-        run.slot_scale = <float*>arena.take(8 * slots * blocks)
-        run.slot_sum = <int32_t*>arena.take(8 * slots * blocks)
-        run.slot_offset = <int32_t*>arena.take(16 * slots * blocks)
+        run.slot_codes = self._codes(arena, slots, max(self.c.hidden_size, self.c.expert_size))
         run.slot_gate = <float*>arena.take(4 * slots * width)
         run.slot_up = <float*>arena.take(4 * slots * width)
         run.slot_out = <float*>arena.take(4 * slots * self.c.hidden_pad)

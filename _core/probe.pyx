@@ -9,11 +9,12 @@ from libc.string cimport memset
 
 import numpy as np
 
-from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, kv_team,
-                         kv_team_barrier, kv_team_run, kv_team_take, plan_buffers, plan_chunk, plan_queries)
+from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, plan_buffers,
+                         plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, KV_TILE, kernels,
                        kernels_of, kv_format, kv_head_pad, kv_input, kv_kernels)
 from .cache cimport Cache, KVCache
+from .team cimport kv_team, kv_team_barrier, kv_team_run, kv_team_take
 from .weights import packed_size, type_id
 
 
@@ -200,8 +201,6 @@ cdef class Tile:
 # Attention ----------------------------------------------------------------------------------------------------------
 
 ctypedef struct Chunk:
-    const kv_kernels* kern
-    const Cache* cache
     Plan plan
     const float* q          # [n][n_heads * head_dim], or NULL: only to be appended
     const float* k          # [n][n_kv_heads * head_dim]
@@ -213,20 +212,20 @@ cdef void _chunk(void* arg, kv_team* team, int thread) noexcept nogil:
     """One thread's part of a layer's attention, with the steps and barriers of the engine."""
     cdef const Chunk* s = <const Chunk*>arg
     cdef const Plan* p = &s.plan
-    cdef int64_t width = p.n_heads * s.cache.head_dim, kv_width = s.cache.n_kv_heads * s.cache.head_dim, t, end = 0
-    append_step(s.kern, s.cache, p, 0, s.k, s.v, kv_width, team, thread)
+    cdef int64_t width = p.n_heads * p.cache.head_dim, kv_width = p.cache.n_kv_heads * p.cache.head_dim, t, end = 0
+    append_step(p, 0, s.k, s.v, kv_width, team, thread)
     kv_team_barrier(team)
     if s.q != NULL:
-        attend_step(s.kern, s.cache, p, 0, s.q, width, team, thread)
+        attend_step(p, 0, s.q, width, team, thread)
         kv_team_barrier(team)
-    if commit_needed(s.cache, p):
-        commit_step(s.cache, p, 0, team)
+    if commit_needed(p):
+        commit_step(p, 0, team)
         kv_team_barrier(team)
     while s.q != NULL:
         t = kv_team_take(team, p.n, 1, &end)
         if t < 0:
             break
-        combine(s.kern, s.cache, p, 0, t, s.out + t * width)
+        combine(p, 0, t, s.out + t * width)
 
 
 cdef Cache _at_level(const Cache* c, const kv_kernels* kern) noexcept nogil:
@@ -278,15 +277,15 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     cdef const float[:, ::1] queries
     cdef float[:, ::1] out
     memset(&chunk, 0, sizeof(Chunk))
-    chunk.kern, chunk.cache, chunk.k, chunk.v = kern, &cache, &k[0, 0], &v[0, 0]
+    chunk.k, chunk.v = &k[0, 0], &v[0, 0]
     memset(&ropes, 0, sizeof(Ropes))
     ropes.n, ropes.inv_freq = 1, &inv_freq[0]
-    plan_chunk(&chunk.plan, &cache, &ropes, cache.n_tokens, n, n_heads, kv.description.attention_scale,
+    plan_chunk(&chunk.plan, kern, &cache, &ropes, cache.n_tokens, n, n_heads, kv.description.attention_scale,
                getattr(kv.description, "attention_softcap", None) or 0, threads)
-    raw = np.empty(plan_buffers(&chunk.plan, &cache, NULL) + 64, np.uint8)
+    raw = np.empty(plan_buffers(&chunk.plan, NULL) + 64, np.uint8)
     block = raw[-raw.ctypes.data % 64:]
-    plan_buffers(&chunk.plan, &cache, &block[0])
-    plan_queries(&chunk.plan, &cache)
+    plan_buffers(&chunk.plan, &block[0])
+    plan_queries(&chunk.plan)
     result = None
     if q is not None:
         queries, result = q, np.empty_like(q)
