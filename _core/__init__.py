@@ -5,7 +5,7 @@ from .engine import HAS_OPENMP, MAX_CHUNK, MAX_THREADS, Engine, max_threads
 from .kernels import TILE, isa, isa_available
 from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
-from .weights import WEIGHT_TYPES, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
+from .weights import WEIGHT_TYPES, WeightType, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
 
 __all__ = [
     "HAS_OPENMP",
@@ -17,6 +17,7 @@ __all__ = [
     "Engine",
     "KVCache",
     "Sampler",
+    "WeightType",
     "advise_huge",
     "anonymous",
     "column_multiple",

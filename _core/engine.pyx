@@ -15,7 +15,8 @@ from .attention cimport Ropes, plan_buffers, plan_chunk, plan_queries
 from .cache cimport KVCache
 from .call cimport Call, Codes, RunState, Worker
 from .experts cimport mixture
-from .kernels cimport KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_input, kv_packed_bytes
+from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, kernels, kv_input, kv_packed_bytes,
+                       kv_weight_of)
 from .model cimport Config, Expert, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
 from .steps cimport (activate_mlp, add, attend, embed, logits, matmul, norm_heads, prepare_attended, prepare_gated,
                      prepare_head, prepare_normed)
@@ -249,7 +250,7 @@ cdef class Engine:
             s.panels, s.panel_bytes = (n + KV_PANEL - 1) // KV_PANEL, kv_packed_bytes(s.type, KV_PANEL, cols)
             s.bias = self._vector(vectors, name + ".bias", n) if bias else NULL
             m.panels += s.panels
-            m.quantized |= s.type >= KV_Q8_0
+            m.quantized |= kv_weight_of(s.type).takes_int8
         m.width = KV_PANEL * m.panels
         return 0
 
