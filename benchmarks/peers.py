@@ -1,6 +1,6 @@
 """kvrun beside the other runtimes that are installed: the same weights, the same machine, taking turns.
 
-    python benchmarks/peers.py MODEL.gguf --threads 2 --json peers.json --plots docs/
+    python benchmarks/peers.py MODEL.gguf --threads 2 --json peers.json --plots docs/images/
 
 Every runtime works in a process of its own (`peers_worker.py`), started by whichever of the interpreters given has
 it: packages that cannot share an environment still take part. A runtime that is missing, cannot load the model or

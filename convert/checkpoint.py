@@ -1,4 +1,4 @@
-"""What the converter knows of a checkpoint, whatever form it has."""
+"""A checkpoint as the converter sees it, whatever its form."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WELL_KNOWN_STOPS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer file as it goes into the model file, and what the runtime must know besides."""
+    """The tokenizer file as it goes into the model file, and what else the runtime must know about it."""
 
     kind: str
     data: bytes | None
@@ -60,9 +60,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` maps our names, in file order, to where the values are; all shapes have been checked.
+    """A checkpoint that has been read, but for the tensors' data.
 
-    `files` are those that the checkpoint consists of.
+    `tensors` maps our names, in file order, to where the values are; all shapes have been checked. `files` are the
+    files that the checkpoint consists of.
     """
 
     form: str
@@ -74,11 +75,11 @@ class Checkpoint:
     sampling: dict[str, float]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Lines about what was left out."""
+    """One line for each thing that was left out."""
 
 
 def describe(where: str, values: Mapping[str, Any]) -> ModelDescription:
-    """The description from a family's values; ConvertError, with the file, for what contradicts itself."""
+    """The description from a family's values. Raises ConvertError, which names the file, if they are contradictory."""
     try:
         return ModelDescription(**values)
     except ModelFileError as error:
@@ -91,8 +92,8 @@ def select_tensors(
     wanted: Iterable[tuple[str, str]],
     description: ModelDescription,
 ) -> dict[str, StoredTensor]:
-    """The tensors of the model under our names; ConvertError if one is missing, misshapen or left over. Several of
-    ours with one name there are parts of its rows."""
+    """The tensors of the model under our names. If several of ours have the same name there, each takes its share of
+    the rows. Raises ConvertError if a tensor is missing, has the wrong shape, or is not part of the model."""
     wanted, shapes = list(wanted), description.tensor_shapes()
     chosen = dict.fromkeys(ours for ours, _ in wanted)
     missing = list(dict.fromkeys(theirs for _, theirs in wanted if theirs not in available))
@@ -123,13 +124,13 @@ def select_tensors(
 
 
 ROTARY = ("attn.q", "attn.k", "attn.q_norm", "attn.k_norm")
-"""Whose rows or values are a head's channels in the order of its rotary pairs."""
+"""The tensors whose rows (or values) are the channels of a head, in the order of its rotary pairs."""
 
 
 def with_halves_apart(
     tensors: dict[str, StoredTensor], stems: tuple[str, ...], order: tuple[int, ...]
 ) -> dict[str, StoredTensor]:
-    """These tensors' rows as the model file has them: row i of a head is the one stored at order[i]."""
+    """These tensors with their rows in the model file's order: row i of a head is the one stored at order[i]."""
     return {
         name: tensor.with_rows_from(order) if name.rpartition(".")[0].endswith(stems) else tensor
         for name, tensor in tensors.items()
@@ -137,8 +138,8 @@ def with_halves_apart(
 
 
 def rotary_order(description: ModelDescription) -> tuple[int, ...]:
-    """Where the rows of a head are stored when only the first `rotary_dim` of them turn, in pairs half that width
-    apart: ours are half a head apart, so the others fill up both halves."""
+    """Where the rows of a head are stored if only the first `rotary_dim` of them turn. The two rows of a pair are half
+    of `rotary_dim` apart there and half a head apart here, so the rows that do not turn fill up both halves."""
     size, width = description.head_dim, description.rotary_dim or description.head_dim
     middle = width + (size - width) // 2
     return (*range(width // 2), *range(width, middle), *range(width // 2, width), *range(middle, size))
@@ -168,7 +169,7 @@ def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
         return open_folder(path, tokenizer)
     magic = b""
     try:
-        if os.path.isfile(path):  # opening a named pipe would wait for ever
+        if os.path.isfile(path):  # opening a named pipe would block forever
             with open(path, "rb") as file:
                 magic = file.read(4)
     except OSError as error:

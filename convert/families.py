@@ -17,8 +17,8 @@ from kvrun.convert.fields import Fields
 from kvrun.errors import ConvertError, one_line
 from kvrun.files.description import ModelDescription
 
-# Ours -> (Hugging Face, GGUF), without ".weight" and ".bias"; {i} is the layer. Where several of ours have one name
-# there, they are its rows, one after the other.
+# Ours -> (Hugging Face, GGUF), without ".weight" and ".bias"; {i} is the layer. Where several of ours have the same
+# name there, their rows follow one another in one tensor.
 LLAMA_NAMES = {
     "embed": ("embed_tokens", "token_embd"),
     "norm": ("norm", "output_norm"),
@@ -80,9 +80,10 @@ HF, GGUF = 0, 1
 
 @dataclass(frozen=True)
 class Family:
-    """How the checkpoints of one family are read. The two functions give the fields of `ModelDescription`.
+    """How the checkpoints of one family are read.
 
-    `from_gguf` takes the metadata under the architecture's prefix, and what the tensors say.
+    `from_config` and `from_gguf` return the fields of `ModelDescription`; the latter takes the metadata under the
+    architecture's prefix, and what can only be learned from the tensors.
     """
 
     architecture: str
@@ -124,7 +125,7 @@ FAMILIES = (
         "llama",
         family_config.llama,
         family_gguf.plain,
-        names=LLAMA_NAMES | _MIXTRAL,  # in GGUF, Mixtral is one of these
+        names=LLAMA_NAMES | _MIXTRAL,  # in GGUF files, Mixtral has this architecture
         gguf_permuted=_QK,
     ),
     Family(
@@ -225,7 +226,7 @@ FAMILIES = (
         hf_transposed=True,
     ),
 )
-# Models of text and images whose text part is one of the above, as `text_config` says.
+# Models of text and images whose text model is one of the above; `text_config` says which.
 MULTIMODAL = {
     "Gemma3ForConditionalGeneration": "gemma3_text",
     "Mistral3ForConditionalGeneration": "mistral",

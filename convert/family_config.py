@@ -21,7 +21,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def refuse_quantised(config: Fields) -> None:
-    """ConvertError for a config of which values would have to be dequantised first."""
+    """Raise ConvertError if the config says that the checkpoint is quantised."""
     for name in ("quantization_config", "compression_config"):
         if name in config:
             config.fail(name, "quantised checkpoints are not supported yet; use the original one")
@@ -58,7 +58,7 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def llama_like(config: Fields, **defaults: Any) -> dict[str, Any]:
-    """A model of Llama's shape; `defaults` are the config's where they differ from Llama's."""
+    """A model of Llama's shape; `defaults` are those of the family's config that differ from Llama's."""
     sizes = _sizes(config, defaults)
     theta, original = defaults.get("rope_theta", 10000.0), defaults.get("original_max_position_embeddings")
     return {
@@ -75,7 +75,7 @@ def llama(config: Fields) -> dict[str, Any]:
 
 
 def mistral(config: Fields) -> dict[str, Any]:
-    """An absent sliding_window means 4096 tokens, null none."""
+    """If sliding_window is absent, the window is 4096 tokens; if it is null, there is none."""
     values = llama_like(config, max_position_embeddings=131072, num_key_value_heads=8) | {"attention_bias": False}
     width = config.integer("sliding_window", None if config.given("sliding_window") else 4096)
     return values | {"sliding_windows": [width] * values["n_layers"]}
@@ -96,7 +96,7 @@ def qwen3(config: Fields) -> dict[str, Any]:
 
 
 def _qwen_windows(config: Fields, n_layers: int) -> list[int | None] | None:
-    """The last layers slide, from max_window_layers on, and only if use_sliding_window says so."""
+    """Only if use_sliding_window says so do layers have windows: those from max_window_layers on."""
     if not config.flag("use_sliding_window", False):
         return None
     first = config.integer("max_window_layers", 28, minimum=0)
@@ -125,7 +125,7 @@ def qwen3_moe(config: Fields) -> dict[str, Any]:
     n = values["n_layers"]
     step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        config.fail("mlp_only_layers", "not a list of numbers of layers")
+        config.fail("mlp_only_layers", "not a list of layer numbers")
     width = None
     if config.flag("use_sliding_window", False):
         width = config.integer("sliding_window", None if config.given("sliding_window") else 4096)
@@ -142,7 +142,7 @@ def qwen3_moe(config: Fields) -> dict[str, Any]:
 
 
 def windows_of(config: Fields, n_layers: int, kinds: list[str], width: int | None) -> list[int | None]:
-    """Sliding windows by layer, from layer_types or else `kinds`; `width`: the default of sliding_window."""
+    """The sliding window of each layer, from layer_types or else `kinds`; `width` is the default of sliding_window."""
     kinds = config.get("layer_types", kinds)
     if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {_FULL, _SLIDING}:
         config.fail("layer_types", f"not {_FULL} or {_SLIDING} for each of {n_layers} layers")
@@ -175,7 +175,7 @@ def smollm3(config: Fields) -> dict[str, Any]:
 
 
 def olmo2(config: Fields) -> dict[str, Any]:
-    """Norms after attention and feed-forward step instead of before."""
+    """Norms after attention and the feed-forward step instead of before them."""
     values = llama_like(config, rms_norm_eps=1e-5)
     return values | {"qk_norm": "all", "pre_norms": False, "post_norms": True}
 
@@ -192,8 +192,8 @@ def granite(config: Fields) -> dict[str, Any]:
 
 
 def phi3(config: Fields) -> dict[str, Any]:
-    """`original_max_position_embeddings`, outside of the scaling, is that of LongRoPE, which was once called
-    "su" or, here, "yarn"."""
+    """`original_max_position_embeddings`, outside of the scaling, belongs to LongRoPE, which early configs call "su"
+    or "yarn"."""
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.section(name)
         if rope is not None and "yarn" in (rope.get("type"), rope.get("rope_type")):
@@ -230,7 +230,7 @@ def _gemma(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gemma2(config: Fields) -> dict[str, Any]:
-    """Every other layer has a sliding window, the first one too. A soft cap of null is none."""
+    """Every other layer has a sliding window, starting with the first. A soft cap of null means that there is none."""
     values = _gemma(config, {"vocab_size": 256000, "max_position_embeddings": 8192})
     n = values["n_layers"]
     kinds = [_FULL if i % 2 else _SLIDING for i in range(n)]
@@ -269,7 +269,7 @@ def gemma3(config: Fields) -> dict[str, Any]:
 
 
 def _gemma3_ropes(config: Fields, head_dim: int, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(of layers that see everything, of those with a window), each {"theta", "scaling"}."""
+    """{"theta", "scaling"} of the layers that see everything, and of those with a window."""
     old = ("rope_theta", 1e6), ("rope_local_base_freq", 1e4)
     thetas = [config.number(name, default) for name, default in old]
     scalings: list[dict[str, Any] | None] = [None, None]

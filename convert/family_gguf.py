@@ -1,6 +1,6 @@
 """What GGUF metadata says, architecture by architecture: the fields of `ModelDescription`.
 
-Some of it is said nowhere in a file: what is the same for all models of an architecture.
+What is the same for all models of an architecture is often not in the file; it is written down here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from kvrun.convert.rope import rope_from_gguf
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What a GGUF file says only through its tensors."""
+    """What can only be learned from the tensors of a GGUF file."""
 
     shapes: Mapping[str, tuple[int, ...]]
     rope_factors: list[float] | None
     long_short: tuple[list[float], list[float]] | None = None
-    """Of LongRoPE."""
+    """The long and the short factors of LongRoPE."""
 
     def has(self, name: str) -> bool:
         return name in self.shapes
@@ -56,7 +56,7 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
 
 
 def plain(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
-    """llama (with Mistral and others), qwen2."""
+    """The architectures llama (Mistral and others are the same) and qwen2."""
     for name in ("logit_scale", "embedding_scale", "residual_scale"):
         meta.refuse(name, (0.0, 1.0), "not supported for this architecture")
     values = _base(meta, facts)
@@ -68,7 +68,7 @@ def plain(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
 
 
 def _experts(meta: Fields, facts: GgufFacts, values: dict[str, Any]) -> dict[str, Any]:
-    """Of Mixtral and Qwen 3: shares that sum to 1, no expert that all tokens go through."""
+    """Experts as in Mixtral and Qwen 3: shares that sum to 1, and no expert shared by all tokens."""
     count = meta.integer("expert_count", 0, minimum=0)
     if not count:
         return {}
@@ -110,7 +110,7 @@ def phi3(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
 
 
 def _gemma(meta: Fields, facts: GgufFacts, largest: int) -> dict[str, Any]:
-    """`largest`: layers of the 27B model, whose queries are scaled by another width than that of its heads."""
+    """`largest`: layers of the 27B model, which scales its queries by another width than that of a head."""
     values = _base(meta, facts)
     if values["n_layers"] == largest and "attention.scale" not in meta:
         values["attention_scale"] = (values["hidden_size"] / values["n_heads"]) ** -0.5
@@ -125,7 +125,7 @@ def _gemma(meta: Fields, facts: GgufFacts, largest: int) -> dict[str, Any]:
 
 def gemma2(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     values = _gemma(meta, facts, 46)
-    caps = {"attention_softcap": 50.0, "logit_softcap": 30.0}  # of files from before they were written
+    caps = {"attention_softcap": 50.0, "logit_softcap": 30.0}  # for files older than these fields
     return {
         **values,
         **{name: values[name] or cap for name, cap in caps.items()},
@@ -147,7 +147,7 @@ def gemma3(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
 
 
 def _windows(meta: Fields, n_layers: int, step: int, width: int | None) -> list[int | None]:
-    """The window in all layers but every `step`-th, unless the file says otherwise."""
+    """A window in every layer except each `step`-th, unless the file says otherwise."""
     width = meta.integer("attention.sliding_window", width, minimum=0) or None
     pattern = meta.get("attention.sliding_window_pattern", step)
     if type(pattern) is int and pattern > 0:

@@ -13,11 +13,11 @@ from kvrun.errors import ConvertError
 REQUIRED: Any = object()
 _MAX_JSON = 1 << 28
 MAX_LAYERS = 1 << 12
-"""More are refused before anything is made for each of them."""
+"""Models with more layers are refused before anything is allocated for each layer."""
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: what a file says may be a megabyte long."""
+    """A value as an error message shows it, shortened: a value in a file may be a megabyte long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -33,7 +33,7 @@ class Fields:
         return Fields(self._values, self.where, prefix)
 
     def without(self, name: str) -> Fields:
-        """The others."""
+        """The same fields without this one."""
         others = {key: value for key, value in self._values.items() if key != self._prefix + name}
         return Fields(others, self.where, self._prefix)
 
@@ -41,11 +41,11 @@ class Fields:
         return self._values.get(self._prefix + name) is not None
 
     def given(self, name: str) -> bool:
-        """Whether the name is there, were it with a null value: for fields whose null is not their default."""
+        """Whether the name is there, even with a null value: for fields in which null differs from the default."""
         return self._prefix + name in self._values
 
     def or_else(self, name: str, value: Any) -> Fields:
-        """The same fields, with a value for a name that has none."""
+        """The same fields, with `value` under `name` if there is none yet."""
         return self if name in self else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
 
     def fail(self, name: str, reason: str) -> Any:
@@ -60,7 +60,7 @@ class Fields:
     def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1, maximum: int = (1 << 31) - 1) -> Any:
         value = self.get(name, default)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]  # GGUF may give one number per layer
+            value = value[0]  # GGUF may have one number per layer
         if isinstance(value, list):
             return self.fail(name, "different values per layer are not supported yet")
         if value is default and name not in self:
@@ -90,7 +90,7 @@ class Fields:
         return value if isinstance(value, str) else self.fail(name, f"{shown(value)} is not a text")
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
-        """The value that `choices` gives for the text under `name`; anything else is refused by name."""
+        """What `choices` maps the text under `name` to. Any other text is refused with an error that names it."""
         value = self.text(name, default)
         if value not in choices:
             return self.fail(name, f"{shown(value)} is not supported yet (supported: {', '.join(choices)})")
@@ -105,7 +105,7 @@ class Fields:
         return Fields(value, f"{self.where}: {self._prefix}{name}")
 
     def refuse(self, name: str, neutral: tuple[Any, ...], reason: str) -> None:
-        """Stop at a value that would change the arithmetic in a way that is not supported."""
+        """Raise ConvertError for any value but the `neutral` ones, since it would call for unsupported arithmetic."""
         if name in self and self.get(name) not in neutral:
             self.fail(name, f"{shown(self.get(name))}: {reason}")
 

@@ -29,12 +29,12 @@ VALUES = _values()
 
 @dataclass(frozen=True)
 class Fp8Tensor(StoredTensor):
-    """A matrix of bytes; value (r, c) is that of its code times factor (r // block[0], c // block[1])."""
+    """A matrix of fp8 codes. Value (r, c) is that of its code times factor (r // block[0], c // block[1])."""
 
     factors: StoredTensor | None = None
     block: tuple[int, int] = (1, 1)
     start: int = 0
-    """Where the whole matrix lies in the file: this one may be some rows of it."""
+    """Where the whole matrix starts in the file; this tensor may be only some of its rows."""
 
     def floats(self, start: int, stop: int) -> np.ndarray:
         """The values of rows start to stop: float32 [rows, cols], code times factor rounded to float32."""
@@ -49,7 +49,7 @@ class Fp8Tensor(StoredTensor):
 
 
 def block_shape(config: Fields) -> tuple[int, int] | None:
-    """The blocks of a checkpoint in fp8, None for one that is not quantised. ConvertError for any other method."""
+    """The block size of an fp8 checkpoint, None if it is not quantised. Raises ConvertError for any other method."""
     settings = config.get(_FIELD)
     if settings is None:
         return None
@@ -65,12 +65,12 @@ def block_shape(config: Fields) -> tuple[int, int] | None:
 
 
 def without_quantization(config: Fields) -> Fields:
-    """The config that the checkpoint would have if it were not quantised."""
+    """The config as it would be if the checkpoint were not quantised."""
     return config.without(_FIELD)
 
 
 def with_factors(tensors: dict[str, StoredTensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:
-    """Matrices in fp8 joined with their factors, which are tensors of their own: NAME.weight_scale_inv."""
+    """fp8 matrices together with their factors, which are tensors of their own: NAME.weight_scale_inv."""
     result = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.type != "f8_e4m3":

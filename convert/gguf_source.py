@@ -29,12 +29,12 @@ from kvrun.files.description import ModelDescription
 from kvrun.options import saved_names
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Files of Mixtral from before one tensor held all experts of a layer.
+# In old files of Mixtral each expert of a layer has tensors of its own.
 _ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 
 def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
-    """The checkpoint in a GGUF file. ConvertError for anything missing, damaged or not supported."""
+    """The checkpoint in a GGUF file. Raises ConvertError if anything is missing, damaged or not supported."""
     files = _all_parts(path)
     meta = Fields(files[0].metadata, path)
     family = family_of_gguf(meta)
@@ -63,7 +63,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
 
 
 def _all_parts(path: str) -> list[GgufFile]:
-    """The file and, if the model is split, the other parts, which lie beside it."""
+    """The file and, if the model is split, the other parts, which must be in the same folder."""
     first = GgufFile(path)
     parts = Fields(first.metadata, path).integer("split.count", 1, minimum=0, maximum=99_999)
     if parts <= 1:
@@ -79,7 +79,7 @@ def _all_parts(path: str) -> list[GgufFile]:
 
 
 def _all_tensors(files: list[GgufFile]) -> dict[str, StoredTensor]:
-    """The tensors of all parts by name, those of a layer's experts as one matrix."""
+    """The tensors of all parts by name; a layer's experts are one matrix."""
     available: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in file.tensors.items():
@@ -92,12 +92,12 @@ def _all_tensors(files: list[GgufFile]) -> dict[str, StoredTensor]:
 
 
 def _take_facts(path: str, available: dict[str, StoredTensor]) -> GgufFacts:
-    """What the tensors say; those that are settings, the factors of the rotary embedding, are taken out."""
+    """What the tensors tell about the model. The rotary factors, which are settings, are removed from `available`."""
     factors, long, short = (_vector(available.pop(name, None)) for name in _ROPE_FACTORS)
     if factors is not None and all(value == 1.0 for value in factors):
         factors = None
     if (long is None) != (short is None):
-        raise ConvertError(f"{path}: of {' and '.join(_ROPE_FACTORS[1:])} there is only one")
+        raise ConvertError(f"{path}: there is only one of {' and '.join(_ROPE_FACTORS[1:])}")
     shapes = {name: tensor.shape for name, tensor in available.items()}
     return GgufFacts(shapes, factors, None if long is None or short is None else (long, short))
 
@@ -127,7 +127,7 @@ def _vector(tensor: StoredTensor | None) -> list[float] | None:
 
 
 def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
-    """Some files of models with a tied head, GPT-2's among them, store the embedding a second time as the head."""
+    """Some files of models with a tied head, GPT-2's among them, store the embedding again as the head: remove that."""
     embed, head = available.get("token_embd.weight"), available.get("output.weight")
     if embed is not None and head is not None and (embed.type, embed.shape) == (head.type, head.shape):
         if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
@@ -135,7 +135,7 @@ def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
 
 
 def _of_one_expert(ours: str, theirs: str) -> str:
-    """The name of an expert's tensor where each has one: blk.0.ffn_up.3.weight, not blk.0.ffn_up_exps.weight."""
+    """The name of a single expert's tensor: blk.0.ffn_up.3.weight instead of blk.0.ffn_up_exps.weight."""
     expert = re.search(r"\.experts\.(\d+)\.", ours)
     return theirs.replace("_exps.", f".{expert[1]}.") if expert else theirs
 

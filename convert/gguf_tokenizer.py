@@ -1,7 +1,7 @@
 """Tokenizers rebuilt from GGUF metadata.
 
 "gpt2" is byte-level BPE: a tokenizer.json, from vocabulary and merges. "llama" (BPE by scores) and "t5"
-(Unigram) are SentencePiece's: a tokenizer.model, from its pieces.
+(Unigram) are SentencePiece's: a tokenizer.model, from the pieces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _cased_words(ending: str, digits: str) -> str:
-    """Words cut where capitals follow small letters, each with its `ending`; numbers of so many digits."""
+    """Words are split where a capital follows a small letter; each may have `ending`. `digits` matches numbers."""
     before = r"[^\r\n\p{L}\p{N}]?"
     return (
         rf"{before}{_UPPER}*{_LOWER}+{ending}|{before}{_UPPER}+{_LOWER}*{ending}|{digits}"
@@ -72,7 +72,7 @@ _TEKKEN = {
     "add_bos": True,
 }
 
-# tokenizer.ggml.pre -> how text is cut into words, and what the metadata leaves to that name.
+# tokenizer.ggml.pre -> how text is split into words, and what else this name implies.
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -92,16 +92,16 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-4o": _GPT4O,
     "tekken": _TEKKEN,
 }
-# tokenizer.ggml.model -> SentencePiece's kind, and what it does unless the metadata say otherwise:
-# put a space before a text, BOS before it, EOS after it.
+# tokenizer.ggml.model -> SentencePiece's kind, and its defaults if the metadata say nothing else:
+# whether a space is put before a text, BOS before it, EOS after it.
 _SENTENCEPIECE = {"llama": (BPE, True, True, False), "t5": (UNIGRAM, True, False, True)}
 _LARGEST_SCORE = 3e38  # they are float32
-# Tokens of Phi-3's that do not take the white space after them; the metadata cannot say that.
+# Phi-3's tokens that do not strip the white space after them, which the metadata cannot express.
 _PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def read_tokenizer(meta: Fields) -> Vocabulary:
-    """The tokenizer of a GGUF file. ConvertError for a kind or a pre-tokenizer that is not supported."""
+    """The tokenizer of a GGUF file. Raises ConvertError if its kind or pre-tokenizer is not supported."""
     ggml = meta.under("tokenizer.ggml.")
     kind = ggml.text("model", None)
     if kind is None:
@@ -130,7 +130,8 @@ def read_tokenizer(meta: Fields) -> Vocabulary:
 
 
 def _info(ggml: Fields, size: int, add_bos: bool, add_eos: bool) -> dict[str, Any]:
-    """Ids of named tokens, and whether BOS and EOS are put around a text (if the metadata do not say)."""
+    """Ids of named tokens, and whether BOS and EOS are put around a text; the defaults apply if the metadata
+    do not say."""
     info: dict[str, Any] = {
         "add_bos": ggml.flag("add_bos_token", add_bos),
         "add_eos": ggml.flag("add_eos_token", add_eos),
@@ -168,7 +169,7 @@ def _sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
     info = _info(ggml, len(tokens), add_bos, add_eos)
     types = _piece_types(ggml, tokens, info)
     texts = [
-        # A token without text of its own cannot be met in a text, but keeps its id.
+        # A token without text cannot occur in a text, but must keep its id.
         (text or f"[EMPTY {i}]").replace(" ", SPACE) if type == USER_DEFINED else text or f"[EMPTY {i}]"
         for i, (text, type) in enumerate(zip(tokens, types))
     ]
@@ -192,7 +193,7 @@ def _sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
 
 
 def _piece_types(ggml: Fields, tokens: list[str], info: dict[str, Any]) -> list[int]:
-    """Types as SentencePiece wants them: one unknown token, and byte pieces all or none."""
+    """Types as SentencePiece wants them: one unknown token, and either all byte pieces or none."""
     types = _types(ggml, len(tokens))
     if not all(type in range(NORMAL, BYTE + 1) for type in types):
         ggml.fail("token_type", f"not all are from {NORMAL} to {BYTE}")
@@ -233,7 +234,7 @@ def _id(ggml: Fields, name: str, size: int) -> int | None:
 
 
 def _unique(tokens: list[str]) -> list[str]:
-    """A text can name one token only, so later ones of the same text get a name that no text produces."""
+    """A text can stand for one token only, so later tokens with the same text get one that never occurs."""
     first: dict[str, int] = {}
     for i, token in enumerate(tokens):
         first.setdefault(token, i)
@@ -250,7 +251,7 @@ def _merges(ggml: Fields, names: list[str]) -> list[str] | list[list[str]]:
             return ggml.fail("merges", f"{merge[:60]!r} joins tokens that the vocabulary does not have")
         merges.append(pair)
         plain = plain and " " not in pair[0] and " " not in pair[1]
-    # One text for a pair is read faster, where it says the same.
+    # A pair written as one string is parsed faster, where it means the same.
     return [" ".join(pair) for pair in merges] if plain else merges
 
 
@@ -302,7 +303,7 @@ def _tokenizer_json(
 
 
 def _post_processor(names: list[str], info: dict[str, Any]) -> dict[str, Any] | None:
-    """Puts BOS and EOS around a text, so that the tokenizers library does so by itself too."""
+    """Puts BOS and EOS around a text, so that the tokenizers library alone does it too."""
     before = [info["bos_id"]] if info["add_bos"] else []
     after = [info["eos_id"]] if info["add_eos"] else []
     if not before and not after:

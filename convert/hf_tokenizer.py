@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: copied whole, and asked what it adds to a text."""
+"""The tokenizer of a Hugging Face folder: copied as it is, and tried to see what it adds to a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = ("bos", "eos", "pad", "unk")
 
 
 def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vocabulary:
-    """tokenizer.json, or else tokenizer.model. ConvertError if there is neither or it cannot be read."""
+    """tokenizer.json, or else tokenizer.model. Raises ConvertError if there is neither, or it cannot be read."""
     settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
     for kind, probe in (("tokenizer.json", _probe_json), ("tokenizer.model", _probe_sentencepiece)):
         path = os.path.join(folder, kind)
@@ -53,7 +53,7 @@ _Probe = tuple[Callable[[str], "int | None"], dict[str, int], dict[str, Any]]
 
 
 def _probe_json(data: bytes, settings: Fields) -> _Probe:
-    """(text -> id, special tokens, {what a text is wrapped in})."""
+    """(text -> id, special tokens, {"before": ids put before a text, "after": ids put after it})."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_buffer(data)
@@ -61,7 +61,7 @@ def _probe_json(data: bytes, settings: Fields) -> _Probe:
     tokenizer.no_truncation()
     added = tokenizer.get_added_tokens_decoder()
     special = {token.content: number for number, token in added.items() if token.special}
-    # A letter that the vocabulary has; a small one may have few.
+    # A character that the vocabulary has; a small vocabulary may have few.
     text = next((c for c in string.printable if tokenizer.encode(c, add_special_tokens=False).ids), "a")
     plain = tokenizer.encode(text, add_special_tokens=False).ids
     whole = tokenizer.encode(text, add_special_tokens=True).ids
@@ -79,7 +79,7 @@ def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
     added = _added_tokens(settings)
     special = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
     special |= {text: token.id for text, token in added.items() if token.special}
-    # What the model has as a piece of its own it finds by itself.
+    # SentencePiece itself finds those that are pieces of the model.
     own = {t for t, token in added.items() if token.id < size and processor.id_to_piece(token.id) == t}
     new = {text: token for text, token in added.items() if token.special or text not in own}
 
@@ -138,7 +138,7 @@ def _token_id(
     named: tuple[Fields | None, ...],
     numbered: tuple[Fields | None, ...],
 ) -> int | None:
-    """The id of a named special token: by its text, else as the configs number it."""
+    """The id of a named special token, by its text or else by the id in the configs."""
     for source in named:
         value = source.get(f"{name}_token") if source else None
         text = value.get("content") if isinstance(value, dict) else value
@@ -158,7 +158,7 @@ def _token_id(
 
 def _resolve_added(info: dict[str, Any], settings: Fields) -> None:
     """Settle add_bos and add_eos, as transformers does for the tokenizer's class."""
-    # SentencePiece files do not say; the slow tokenizers of transformers add BOS unless told otherwise.
+    # SentencePiece files say nothing about it; transformers' slow tokenizers add BOS unless told otherwise.
     before, after = info.pop("before", [info["bos_id"]]), info.pop("after", [])
     if info["kind"] == "tokenizer.model" or settings.text("tokenizer_class", "") in _LLAMA_CLASSES:
         info["add_bos"] = settings.flag("add_bos_token", bool(before)) and info["bos_id"] is not None
@@ -170,7 +170,7 @@ def _resolve_added(info: dict[str, Any], settings: Fields) -> None:
                 "tokenizer_class",
                 f"tokenizer.json puts {len(tokens)} tokens {what} a text; one at most is supported",
             )
-        # What stands before a text is BOS, whatever the configs call by that name.
+        # The token before a text is BOS, whatever token the configs give that name.
         info[f"add_{name}"] = bool(tokens)
         if tokens:
             info[f"{name}_id"] = tokens[0]

@@ -43,15 +43,15 @@ _SETTINGS = (
 )
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8_e4m3"}
 _MAX_HEADER = 100_000_000
-# Buffers that old versions of transformers saved; they are computed from the config.
+# Buffers that old versions of transformers saved. They follow from the config.
 _LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias")
-# Of models of text and images: what is not of the text model, and how the names of that begin.
+# In models of text and images: tensors that are not part of the text model, and prefixes of those that are.
 _NOT_TEXT = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)(?=\.|$)")
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 
 
 def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
-    """The checkpoint in `folder`. ConvertError for anything missing, damaged or not supported."""
+    """The checkpoint in `folder`. Raises ConvertError if anything is missing, damaged or not supported."""
     _refuse_pickles(folder)
     config = read_json(folder, "config.json")
     if config is None:
@@ -90,7 +90,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
 
 
 def _model_name(folder: str) -> str:
-    """The folder's name; in the hub's cache (models--ORG--NAME/snapshots/COMMIT) the model's."""
+    """The folder's name, or in the hub's cache (models--ORG--NAME/snapshots/COMMIT) the model's."""
     path = os.path.abspath(folder)
     cached = re.search(r"models--(?:.*--)?([^/]+)/snapshots/[^/]+$", path)
     return cached[1] if cached else os.path.basename(path)
@@ -117,7 +117,7 @@ def _gguf_hint(folder: str) -> str:
 
 
 def _read_headers(folder: str) -> dict[str, StoredTensor]:
-    """All tensors of the folder's safetensors files under the names they have there."""
+    """All tensors of the folder's safetensors files, by the names they have there."""
     tensors: dict[str, StoredTensor] = {}
     for file, names in _weight_files(folder).items():
         path = os.path.join(folder, file)
@@ -132,7 +132,7 @@ def _read_headers(folder: str) -> dict[str, StoredTensor]:
 
 
 def _weight_files(folder: str) -> dict[str, list[str] | None]:
-    """File names, each with the tensors to take from it (None: all), chosen as transformers does."""
+    """File names, each with the tensors to take from it (None: all), chosen as transformers chooses them."""
     if os.path.exists(os.path.join(folder, "model.safetensors")):
         return {"model.safetensors": None}
     index = read_json(folder, "model.safetensors.index.json")
@@ -171,7 +171,7 @@ def _files_of_index(folder: str, index: Fields) -> dict[str, list[str] | None]:
 
 
 def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, all offsets checked. ConvertError if it is damaged."""
+    """The tensors of a safetensors file, with all offsets checked. Raises ConvertError if it is damaged."""
     try:
         if not os.path.isfile(path):
             raise ConvertError(f"{path}: not a regular file")
@@ -209,7 +209,7 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
     if 0 in shape:
         raise ConvertError(f"{path}: tensor {name} {shape} has no values; save the checkpoint again, whole")
     if dtype not in _DTYPES:
-        # It is refused only if the model needs it: checkpoints carry integer buffers.
+        # Only refused if the model needs it: checkpoints may have integer buffers that it does not.
         return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
     width = PLAIN.get(_DTYPES[dtype], 1)
     row_bytes = width * (shape[-1] if shape else 1)
@@ -220,17 +220,17 @@ def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> Sto
 
 
 def _text_only(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of the text model, and a line about the others."""
+    """The tensors of the text model, and a line about the others, if there are any."""
     others = {name: match[2] for name in tensors if (match := _NOT_TEXT.match(name))}
     kept = {name: tensor for name, tensor in tensors.items() if name not in others}
     parts = ", ".join(sorted(set(others.values())))
-    return kept, [f"left out: {len(others)} tensors that are not of the text model ({parts})"] if others else []
+    return kept, [f"left out: {len(others)} tensors that are not part of the text model ({parts})"] if others else []
 
 
 def _without_prefix(
     folder: str, tensors: dict[str, StoredTensor], prefixes: tuple[str, ...]
 ) -> dict[str, StoredTensor]:
-    """Names without the first prefix that fits, which checkpoints saved from the inner module lack; without
+    """The tensors by their names without the prefix (checkpoints saved from the inner module have none), and without
     leftovers."""
     result: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
@@ -247,7 +247,7 @@ def _without_prefix(
 def _as_ours(
     available: dict[str, StoredTensor], wanted: list[tuple[str, str]], family: Family
 ) -> dict[str, StoredTensor]:
-    """The tensors as [outputs, inputs], and norms with what the model adds to them."""
+    """The tensors as [outputs, inputs], and norms with the offset that the model adds to them."""
     result = dict(available)
     for ours, theirs in wanted:
         tensor = available.get(theirs)
@@ -322,7 +322,7 @@ def _chat_template(folder: str) -> str | None:
 
 
 def _named_template(source: Fields, templates: Any) -> str | None:
-    """Of several named templates, the one called "default"."""
+    """The template called "default", if there are several with names."""
     if isinstance(templates, list) and templates and all(isinstance(entry, dict) for entry in templates):
         pairs = [(entry.get("name"), entry.get("template")) for entry in templates]
         if all(isinstance(text, str) for pair in pairs for text in pair):

@@ -21,13 +21,16 @@ from kvrun.files.model_file import ModelFile
 from kvrun.files.model_writer import ModelFileWriter, check_output
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is going on, and the bytes done and in all."""
+"""Called with the name of the stage, the bytes done so far, and the bytes in all."""
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """The finished, checked file. `notes`: one line for what was left out, for every quantised type that was
-    dequantised, and for every one that the shape of a tensor did not allow."""
+    """The finished, checked file.
+
+    `notes` has a line for whatever was left out, for each quantised type that was dequantised, and for each type that
+    could not be used because of a tensor's shape.
+    """
 
     model: ModelFile
     seconds: float
@@ -52,11 +55,10 @@ def convert(
 ) -> ConvertResult:
     """Convert a Hugging Face folder or a GGUF file to a model file.
 
-    `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" keeps the type of every tensor that has one
-    of ours.
-    `tokenizer=False` leaves the tokenizer out. The file appears under its name only when it is complete and
-    its checksums match. ConvertError or ModelFileError if the checkpoint is unusable or the file cannot be
-    written.
+    `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" leaves every tensor in its own type, if kvrun
+    has that type. `tokenizer=False` leaves the tokenizer out. The file gets its name only when it is complete and
+    its checksums match. Raises OptionError for an unknown type, ConvertError if the checkpoint cannot be used,
+    ModelFileError if the file cannot be written.
     """
     started = time.monotonic()
     if type not in TYPES:
@@ -81,7 +83,7 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 
 def _counted(stage: str, total: int, progress: Progress) -> Callable[[int], None]:
-    """A function that adds up bytes and reports the sum."""
+    """A function that takes a number of bytes, adds it up and reports the sum."""
     done = 0
 
     def add(n: int) -> None:
@@ -153,8 +155,7 @@ def _write_tensors(writer: ModelFileWriter, source: Checkpoint, types: dict[str,
 
 
 def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
-    """One line for what was left out, for each quantised type that was dequantised, and for each that shapes did not
-    allow."""
+    """The notes of a `ConvertResult`."""
     changed = Counter((source.tensors[name].type, type) for name, type in types.items())
     wanted = Counter(
         (wanted_type(name, source.tensors[name], asked, source.description), type) for name, type in types.items()

@@ -17,7 +17,7 @@ def rope_from_config(
     """The fields `rope_theta`, `rope_scaling` and `rotary_dim` from the older rope_theta and rope_scaling, or from
     rope_parameters.
 
-    `theta`, `context` and `original` are the family's defaults of the base, of max_position_embeddings and of
+    `theta`, `context` and `original` are the family's defaults for the base, max_position_embeddings and
     original_max_position_embeddings.
     """
     name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
@@ -53,7 +53,7 @@ def scaling_of(
 ) -> dict[str, Any] | None:
     """The description's rope_scaling from the object `rope`, which is `config`'s field `name`.
 
-    `width`: channels that turn. `original`: what the config says outside of the object.
+    `width`: the number of channels that turn. `original`: the config's original context, if it is not in the object.
     """
     known = "rope_type" in rope or "type" in rope or "rope_theta" not in rope
     kind = rope.text("rope_type" if "rope_type" in rope else "type", REQUIRED if known else "default")
@@ -103,8 +103,8 @@ def yarn(
     whole: bool = True,
 ) -> dict[str, Any]:
     """YaRN (Peng et al. 2023): pairs that make more than `fast` turns in the original context are kept, those with
-    fewer than `slow` are slowed by the factor. `whole`: the two ends of the ramp between are whole pairs. ConvertError,
-    with `where`, for numbers that leave no ramp."""
+    fewer than `slow` are slowed by the factor. `whole`: the ramp between begins and ends at whole pairs. Raises
+    ConvertError, which names `where`, if the numbers leave no ramp."""
 
     def pair(turns: float) -> float:
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -149,7 +149,7 @@ def rope_from_gguf(
     long_short: tuple[list[float], list[float]] | None = None,
     theta: float = 10000.0,
 ) -> dict[str, Any]:
-    """The same fields from GGUF metadata. `factors`: of rope_freqs.weight; `long_short`: of the two tensors
+    """The same fields from GGUF metadata. `factors`: the values of rope_freqs.weight; `long_short`: those of
     rope_factors_long.weight and rope_factors_short.weight."""
     theta, width = meta.number("rope.freq_base", theta), meta.integer("rope.dimension_count", head_dim)
     if width > head_dim or width % 2:

@@ -1,4 +1,4 @@
-"""A SentencePiece model written from its pieces: the few Protocol Buffers messages that takes.
+"""A SentencePiece model written from its pieces, with the few Protocol Buffers messages that this takes.
 
 The messages are ModelProto (1: pieces, 2: trainer_spec, 3: normalizer_spec) of sentencepiece_model.proto.
 """
@@ -23,7 +23,7 @@ _VARINT, _BYTES, _FLOAT = 0, 2, 5  # wire types
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What is done to a text before it is cut; `charsmap` is SentencePiece's compiled table of replacements."""
+    """What is done to a text before it is split; `charsmap` is SentencePiece's compiled table of replacements."""
 
     dummy_prefix: bool
     remove_extra_spaces: bool = False
@@ -38,15 +38,15 @@ def model_bytes(
 ) -> bytes:
     """A `tokenizer.model` with these pieces (text, score, type), of `kind` UNIGRAM or BPE.
 
-    `ids`: of "unk", "bos", "eos" and "pad"; None where there is none. Byte fallback is on if all 256 byte
-    pieces are there. UnicodeEncodeError for text that UTF-8 cannot encode.
+    `ids`: those of "unk", "bos", "eos" and "pad", None if there is no such token. Byte fallback is on if all 256
+    byte pieces are there. Raises UnicodeEncodeError for text that UTF-8 cannot encode.
     """
     out = bytearray()
     for text, score, type in pieces:
         out += _message(1, _text(1, text) + _float(2, score) + _number(3, type))
     has_bytes = {text for text, _, type in pieces if type == BYTE} >= BYTE_PIECES
     trainer = _number(3, kind) + _number(4, len(pieces)) + _number(35, int(has_bytes))
-    # Fields of the ids, and of the texts that go with them: -1 for none.
+    # The fields of the ids and of the texts that belong to them; an id of -1 means that there is none.
     for name, number, text in (("unk", 40, 45), ("bos", 41, 46), ("eos", 42, 47), ("pad", 43, 48)):
         token = ids.get(name)
         trainer += _number(number, -1 if token is None else token)

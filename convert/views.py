@@ -1,4 +1,4 @@
-"""Tensors that are stored otherwise than the model file has them: parts, transposes, norms less one."""
+"""Tensors that are stored in another form than in the model file: as parts, transposed, norms less one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvrun.errors import ConvertError
 
 
 def rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
-    """Rows start to stop of a matrix, or of a vector the values."""
+    """Rows start to stop of a matrix, or values start to stop of a vector."""
     if len(tensor.shape) == 1:
         width = tensor.row_bytes // tensor.shape[0]
         return replace(
@@ -28,8 +28,8 @@ def rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
 
 @dataclass(frozen=True)
 class TransposedTensor(StoredTensor):
-    """A matrix of plain numbers that is stored column by column: `stored_rows` rows of all `stored_cols` columns, of
-    which ours begin at `first`."""
+    """A matrix of plain numbers that is stored transposed, as `stored_rows` rows of `stored_cols` columns, or a part of
+    it: ours begin at column `first`."""
 
     stored_cols: int = 0
     first: int = 0

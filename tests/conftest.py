@@ -132,3 +132,9 @@ def smollm2_f32(smollm2_gguf: Path, big_folder: Path) -> Path:
     target = big_folder / "smollm2.f32.bin"
     convert(smollm2_gguf, target, "f32")
     return target
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of fixtures."""
+    return FIXTURES

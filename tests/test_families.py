@@ -275,7 +275,7 @@ def describe(tmp_path, name, **changes):
             r"gate.weight has shape \[5, 36\], but the config says \[4, 36\]",
         ),
         ("mixtral", {"num_local_experts": 6}, "experts.5.w1.weight is missing"),
-        ("qwen3moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers: not a list of numbers of layers"),
+        ("qwen3moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers: not a list of layer numbers"),
         (
             "gemma3-images",
             {"text_config": None},
@@ -352,7 +352,7 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
     """A line says what was left out."""
     result = convert(FAMILIES / "gemma3-images", tmp_path / "model.bin")
     assert len(result.notes) == 1 and result.notes[0].startswith("left out: ")
-    assert result.notes[0].endswith("tensors that are not of the text model (multi_modal_projector, vision_tower)")
+    assert result.notes[0].endswith("tensors that are not part of the text model (multi_modal_projector, vision_tower)")
     assert result.model.description.architecture == "gemma3" and result.model.description.tie_embeddings
 
 

@@ -1,7 +1,7 @@
 """What the engine needs to know about a model, apart from its weights.
 
 One frozen dataclass, written by the converter, read by the runtime and the core. It is stored in the model
-file as JSON (docs/format.md), and read back strictly: a model that is described wrongly must not run.
+file as JSON (docs/format.md), and read back strictly: a model with a wrong description must not run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCHITECTURES = (
     "mixtral",
     "qwen3moe",
 )
-"""Where a model comes from, for people: what it computes is all in the other fields."""
+"""The family of a model, for people to read: everything that it computes follows from the other fields."""
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "architecture": ARCHITECTURES,
     "activation": ("silu", "gelu", "gelu_tanh"),
@@ -53,7 +53,7 @@ _LIMITS = {
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON that this package wrote itself: no repeated keys, no NaN. Any fault is a ValueError."""
+    """Parse JSON that this package wrote itself: no repeated keys, no NaN. Raises ValueError for any fault."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -72,9 +72,9 @@ def strict_json(text: str | bytes) -> Any:
 
 @dataclass(frozen=True)
 class RopeTables:
-    """`inv_freq`, `amplitude`: float64 [tables, head_dim / 2]; `of_layer`: int64 [n_layers], the table of each.
+    """`inv_freq`, `amplitude`: float64 [tables, head_dim / 2]; `of_layer`: int64 [n_layers], each layer's table.
 
-    Pair i turns by position * inv_freq[i], in radians, and is multiplied by amplitude[i]; 0 does not turn.
+    Pair i turns by position * inv_freq[i] radians, not at all if that is 0, and is multiplied by amplitude[i].
     """
 
     inv_freq: np.ndarray
@@ -83,7 +83,7 @@ class RopeTables:
 
 
 def frequencies(theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: int) -> tuple[np.ndarray, float]:
-    """(angle per position of each pair: float64 [pairs], amplitude) of a checked rope_scaling."""
+    """(angle per position of each pair: float64 [pairs], amplitude) for a checked rope_scaling."""
     exponents = np.arange(pairs, dtype=np.float64) / pairs
     plain = theta**-exponents
     kind, s = (scaling["type"], scaling) if scaling else ("none", {})
@@ -101,7 +101,7 @@ def frequencies(theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: i
         turns = s["original_context_length"] * plain / (2 * np.pi)
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return plain * (keep + (1.0 - keep) / s["factor"]), 1.0
-    if kind == "yarn":  # the same by the number of the pair (Peng et al. 2023)
+    if kind == "yarn":  # the same, but by the index of the pair (Peng et al. 2023)
         slow = np.clip((np.arange(pairs) - s["low"]) / (s["high"] - s["low"]), 0.0, 1.0)
         return plain * (1.0 - slow + slow / s["factor"]), s["attention_factor"]
     if kind == "longrope":  # Ding et al. 2024
@@ -112,9 +112,9 @@ def frequencies(theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: i
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Sizes and arithmetic of a decoder model. The constructor checks every value (ModelFileError).
+    """Sizes and arithmetic of a decoder model. The constructor checks every value and raises ModelFileError.
 
-    All that has a default is off by default. docs/format.md says what each field means.
+    The defaults turn everything off that not all models have. docs/format.md says what each field means.
 
     ``sliding_windows``: for each layer the number of tokens that a query sees, itself included, or None for all
     before it; None when no layer has such a window. ``rope_local``: theta and scaling of the layers that have one,
@@ -171,7 +171,7 @@ class ModelDescription:
         for name, limit in _LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
                 _bad(name, f"{getattr(self, name)} is not between 1 and {limit}")
-        if self.attention_out_bias == self.attention_bias:  # one way to say it
+        if self.attention_out_bias == self.attention_bias:  # so that equal descriptions compare equal
             object.__setattr__(self, "attention_out_bias", None)
         if self.n_heads % self.n_kv_heads:
             _bad("n_kv_heads", f"{self.n_kv_heads} does not divide n_heads = {self.n_heads}")
@@ -241,7 +241,7 @@ class ModelDescription:
 
     @classmethod
     def from_json(cls, text: str) -> ModelDescription:
-        """The inverse of `to_json`. ModelFileError names the field that is unknown, missing or impossible."""
+        """The inverse of `to_json`. Raises ModelFileError naming a field that is unknown, missing or impossible."""
         try:
             values = strict_json(text)
         except ValueError as error:
@@ -259,16 +259,16 @@ class ModelDescription:
 
     @property
     def usual_context(self) -> int:
-        """Tokens that a cache has room for unless more are asked for: with a rotary embedding that is another one for
-        long texts, as many as the one for short texts is good for."""
+        """The default size of a cache, in tokens. If the rotary embedding has other frequencies for long texts, this is
+        the length up to which those for short texts are valid."""
         scaling = self.rope_scaling
         if scaling is not None and scaling["type"] in ("longrope", "dynamic"):
             return min(self.context_length, int(scaling["original_context_length"]))
         return self.context_length
 
     def rope_tables(self, ctx: int | None = None) -> RopeTables:
-        """The tables that the layers choose from, the first that of most. Some kinds of scaling depend on `ctx`, the
-        tokens to be seen at once (by default as many as the model was trained on)."""
+        """The tables that the layers choose from; the first is that of most layers. Some kinds of scaling depend on
+        `ctx`, the number of tokens that can be seen at once (by default the context the model was trained with)."""
         pairs = (self.rotary_dim or self.head_dim) // 2
         ropes: list[tuple[float, dict[str, Any] | None] | None] = []
         if self.rope_theta is not None:
@@ -408,7 +408,7 @@ def _shortened(value: Any) -> str:
 
 
 def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None, ...] | None:
-    """The windows as a tuple, None if all of them are."""
+    """The windows as a tuple, or None if no layer has one."""
     if len(windows) != n_layers:
         _bad("sliding_windows", f"{len(windows)} entries for {n_layers} layers")
     for window in windows:
@@ -418,13 +418,13 @@ def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None,
 
 
 def _checked_layers(field: str, layers: Sequence[Any], n_layers: int) -> tuple[bool, ...] | None:
-    """One truth value a layer as a tuple, None if all are true."""
+    """One truth value for each layer as a tuple, or None if all are true."""
     if len(layers) != n_layers or not all(isinstance(layer, bool) for layer in layers):
         _bad(field, f"{_shortened(layers)} is not a truth value for each of {n_layers} layers")
     return None if all(layers) else tuple(layers)
 
 
-# The forms of rope_scaling: the fields of each, single numbers or lists of one number for each pair of channels.
+# The kinds of rope_scaling and their fields: single numbers, or lists with one number for each pair of channels.
 _SCALING_FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor", "original_context_length"),
@@ -436,7 +436,7 @@ _SCALING_FIELDS = {
 
 
 def checked_scaling(field: str, scaling: dict[str, Any], pairs: int) -> dict[str, Any]:
-    """The scaling with its numbers as floats, in a fixed order; ModelFileError names the field."""
+    """The scaling with its numbers as floats, in a fixed order. Raises ModelFileError, which names the field."""
     kind = scaling.get("type")
     if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
         _bad(field, f"type {_shortened(kind)} is not supported ({', '.join(_SCALING_FIELDS)})")
@@ -447,7 +447,7 @@ def checked_scaling(field: str, scaling: dict[str, Any], pairs: int) -> dict[str
     for name in expected:
         value, many = scaling[name], name.endswith("factors")
         numbers = value if many else [value]
-        zero = name == "low" and _is_number(value) and value == 0  # the only one that may be
+        zero = name == "low" and _is_number(value) and value == 0  # the only number that may be 0
         if not isinstance(numbers, list) or not (all(map(_is_positive, numbers)) or zero):
             _bad(field, f"{name} = {_shortened(value)} is not positive")
         if many and len(numbers) != pairs:

@@ -21,7 +21,7 @@ from kvrun.errors import ModelFileError, TokenizerError
 from kvrun.files.description import ModelDescription, strict_json
 from kvrun.options import saved_names
 
-try:  # OpenSSL, which hashlib loads, takes longer to start and more memory than a header's checksum is worth
+try:  # hashlib loads OpenSSL, which takes longer to start and more memory than a header's checksum is worth
     from _sha2 import sha256
 except ImportError:
     try:
@@ -51,7 +51,7 @@ OPTIONAL = ("chat_template",)
 _CHUNK = 16 << 20
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes done since the last call."""
+"""Called with the number of bytes processed since the last call."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class WeightTensor:
 
 
 class ModelFile:
-    """An open model file. Its arrays are read-only views of the file's memory map, which lives as long as they do, or
-    of a copy of the file in memory."""
+    """An open model file. Its arrays are read-only views of the file's memory map, or of a copy of the file in memory,
+    and keep it alive."""
 
     def __init__(
         self, path: str, memory: mmap.mmap, header: dict[str, Any], data_start: int, mapped: bool = True
@@ -109,18 +109,19 @@ class ModelFile:
         return {name: len(span) for name, span in self._spans.items()}
 
     def tokenizer_bytes(self) -> memoryview:
-        """The tokenizer file as it was in the checkpoint; `tokenizer_info["kind"]` says which."""
+        """The tokenizer file as it was in the checkpoint; its name is `tokenizer_info["kind"]`. Raises
+        TokenizerError if there is none."""
         kind = self.tokenizer_info["kind"]
         if kind == "none":
             raise TokenizerError(f"{self.path}: the model was converted without a tokenizer")
         return self._spans[kind]
 
     def prefault(self) -> None:
-        """Have the whole file in memory now, so that the first tokens do not wait for it."""
+        """Load the whole file into memory now, so that the first tokens need not wait for it."""
         _core.touch(memoryview(self._memory).toreadonly())
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Read all data and compare checksums. ModelFileError names the first tensor that is damaged."""
+        """Read all data and compare checksums. Raises ModelFileError, which names the first tensor that is damaged."""
         import hashlib
 
         for name, span in self._spans.items():
@@ -137,16 +138,16 @@ class ModelFile:
                 )
 
     def _forget(self, start: int, length: int) -> None:
-        """Unmap pages that were only read through, lest the whole file count as memory in use."""
+        """Unmap pages that were only read once, so that the whole file does not count as memory in use."""
         if self._mapped and hasattr(self._memory, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             first = start - start % mmap.PAGESIZE
             self._memory.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
 
 def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: bool = True) -> ModelFile:
-    """Map a model file, or without `mapped` read it into huge pages, and check its header; `verify`: and all checksums.
+    """Map a model file (or without `mapped` read it into huge pages) and check its header, with `verify` all checksums.
 
-    ModelFileError if the file cannot be used, MemoryError if it is to be read and does not fit.
+    Raises ModelFileError if the file cannot be used, MemoryError if it is to be read into memory and does not fit.
     """
     path = os.fspath(path)
     try:
@@ -163,7 +164,7 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: 
                 read = file.readinto(memory)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot read: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL in the path, a file that is empty by now
+    except ValueError as error:  # a NUL in the path, or a file that has become empty
         raise ModelFileError(f"{path!r}: cannot read: {error}") from None
     if read < size:
         raise ModelFileError(f"{path}: the file shrank while it was opened")
@@ -174,8 +175,8 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: 
 
 
 def open_regular(path: str, flags: int) -> int:
-    """An `opener` for `open` that takes nothing but regular files."""
-    # Without O_NONBLOCK a named pipe would block here for ever.
+    """An `opener` for `open` that accepts regular files only. Raises OSError for anything else."""
+    # Without O_NONBLOCK opening a named pipe would block forever.
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
@@ -273,7 +274,7 @@ class _Metadata:
         matrices = {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
         for name in entries:
             if name not in matrices:
-                self._fail("weights", f"{name[:80]} is no matrix of this model")
+                self._fail("weights", f"{name[:80]} is not a matrix of this model")
         types = {}
         for name, shape in matrices.items():
             entry = entries.get(name)
@@ -322,7 +323,7 @@ def _is_shape(value: Any, shape: tuple[int, ...]) -> bool:
 
 
 def header_checksum(meta: Mapping[str, str]) -> str:
-    """sha256 over key, NUL, value, NUL of all metadata but `header_checksum`, in the order of the keys."""
+    """SHA-256 over key, NUL, value, NUL of all metadata except `header_checksum`, in the order of the keys."""
     digest = sha256()
     for key in sorted(meta):
         if key != "header_checksum":
@@ -364,10 +365,10 @@ def _checked_layout(
 
 
 def _checked_entry(path: str, name: str, entry: Any, start: int, size: int | None, vector: bool) -> int:
-    """Check one tensor of the header, which must start at `start` and have `size` bytes; its end."""
+    """Check the header's entry of one tensor, which must start at `start` and have `size` bytes. Returns its end."""
     where = f"{path}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ModelFileError(f"{where}: its header entry has not exactly dtype, shape and data_offsets")
+        raise ModelFileError(f"{where}: its header entry does not have exactly dtype, shape and data_offsets")
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
         raise ModelFileError(f"{where}: data_offsets are not two integers")

@@ -27,9 +27,10 @@ from kvrun.files.model_file import (
 
 
 class SafeFile:
-    """A file written under a temporary name in the same folder; a context manager. `commit` gives it its own
-    name; leaving the block without it removes the file. `nbytes`: the size it will have.
-    ModelFileError when it cannot be written.
+    """A file that is written under a temporary name in the same folder; a context manager.
+
+    `commit` gives it its final name; leaving the block without that removes the file. `nbytes` is the size it will
+    have. Raises ModelFileError if it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], nbytes: int) -> None:
@@ -55,14 +56,14 @@ class SafeFile:
         try:
             if self._file is not None:
                 self._file.close()
-        except OSError:  # what was still buffered does not fit the disk; the file goes anyway
+        except OSError:  # what was still buffered does not fit on the disk; the file is removed anyway
             pass
         with suppress(FileNotFoundError):
             os.unlink(self._temporary)
         self._temporary = None
 
     def put(self, data: Any, at: int | None = None) -> None:
-        """Write a buffer, at an offset or after what was written last."""
+        """Write a buffer at an offset, or after what was written last."""
         with self._reported():
             if at is not None:
                 self._file.seek(at)
@@ -74,13 +75,13 @@ class SafeFile:
         self._rename()
 
     def _begin(self) -> None:
-        """What a subclass writes first."""
+        """Called when the file is open, for a subclass to write something first."""
 
     def _to_disk(self) -> None:
         with self._reported():
             self._file.flush()
             os.fsync(self._file.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that reading it back reads the disk and not the page cache
+            if hasattr(os, "posix_fadvise"):  # so that reading back reads from the disk and not from the page cache
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._file.close()
 
@@ -93,7 +94,7 @@ class SafeFile:
     def _open_temporary(self) -> None:
         folder, name = os.path.split(self._target)
         self._temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
-        # Not tempfile: its files are private, a model file has the permissions of any new file.
+        # Not tempfile: its files are private, and a model file should have the permissions of any new file.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "r+b", buffering=1 << 20)
 
@@ -115,7 +116,7 @@ class ModelFileWriter(SafeFile):
 
     `types` gives the weight type of every matrix. Every tensor is written once, in any order. `finish`
     flushes to disk, reads the file back against its checksums and only then gives it its name. Leaving the
-    block without `finish` removes the temporary file. ModelFileError when the file cannot be written.
+    block without `finish` removes the temporary file. Raises ModelFileError if the file cannot be written.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class ModelFileWriter(SafeFile):
         return dumps({name: {"type": self._types[name], "shape": list(shape)} for name, shape in matrices.items()})
 
     def _header(self) -> bytes:
-        """The header; as long without checksums as with them, since a checksum has a fixed length."""
+        """The header. It is equally long with and without checksums, since a checksum has a fixed length."""
         checksums = {name: self._checksums.get(name, "0" * 64) for name in self._sizes}
         metadata = {**self._metadata, "checksums": dumps(checksums)}
         metadata["header_checksum"] = header_checksum(metadata)
@@ -219,7 +220,7 @@ class ModelFileWriter(SafeFile):
 
 
 def header_bytes(path: str, entries: Mapping[str, Any]) -> bytes:
-    """A safetensors header with its length, padded so that data starts on a boundary."""
+    """A safetensors header with its length field, padded so that the data starts on a 64-byte boundary."""
     text = dumps(entries).encode("utf-8")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER:
@@ -228,7 +229,7 @@ def header_bytes(path: str, entries: Mapping[str, Any]) -> bytes:
 
 
 def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
-    """The real path to write to; ModelFileError if a file of `nbytes` cannot be created there."""
+    """The real path to write to. Raises ModelFileError if a file of `nbytes` cannot be created there."""
     path = os.fspath(path)
     try:
         target = os.path.realpath(path)
@@ -254,7 +255,7 @@ def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
 
 
 def dumps(value: Any) -> str:
-    """Compact JSON, as it stands in headers."""
+    """Compact JSON, as headers contain it."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 

@@ -1,7 +1,7 @@
 """The session file: a safetensors file with the state of a cache and of the text in it (docs/format.md).
 
-It is only of use with the model it was saved with, which it names by its fingerprint. Everything in it is
-checked when it is read, against checksums too: a cache that is damaged would answer nonsense, not fail.
+It can only be used with the model it was saved with, which it names by its fingerprint. Everything in it is checked
+when it is read, also against checksums: with a damaged cache a model would not fail but answer nonsense.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SavedSession:
     `model`: the model file's fingerprint. `n_tokens`, `lost`, `kv`: the cache, as `KVCache.load_state` takes
     it. `pending`: tokens that follow and are not in the cache. `recent`: the last ones, for the repeat
     penalty. `tokens`: int32, all of the text, or None if some were evicted. `logits`: float32 [vocab] or
-    None. `text`: the rendered conversation, None when the text is none.
+    None. `text`: the rendered conversation, None if the text is not a conversation.
     """
 
     model: str
@@ -56,7 +56,7 @@ class SavedSession:
 
 
 def write_session_file(path: str | os.PathLike[str], saved: SavedSession) -> None:
-    """Write under a temporary name, flush to disk, rename. ModelFileError when the file cannot be written."""
+    """Write under a temporary name, flush to disk, rename. Raises ModelFileError if the file cannot be written."""
     tensors = {"kv": saved.kv, "tokens": saved.tokens, "logits": saved.logits}
     arrays = {
         name: np.ascontiguousarray(value, _NUMPY[_DTYPES[name]]) for name, value in tensors.items() if value is not None
@@ -84,11 +84,11 @@ def _conversation(saved: SavedSession) -> str:
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: any text can be in it
     except (TypeError, ValueError, RecursionError) as error:
-        raise KvrunError(f"the session cannot be saved: its messages are no JSON: {error}") from None
+        raise KvrunError(f"the session cannot be saved: its messages are not JSON: {error}") from None
 
 
 def _entries(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The header's entries of tensors with so many elements, one after the other."""
+    """The header's entries for tensors with these numbers of elements, one after the other."""
     entries, position = {}, 0
     for name, size in sizes.items():
         end = position + size * _NUMPY[_DTYPES[name]].itemsize
@@ -101,7 +101,7 @@ def _entries(sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def read_session_file(path: str | os.PathLike[str], model: str, vocab_size: int) -> SavedSession:
-    """Read and check a session file of the model with this fingerprint. ModelFileError if it is unusable."""
+    """Read and check a session file of the model with this fingerprint. Raises ModelFileError if it cannot be used."""
     path = os.fspath(path)
     try:
         with open(path, "rb", opener=open_regular) as file:
@@ -123,7 +123,7 @@ class _Reader:
         meta = header["__metadata__"]
         if meta["model"] != model:
             raise ModelFileError(
-                f"{self._path}: saved with another model; a session goes on only with the model file that it began with"
+                f"{self._path}: saved with another model; a session can only continue with the model file it began with"
             )
         self._vocab_size = vocab_size
         cache = self._object(meta, "cache", ("k", "v", "ctx", "sinks", "window", "n_tokens", "lost"))
@@ -137,7 +137,7 @@ class _Reader:
         if tokens is not None and len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             self._damaged("tokens outside the vocabulary")
         if not all(type(cache[name]) is int for name in ("ctx", "sinks", "window")):
-            self._damaged("the cache's sizes are no numbers")
+            self._damaged("the cache's sizes are not numbers")
         return SavedSession(
             model,
             CacheOptions(**cache),
@@ -156,7 +156,7 @@ class _Reader:
         raise ModelFileError(f"{self._path}: damaged session file: {what}")
 
     def _header(self) -> tuple[dict[str, Any], int]:
-        """The header, checked as far as it can be without the model, and the offset at which data starts."""
+        """The header, checked as far as possible without the model, and the offset at which the data starts."""
         start = self._file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= MAX_HEADER:
@@ -199,12 +199,12 @@ class _Reader:
         except ValueError as error:
             self._damaged(f"metadata field {field}: {error}")
         if not isinstance(value, dict) or set(value) != set(keys):
-            self._damaged(f"metadata field {field} has not the entries {', '.join(keys)}")
+            self._damaged(f"metadata field {field} does not have the entries {', '.join(keys)}")
         return value
 
     def _count(self, value: Any) -> int:
         if type(value) is not int or not 0 <= value < 1 << 60:
-            self._damaged("a number of tokens is none")
+            self._damaged("a number of tokens is not a whole number")
         return value
 
     def _tokens(self, value: Any) -> list[int]:
@@ -222,11 +222,11 @@ class _Reader:
 
     def _text(self, value: Any) -> str | None:
         if value is not None and not isinstance(value, str):
-            self._damaged("the text of the conversation is none")
+            self._damaged("the text of the conversation is not a text")
         return value
 
     def _sizes(self, entries: dict[str, Any], n_tokens: int, available: int) -> dict[str, int]:
-        """Elements of every tensor, in file order; the header leaves no choice but the size of kv."""
+        """The number of elements of every tensor, in file order. The header determines all of them but that of kv."""
         sizes = {"kv": 0, "tokens": n_tokens, "logits": self._vocab_size}
         sizes = {name: size for name, size in sizes.items() if name == "kv" or name in entries}
         try:

@@ -3,8 +3,8 @@
 A backend has `size` (number of tokens), `special` (a SpecialTokens), `dummy_space` (whether a text gets a
 space put before it), and these methods:
 
-encode_parsed(text): ids with special tokens recognised, None where the library cannot do that itself
-encode_run(text, where, literal): ids of ordinary text; `literal`: it has text of special tokens in it
+encode_parsed(text): ids with special tokens recognised, None if the library cannot do that itself
+encode_run(text, where, literal): ids of ordinary text; `literal`: it contains the text of special tokens
 decode(ids, skip_special), piece(token, first) (its bytes), stream(skip_special, start, check)
 """
 
@@ -98,7 +98,7 @@ class JsonBackend(_Backend):
             return self._variants["", False]
 
     def _first_text(self, text: str) -> list[int] | None:
-        """Ids of the first text if it is short: many programs have no other one."""
+        """Ids of the first text if it is short: many programs have only one."""
         with self._lock:
             pruned, self._pruned = self._pruned, None
         if pruned is None or len(text) > LONGEST:
@@ -122,7 +122,7 @@ class JsonBackend(_Backend):
         return tokenizer
 
     def _variant(self, where: str, literal: bool) -> Any:
-        """The tokenizer for a run that stands at `where`; if `literal`, it recognises no special tokens."""
+        """The tokenizer for a run of text at `where`; with `literal` it recognises no special tokens."""
         if (where == START or not self.dummy_space) and not literal:
             return self._main
         key = (where if self.dummy_space else START, literal)
@@ -168,20 +168,20 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def refusal(error: BaseException) -> str:
-    """What a library said, in one line; raises again what is not the library's (Ctrl-C, for one)."""
-    # A panic in Rust arrives as a BaseException of a type that cannot be imported.
+    """A library's error as one line. Anything that is not an error of the library (Ctrl-C, for one) is raised again."""
+    # A panic in Rust becomes a BaseException of a type that cannot be imported.
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _state(component: Any) -> Any:
-    """The JSON of one component of a tokenizer, None if it has none."""
+    """The parsed JSON of one component of a tokenizer, None if it does not have that component."""
     return None if component is None else json.loads(component.__getstate__())
 
 
 def _dummy_space(component: Any, where: str) -> Any:
-    """A normalizer or pre-tokenizer (its JSON) changed so that it adds no space where none belongs."""
+    """The JSON of a normalizer or pre-tokenizer, changed so that it adds no space where none belongs."""
     if not isinstance(component, dict) or where == START:
         return component
     kind = component.get("type")
@@ -201,7 +201,7 @@ def _dummy_space(component: Any, where: str) -> Any:
 
 
 class _Decoder:
-    """Bytes of a token's text, by the decoder that tokenizer.json names, as the library decodes."""
+    """The bytes of a token's text, as the library's decoder named in tokenizer.json makes them."""
 
     def __init__(self, spec: Any) -> None:
         steps = _flat(spec)
@@ -283,7 +283,7 @@ class SentencePieceBackend(_Backend):
         self._visible = SpecialTokens({text: i for text, i in added.items() if i in shown}, *strips)
         self._texts = {i: text.encode("utf-8") for text, i in (special | added).items()}
         self.dummy_space = self._model.normalize("a") != "a"
-        # What it does with spaces at the start of a text: drop one, or all that are tokens of their own.
+        # At the start of a text SentencePiece drops one space, or all that are tokens of their own.
         pieces = map(self._model.id_to_piece, range(size))
         i, piece = next(((i, p) for i, p in enumerate(pieces) if p.startswith(_SPACE)), (0, ""))
         self._drops_dummy = bool(piece) and self._model.decode([i]) != piece.replace(_SPACE, " ")

@@ -1,8 +1,8 @@
 """The ids of one short text from byte-level BPE, without building the whole tokenizer.
 
 Building it takes most of the time to a first token: every merge of the vocabulary is looked up and stored.
-But a token can come out of a text only if its own text is in there, so a tokenizer with just these tokens,
-and the merges that make them, gives the same ids. For a short prompt that is a few hundred of them.
+But a text can only give tokens whose own text occurs in it, so a tokenizer with just these tokens, and the merges
+that make them, gives the same ids. For a short prompt these are a few hundred.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 LONGEST = 2000
-"""Characters of a text for which this is still faster."""
+"""The longest text, in characters, for which this is still faster."""
 
 _KEPT_APART = "\0"  # no character of a byte-level token
 
 
 class PrunedBpe:
-    """Byte-level BPE of a parsed tokenizer.json, cut down for each text. `build` makes a tokenizer of JSON."""
+    """Byte-level BPE of a parsed tokenizer.json, cut down for each text. `build` makes a tokenizer from JSON."""
 
     def __init__(self, spec: dict[str, Any], build: Callable[[bytes], Any]) -> None:
         self._head, self._model, self._build = spec, spec["model"], build
         self._vocab: dict[str, int] = self._model["vocab"]
         self._added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        # What the vocabulary has no character for is dropped, and its neighbours meet.
+        # Characters that the vocabulary lacks are dropped, so that their neighbours become adjacent.
         alphabet = [c for c in byte_characters() if c in self._vocab]
         self._characters = self._tokenizer({c: i for i, c in enumerate(alphabet)}, [], unk_token=None)
 
@@ -40,14 +40,14 @@ class PrunedBpe:
         return [original[i] for i in small.encode(text, add_special_tokens=False).ids]
 
     def _within(self, text: str) -> set[str]:
-        """The tokens whose text occurs in `text`, as it is when normalised and cut into words."""
+        """The tokens whose text occurs in `text`, which has been normalised and split into words."""
         encoding = self._characters.encode(text, add_special_tokens=False)
         added = self._added
         mapped = "".join(_KEPT_APART if token in added else token for token in encoding.tokens)
         return {token for token in self._vocab if token in mapped}
 
     def _merges(self, tokens: set[str]) -> list[Any]:
-        """The merges that make one of these tokens out of two others, in their order."""
+        """The merges that join two of these tokens to a third, in their order."""
         merges = self._model["merges"]
         if merges and not isinstance(merges[0], str):
             return [m for m in merges if m[0] + m[1] in tokens and m[0] in tokens and m[1] in tokens]
@@ -65,8 +65,8 @@ class PrunedBpe:
 
 
 def read_prunable(data: bytes) -> dict[str, Any] | None:
-    """The parsed tokenizer.json if `PrunedBpe` can take it, else None; ValueError if it is no JSON."""
-    # The vocabulary comes last and is most of the file: other kinds need not be parsed for this.
+    """The parsed tokenizer.json if `PrunedBpe` can use it, else None. Raises ValueError if it is not valid JSON."""
+    # The vocabulary comes last and is most of the file, so other kinds are recognised without parsing it.
     if b"ByteLevel" not in data[: max(data.find(b'"vocab"'), 0)]:
         return None
     spec = json.loads(data)
@@ -80,7 +80,7 @@ def _is_prunable(spec: Any) -> bool:
         kinds = [step["type"] for step in steps]
         merges, n = model["merges"], len(vocab)
         for token in spec.get("added_tokens") or []:
-            # The library numbers added tokens itself, from the end of the vocabulary on.
+            # The library numbers added tokens itself, starting at the end of the vocabulary.
             if token["id"] != vocab.get(token["content"], n):
                 return False
             n += token["content"] not in vocab

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 ESCAPE = "\ufdd0"
-"""A noncharacter, in no text by right: the character after it is never part of a special token."""
+"""A Unicode noncharacter, which no text should contain. The character after it is never part of a special token."""
 
 START, INNER, CONTINUED = "start", "inner", "continued"
 """Where a run of ordinary text stands: at the start, after a special token, or after earlier text.

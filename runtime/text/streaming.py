@@ -50,7 +50,7 @@ class StreamDecoder:
         return self._stripped(self._decoder.decode(data))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for a character that was cut off, else ""."""
+        """What is left at the end: U+FFFD if a character was cut off, else ""."""
         return self._stripped(self._decoder.decode(b"", final=True))
 
     def _stripped(self, text: str) -> str:
@@ -97,7 +97,7 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, shorter than `stop`."""
+    """Length of the longest end of `text`, shorter than `stop`, with which `stop` begins."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n
@@ -108,18 +108,19 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Whether a rendered conversation ends inside the thinking that the answer goes on with."""
+    """Whether a rendered conversation ends inside a <think> that the answer continues."""
     return prompt.rstrip().endswith(_OPEN)
 
 
 class Thinking:
-    """Tells the thinking at the beginning of an answer, <think>...</think>, from the answer itself.
+    """Separates the thinking at the beginning of an answer, <think>...</think>, from the answer itself.
 
-    Marks belong to the thinking. `inside`: the prompt has opened it. What may be part of a mark is held back.
+    The marks count as thinking. `inside`: the prompt has already opened it. Text that may be part of a mark is held
+    back.
     """
 
     def __init__(self, inside: bool = False) -> None:
-        self._mark: str | None = _CLOSE if inside else _OPEN  # what would change the state; None: nothing
+        self._mark: str | None = _CLOSE if inside else _OPEN  # the mark that comes next; None: no more marks
         self._held = ""
 
     def push(self, piece: str) -> list[tuple[str, bool]]:

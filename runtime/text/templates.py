@@ -25,14 +25,14 @@ class ChatTemplate:
 
     `tokens` are the variables that name special tokens (`bos_token`, `eos_token`). With `special`, the text
     of messages is escaped (see `SpecialTokens.escape`), so that what a person types stays ordinary text
-    whatever special tokens it spells. KvrunError for a template that cannot be used.
+    whatever special tokens it spells. Raises KvrunError if the template cannot be used.
     """
 
     def __init__(
         self, source: str, tokens: Mapping[str, str] | None = None, special: SpecialTokens | None = None
     ) -> None:
         self.can_think_or_not = re.search(r"\benable_thinking\b", source) is not None
-        """Whether the template has the variable that models with thinking are told by not to think."""
+        """Whether the template has the variable that tells a reasoning model not to think."""
         self._tokens = dict(tokens or {})
         self._special = special
         try:
@@ -41,7 +41,7 @@ class ChatTemplate:
             raise KvrunError(_report("cannot be used", error)) from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of a conversation, ready for the answer. KvrunError if the template refuses it."""
+        """The text of a conversation, ready for the answer. Raises KvrunError if the template refuses it."""
         try:
             return self._template.render(
                 messages=[_with_reasoning(self._message(m)) for m in messages],
@@ -54,7 +54,7 @@ class ChatTemplate:
             raise KvrunError(_report("fails on this conversation", error)) from None
 
     def escape(self, text: str) -> str:
-        """Text as it stands in a rendered conversation when the template leaves it as it is."""
+        """Text as it appears in a rendered conversation if the template does not change it."""
         return self._special.escape(text) if self._special else text
 
     def _message(self, message: Message) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class ChatTemplate:
 
     def _value(self, value: Any, edges: bool = True) -> Any:
         if isinstance(value, str):
-            # Templates build special tokens out of roles ('<|' + role + '|>'), so a role's edges stay.
+            # Templates make special tokens of roles ('<|' + role + '|>'), so a role's edges are left alone.
             return self._special.escape(value, edges) if self._special else value
         if isinstance(value, Mapping):
             return self._message(value)
@@ -77,20 +77,20 @@ class ChatTemplate:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its thinking, if it has any, under the two keys that templates read."""
+    """A message with its thinking, if it has any, under both of the keys that templates read."""
     thinking = next((message[key] for key in REASONING if key in message), None)
     return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
 
 
 def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """A conversation given by a program, copied; OptionError if it is none."""
+    """A copy of a conversation that a program passed in. Raises OptionError if it is not a conversation."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise OptionError(f"message {number} must be a dict with role and content, not {type(message).__name__}")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise OptionError(f"message {number} has no role")
-        calls = content is None and message.get("tool_calls")  # the one kind of message without content
+        calls = content is None and message.get("tool_calls")  # the only kind of message that may have no content
         if not (isinstance(content, (str, list)) or calls) or not all(isinstance(key, str) for key in message):
             raise OptionError(f"message {number} has no content that is text")
     return [dict(message) for message in messages]
@@ -104,7 +104,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}: marks answers for training; here it only encloses them."""
+        """{% generation %}: marks answers for training; here it has no effect."""
 
         tags = frozenset({"generation"})
 

@@ -22,8 +22,8 @@ class Tokenizer:
     `info` is the model file's tokenizer entry: `kind`, `add_bos`, `add_eos`, `bos_id`, `eos_id`, and for
     `tokenizer.model` optionally `added_tokens` ({text: id}) and `legacy` (dummy space after special tokens
     too, the default). `data` is the tokenizer file. `vocab_size` is the model's, which may be larger than
-    the tokenizer's. `stop_ids` count as special even where the checkpoint does not say so. TokenizerError
-    when it cannot be built.
+    the tokenizer's. `stop_ids` count as special even where the checkpoint does not say so. Raises
+    TokenizerError if it cannot be built.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Tokenizer:
 
         `add_special` adds the tokens that the checkpoint puts before and after a text (BOS, EOS).
         `parse_special`: the text of a special token becomes that token; otherwise it stays ordinary text.
-        `continued`: the text goes on from other text, so no dummy space is put before it. TokenizerError for
-        text that UTF-8 cannot encode.
+        `continued`: the text continues other text, so no dummy space is put before it. Raises TokenizerError
+        for text that UTF-8 cannot encode.
         """
         _check_text(text)
         if continued and self._backend.dummy_space:
@@ -89,18 +89,18 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of `ids` as a whole; bytes that are no UTF-8 become U+FFFD. TokenizerError: no such id."""
+        """The text of `ids` together; bytes that are not UTF-8 become U+FFFD. TokenizerError for an unknown id."""
         return self._backend.decode([self._check_id(i) for i in ids], skip_special)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for: its text if it is special, b"" for ids that have none."""
+        """The bytes that a token stands for: its text if it is special, b"" if the id has no text."""
         return self._backend.piece(self._check_id(token), False)
 
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 
     def stream(self, *, skip_special: bool = True, start: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one. `start`: they begin a text (see `StreamDecoder`)."""
+        """A decoder for ids that arrive one by one. `start`: they begin a text (see `StreamDecoder`)."""
         return self._backend.stream(skip_special, start, self._check_id)
 
     def _check_id(self, token: Any) -> int:

@@ -223,5 +223,5 @@ def test_contradictions_are_named(name, changes, says, tmp_path):
 
 def test_half_of_the_rope_factors(tmp_path):
     extra = [("rope_factors_long.weight", np.ones(6, np.float32))]
-    with pytest.raises(ConvertError, match="rope_factors_long.weight and rope_factors_short.weight there is only one"):
+    with pytest.raises(ConvertError, match="only one of rope_factors_long.weight and rope_factors_short.weight"):
         described(tmp_path, "qwen3", extra)

@@ -1,4 +1,4 @@
-"""The worked examples of docs/kv-cache.md: quantisation by hand, and the size of a cache."""
+"""The worked examples of docs/cache.md: quantisation by hand, and the size of a cache."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from kvrun import _core
 from kvrun._core import probe
 
-PAGE = Path(__file__).parents[2] / "docs" / "kv-cache.md"
+PAGE = Path(__file__).parents[2] / "docs" / "cache.md"
 NUMBERS = [1.2, -0.5, -4.3, 1.2, -3.1, 0.8, 2.4, 5.4]
 ABSMAX = [28, -12, -101, 28, -73, 19, 56, 127]
 AFFINE_4_BITS = [9, 6, 0, 9, 2, 8, 10, 15]

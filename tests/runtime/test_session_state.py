@@ -140,7 +140,7 @@ def test_saving_replaces_a_file_or_leaves_it(model, tmp_path, monkeypatch):
     session.save(path)
     before = path.read_bytes()
     session.messages = [{"role": "user", "content": object()}]
-    with pytest.raises(KvrunError, match="no JSON"):
+    with pytest.raises(KvrunError, match="not JSON"):
         session.save(path)
     session.reset()
     with monkeypatch.context() as broken:
