@@ -44,7 +44,7 @@ class Vocabulary:
 
     def model_entry(self, vocab_size: int) -> dict[str, Any]:
         """The model file's `tokenizer` entry. Ids beyond the embedding are dropped: no token has them."""
-        info = {"kind": self.kind, "add_bos": False, "add_eos": False}
+        info: dict[str, Any] = {"kind": self.kind, "add_bos": False, "add_eos": False}
         info |= dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"))
         info |= self.info
         for key in ("bos_id", "eos_id", "pad_id", "unk_id"):
@@ -93,7 +93,7 @@ def select_tensors(
     """The tensors of the model under our names. If several of ours have the same name there, each takes its share of
     the rows. Raises ConvertError if a tensor is missing, has the wrong shape, or is not part of the model."""
     wanted, shapes = list(wanted), description.tensor_shapes()
-    chosen = dict.fromkeys(ours for ours, _ in wanted)
+    chosen: dict[str, StoredTensor] = {}
     missing = list(dict.fromkeys(theirs for _, theirs in wanted if theirs not in available))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -118,7 +118,7 @@ def select_tensors(
         raise ConvertError(
             f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model with this config"
         )
-    return chosen
+    return {ours: chosen[ours] for ours, _ in wanted}
 
 
 ROTARY = ("attn.q", "attn.k", "attn.q_norm", "attn.k_norm")
@@ -146,7 +146,9 @@ def rotary_order(description: ModelDescription) -> tuple[int, ...]:
 def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[str, float]:
     """Sampling options the checkpoint recommends: `names` maps our names to those in `source`."""
     values: dict[str, float] = {}
-    for ours, theirs in names.items() if source else ():
+    if source is None:
+        return values
+    for ours, theirs in names.items():
         value = source.get(theirs)
         if value is None or (type(value) in (int, float) and value < 0):  # some write -1 for "off"
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from kvrun.convert import family_config, family_gguf
 from kvrun.convert.family_gguf import GgufFacts
@@ -281,5 +281,5 @@ def family_of_gguf(meta: Fields) -> Family:
     return _not_supported(meta.where, name, list(dict.fromkeys(family.gguf_type for family in FAMILIES)))
 
 
-def _not_supported(where: str, name: str, supported: list[str]) -> Any:
+def _not_supported(where: str, name: str, supported: list[str]) -> NoReturn:
     raise ConvertError(f"{where}: not supported yet: {one_line(name)[:80]} (supported: {', '.join(supported)})")

@@ -35,7 +35,8 @@ def head_dim_of(fields: Fields, name: str, hidden: int, heads: int) -> int:
 
 def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
     def integer(name: str, maximum: int = (1 << 31) - 1) -> int:
-        return config.integer(name, defaults.get(name, REQUIRED), maximum=maximum)
+        value: int = config.integer(name, defaults.get(name, REQUIRED), maximum=maximum)
+        return value
 
     hidden, heads = integer("hidden_size"), integer("num_attention_heads")
     head_dim = config.integer("head_dim", defaults.get("head_dim"))
@@ -217,7 +218,7 @@ _GEMMA = {
 
 def _gemma(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
     config.refuse("use_bidirectional_attention", (False,), "attention to later tokens: not a decoder")
-    sizes = _sizes(config, _GEMMA | defaults)
+    sizes = _sizes(config, {**_GEMMA, **defaults})
     scalar = config.number("query_pre_attn_scalar", 256.0)
     return {
         **sizes,

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from kvrun.errors import ConvertError
 
@@ -48,7 +48,7 @@ class Fields:
         """The same fields, with `value` under `name` if there is none yet."""
         return self if name in self else Fields({**self._values, self._prefix + name: value}, self.where, self._prefix)
 
-    def fail(self, name: str, reason: str) -> Any:
+    def fail(self, name: str, reason: str) -> NoReturn:
         raise ConvertError(f"{self.where}: field {self._prefix}{name}: {reason}")
 
     def get(self, name: str, default: Any = None) -> Any:

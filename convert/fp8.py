@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,7 +31,7 @@ VALUES = _values()
 class Fp8Tensor(StoredTensor):
     """A matrix of fp8 codes. Value (r, c) is that of its code times factor (r // block[0], c // block[1])."""
 
-    factors: StoredTensor | None = None
+    factors: StoredTensor = field(kw_only=True)
     block: tuple[int, int] = (1, 1)
     start: int = 0
     """Where the whole matrix starts in the file; this tensor may be only some of its rows."""
@@ -44,8 +44,10 @@ class Fp8Tensor(StoredTensor):
             size = len(self.row_order)
             rows = rows // size * size + np.array(self.row_order)[rows % size]
         factors = self.factors.floats(0, self.factors.rows)[(first + rows) // self.block[0]]
-        values = VALUES[self.raw(start, stop)]
-        return values * np.repeat(factors, self.block[1], axis=1)[:, : self.shape[1]]
+        values: np.ndarray = (
+            VALUES[self.raw(start, stop)] * np.repeat(factors, self.block[1], axis=1)[:, : self.shape[1]]
+        )
+        return values
 
 
 def block_shape(config: Fields) -> tuple[int, int] | None:

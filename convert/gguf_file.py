@@ -104,7 +104,7 @@ class _Cursor:
 
     def count(self, smallest: int) -> int:
         """A number of items of at least `smallest` bytes each, which must have room in the file."""
-        n = self.scalar("<Q")
+        n: int = self.scalar("<Q")
         if n * smallest > self.size - self.position:
             raise ValueError("truncated within its header, or damaged")
         return n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -106,7 +107,7 @@ def _tensors_of(
     path: str, available: dict[str, StoredTensor], family: Family, description: ModelDescription
 ) -> dict[str, StoredTensor]:
     """The model's tensors under our names, rows in our order."""
-    wanted = family.source_names(description, GGUF)
+    wanted: Iterable[tuple[str, str]] = family.source_names(description, GGUF)
     if any(map(_ONE_EXPERT.fullmatch, available)):
         wanted = [(ours, _of_one_expert(ours, theirs)) for ours, theirs in wanted]
     tensors = select_tensors(path, available, wanted, description)
@@ -123,15 +124,17 @@ def _vector(tensor: StoredTensor | None) -> list[float] | None:
         return None
     if len(tensor.shape) != 1:
         raise ConvertError(f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension")
-    return tensor.vector().tolist()
+    values: list[float] = tensor.vector().tolist()
+    return values
 
 
 def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
     """Some files of models with a tied head, GPT-2's among them, store the embedding again as the head: remove that."""
     embed, head = available.get("token_embd.weight"), available.get("output.weight")
-    if embed is not None and head is not None and (embed.type, embed.shape) == (head.type, head.shape):
-        if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
-            del available["output.weight"]
+    if embed is None or head is None or (embed.type, embed.shape) != (head.type, head.shape):
+        return
+    if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
+        del available["output.weight"]
 
 
 def _of_one_expert(ours: str, theirs: str) -> str:

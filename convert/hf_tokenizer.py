@@ -140,7 +140,9 @@ def _token_id(
 ) -> int | None:
     """The id of a named special token, by its text or else by the id in the configs."""
     for source in named:
-        value = source.get(f"{name}_token") if source else None
+        if source is None:
+            continue
+        value = source.get(f"{name}_token")
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     refuse_quantised(text)
     name = _model_name(folder)
     description = describe(text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)})
-    stored, notes = with_factors(_read_headers(folder), fp8_block), []
+    stored = with_factors(_read_headers(folder), fp8_block)
+    notes: list[str] = []
     if text is not config:
         stored, notes = _text_only(stored)
     prefixes = (family.hf_prefix,) if text is config else _TEXT_PREFIXES
@@ -131,7 +133,7 @@ def _read_headers(folder: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _weight_files(folder: str) -> dict[str, list[str] | None]:
+def _weight_files(folder: str) -> Mapping[str, list[str] | None]:
     """File names, each with the tensors to take from it (None: all), chosen as transformers chooses them."""
     if os.path.exists(os.path.join(folder, "model.safetensors")):
         return {"model.safetensors": None}
@@ -155,11 +157,11 @@ def _weight_files(folder: str) -> dict[str, list[str] | None]:
     return dict.fromkeys(weights)
 
 
-def _files_of_index(folder: str, index: Fields) -> dict[str, list[str] | None]:
+def _files_of_index(folder: str, index: Fields) -> Mapping[str, list[str] | None]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         return index.fail("weight_map", "missing or empty")
-    files: dict[str, list[str] | None] = {}
+    files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or os.path.basename(file) != file:
             return index.fail("weight_map", f"{shown(file)} is not a file name")
@@ -293,7 +295,9 @@ def _stop_ids(sources: tuple[Fields | None, ...], vocabulary: Vocabulary) -> lis
     if vocabulary.info.get("eos_id") is not None:
         ids.append(vocabulary.info["eos_id"])
     for source in sources:
-        eos = source.get("eos_token_id", []) if source else []
+        if source is None:
+            continue
+        eos = source.get("eos_token_id", [])
         for token in eos if isinstance(eos, list) else [eos]:
             if type(token) is not int or token < 0:
                 source.fail("eos_token_id", f"{shown(token)} is not a token id")
@@ -313,7 +317,9 @@ def _chat_template(folder: str) -> str | None:
         raise ConvertError(f"{path}: cannot read: {error}") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
         source = read_json(folder, name)
-        template = source.get("chat_template") if source else None
+        if source is None:
+            continue
+        template = source.get("chat_template")
         if isinstance(template, str):
             return template
         if template is not None:

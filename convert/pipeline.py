@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def _write_tensors(writer: ModelFileWriter, source: Checkpoint, types: dict[str,
         return (stop - start) * tensor.row_bytes, data
 
     def done_in_order(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-        pending: deque = deque()
+        pending: deque[Future[tuple[int, np.ndarray]]] = deque()
         tasks = ((name, start, stop) for name, spans in slabs.items() for start, stop in spans)
         for task in itertools.chain(tasks, [None] * (workers + 1)):
             if task is not None:

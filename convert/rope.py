@@ -161,8 +161,8 @@ def rope_from_gguf(
     factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
     if kind == "yarn" and factors is None:
         m = meta.number("rope.scaling.attn_factor", 1.0) * _yarn_amplitude(factor)
-        turns = [meta.number(f"rope.scaling.yarn_beta_{key}", n) for key, n in (("fast", 32.0), ("slow", 1.0))]
-        return fields | {"rope_scaling": yarn(meta.where, theta, width, factor, original, *turns, m)}
+        fast, slow = meta.number("rope.scaling.yarn_beta_fast", 32.0), meta.number("rope.scaling.yarn_beta_slow", 1.0)
+        return fields | {"rope_scaling": yarn(meta.where, theta, width, factor, original, fast, slow, m)}
     if kind not in ("none", "linear") and not (kind == "longrope" and long_short):
         meta.fail("rope.scaling.type", f"{shown(kind)} is not supported yet (supported: none, linear, yarn, longrope)")
     if long_short is not None:

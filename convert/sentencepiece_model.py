@@ -47,11 +47,11 @@ def model_bytes(
     has_bytes = {text for text, _, type in pieces if type == BYTE} >= BYTE_PIECES
     trainer = _number(3, kind) + _number(4, len(pieces)) + _number(35, int(has_bytes))
     # The fields of the ids and of the texts that belong to them; an id of -1 means that there is none.
-    for name, number, text in (("unk", 40, 45), ("bos", 41, 46), ("eos", 42, 47), ("pad", 43, 48)):
+    for name, id_field, text_field in (("unk", 40, 45), ("bos", 41, 46), ("eos", 42, 47), ("pad", 43, 48)):
         token = ids.get(name)
-        trainer += _number(number, -1 if token is None else token)
+        trainer += _number(id_field, -1 if token is None else token)
         if token is not None:
-            trainer += _text(text, pieces[token][0])
+            trainer += _text(text_field, pieces[token][0])
     rules = _text(1, "identity") + _message(2, normalizer.charsmap)
     rules += _number(3, int(normalizer.dummy_prefix)) + _number(4, int(normalizer.remove_extra_spaces))
     return bytes(out) + _message(2, trainer) + _message(3, rules + _number(5, 1))

@@ -55,12 +55,12 @@ class StoredTensor:
 
     def raw(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop as stored: uint8 [rows, row_bytes]."""
-        data = np.empty((stop - start, self.row_bytes), np.uint8)
+        data: np.ndarray = np.empty((stop - start, self.row_bytes), np.uint8)
         try:
             # Not a memory map: the pages of one would count as memory in use.
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.offset + start * self.row_bytes)
-                view, done = memoryview(data.reshape(-1)), 0
+                view, done = data.reshape(-1).data, 0
                 while done < len(view):
                     n = file.readinto(view[done : done + (1 << 30)])
                     if not n:

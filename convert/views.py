@@ -80,4 +80,5 @@ class ShiftedTensor(StoredTensor):
         )
 
     def floats(self, start: int, stop: int) -> np.ndarray:
-        return super().floats(start, stop) + np.float32(self.shift)
+        values: np.ndarray = super().floats(start, stop) + np.float32(self.shift)
+        return values

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -163,7 +163,7 @@ class ModelDescription:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_type(field.name, field.type, getattr(self, field.name))
+            _check_type(field.name, str(field.type), getattr(self, field.name))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice)
@@ -368,7 +368,7 @@ _POSITIVE = (
 )
 
 
-def _bad(name: str, reason: str) -> None:
+def _bad(name: str, reason: str) -> NoReturn:
     raise ModelFileError(f"model description, field {name}: {reason}")
 
 
@@ -386,7 +386,7 @@ def _is_positive(value: Any) -> bool:
 def _check_type(name: str, annotation: str, value: Any) -> None:
     if value is None and annotation.endswith(" | None"):
         return
-    checks = {
+    checks: dict[str, Callable[[Any], bool]] = {
         "str": lambda v: isinstance(v, str),
         "bool": lambda v: isinstance(v, bool),
         "int": lambda v: isinstance(v, int) and not isinstance(v, bool),

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -235,7 +235,7 @@ class _Metadata:
         self.checksums = self._object("checksums")
         self.sizes = tensor_sizes(self.description, self.types)
 
-    def _fail(self, field: str, reason: str) -> None:
+    def _fail(self, field: str, reason: str) -> NoReturn:
         raise ModelFileError(f"{self._path}: metadata field {field}: {reason}")
 
     def _check_strings(self, meta: dict[str, Any]) -> None:
@@ -328,7 +328,8 @@ def header_checksum(meta: Mapping[str, str]) -> str:
     for key in sorted(meta):
         if key != "header_checksum":
             digest.update(f"{key}\0{meta[key]}\0".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    checksum: str = digest.hexdigest()
+    return checksum
 
 
 def tensor_sizes(description: ModelDescription, types: Mapping[str, str]) -> dict[str, int]:
@@ -380,4 +381,4 @@ def _checked_entry(path: str, name: str, entry: Any, start: int, size: int | Non
     dtype, shape = ("F32", (nbytes // 4,)) if vector else ("U8", (nbytes,))
     if entry["dtype"] != dtype or not _is_shape(entry["shape"], shape):
         raise ModelFileError(f"{where}: is not {dtype} {list(shape)}")
-    return offsets[1]
+    return int(offsets[1])

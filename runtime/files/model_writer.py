@@ -62,12 +62,18 @@ class SafeFile:
             os.unlink(self._temporary)
         self._temporary = None
 
+    @property
+    def _open(self) -> IO[bytes]:
+        """The file, which is there within the block."""
+        assert self._file is not None
+        return self._file
+
     def put(self, data: Any, at: int | None = None) -> None:
         """Write a buffer at an offset, or after what was written last."""
         with self._reported():
             if at is not None:
-                self._file.seek(at)
-            self._file.write(data)
+                self._open.seek(at)
+            self._open.write(data)
 
     def commit(self) -> None:
         """Flush to disk and rename."""
@@ -79,13 +85,14 @@ class SafeFile:
 
     def _to_disk(self) -> None:
         with self._reported():
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._open.flush()
+            os.fsync(self._open.fileno())
             if hasattr(os, "posix_fadvise"):  # so that reading back reads from the disk and not from the page cache
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._file.close()
+                os.posix_fadvise(self._open.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._open.close()
 
     def _rename(self) -> None:
+        assert self._temporary is not None
         with self._reported():
             os.replace(self._temporary, self._target)
             self._temporary = None
@@ -169,7 +176,7 @@ class ModelFileWriter(SafeFile):
         if name in self._checksums:
             raise ValueError(f"tensor {name} is written twice")
         with self._reported():
-            self._file.seek(self._starts[name])
+            self._open.seek(self._starts[name])
         for chunk in chunks:
             part = memoryview(chunk).cast("B")
             written += len(part)
@@ -188,6 +195,7 @@ class ModelFileWriter(SafeFile):
             raise ValueError(f"tensor {missing[0]} was not written")
         self.put(self._header(), at=0)
         self._to_disk()
+        assert self._temporary is not None
         model = read_model_file(self._temporary)
         model.verify(progress)
         self._rename()

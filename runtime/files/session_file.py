@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,7 +26,7 @@ FORMAT = "kvrun-session"
 VERSION = 1
 _FIELDS = ("format", "version", "model", "cache", "conversation", "checksums", "header_checksum")
 _DTYPES = {"kv": "U8", "tokens": "I32", "logits": "F32"}
-_NUMPY = {"U8": np.dtype("<u1"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
+_NUMPY: dict[str, np.dtype[Any]] = {"U8": np.dtype("<u1"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def write_session_file(path: str | os.PathLike[str], saved: SavedSession) -> Non
         "model": saved.model,
         "cache": dumps({**asdict(saved.cache), "n_tokens": saved.n_tokens, "lost": saved.lost}),
         "conversation": _conversation(saved),
-        "checksums": dumps({name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()}),
+        "checksums": dumps({name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}),
     }
     metadata["header_checksum"] = header_checksum(metadata)
     sizes = {name: len(array) for name, array in arrays.items()}
@@ -152,7 +152,7 @@ class _Reader:
             self._text(talk["text"]),
         )
 
-    def _damaged(self, what: str) -> None:
+    def _damaged(self, what: str) -> NoReturn:
         raise ModelFileError(f"{self._path}: damaged session file: {what}")
 
     def _header(self) -> tuple[dict[str, Any], int]:
@@ -246,8 +246,8 @@ class _Reader:
         arrays = {}
         for name, size in sizes.items():
             array = arrays[name] = np.empty(size, _NUMPY[_DTYPES[name]])
-            if size and self._file.readinto(memoryview(array).cast("B")) != array.nbytes:
+            if size and self._file.readinto(array.data.cast("B")) != array.nbytes:
                 raise ModelFileError(f"{self._path}: truncated while it was read")
-            if hashlib.sha256(array).hexdigest() != checksums[name]:
+            if hashlib.sha256(array.data).hexdigest() != checksums[name]:
                 self._damaged(f"tensor {name}: the checksum differs")
         return arrays

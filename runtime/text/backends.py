@@ -149,20 +149,25 @@ class JsonBackend(_Backend):
         return _encode(self._variant(where, literal), text)
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._main.decode(ids, skip_special_tokens=skip_special)
+        text: str = self._main.decode(ids, skip_special_tokens=skip_special)
+        return text
 
     def piece(self, token: int, first: bool) -> bytes:
-        texts = self._texts
-        if texts is None:
-            text = self._main.id_to_token(token)
-        else:
-            text = texts[token] if token < len(texts) else None
+        text = self._text(token)
         return b"" if text is None else self._decoder.piece(text, first)
+
+    def _text(self, token: int) -> str | None:
+        texts = self._texts  # read once: it goes when the whole tokenizer is built
+        if texts is not None:
+            return texts[token] if token < len(texts) else None
+        text: str | None = self._main.id_to_token(token)
+        return text
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
     except BaseException as error:
         raise TokenizerError(f"this text cannot be tokenised: {refusal(error)}") from None
 
@@ -281,7 +286,7 @@ class SentencePieceBackend(_Backend):
         special |= {text: i for text, i in added.items() if i not in shown}
         self.special = SpecialTokens(special, *strips)
         self._visible = SpecialTokens({text: i for text, i in added.items() if i in shown}, *strips)
-        self._texts = {i: text.encode("utf-8") for text, i in (special | added).items()}
+        self._texts: dict[int, bytes] = {i: text.encode("utf-8") for text, i in (special | added).items()}
         self.dummy_space = self._model.normalize("a") != "a"
         # At the start of a text SentencePiece drops one space, or all that are tokens of their own.
         pieces = map(self._model.id_to_piece, range(size))
@@ -321,7 +326,8 @@ class SentencePieceBackend(_Backend):
 
     def _encode(self, text: str, where: str) -> list[int]:
         prefix = where == START or (where == INNER and self._prefix_inside)
-        return (self._model if prefix else self._unprefixed).encode(text)
+        ids: list[int] = (self._model if prefix else self._unprefixed).encode(text)
+        return ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         stream = self.stream(skip_special, True, int)
@@ -332,7 +338,7 @@ class SentencePieceBackend(_Backend):
             return self._texts[token]
         if token >= self._model.get_piece_size():
             return b""
-        text = self._model.id_to_piece(token)
+        text: str = self._model.id_to_piece(token)
         if self._model.is_byte(token):
             return bytes([int(text[3:5], 16)])
         if first and self._drops_dummy:

@@ -43,13 +43,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation, ready for the answer. Raises KvrunError if the template refuses it."""
         try:
-            return self._template.render(
+            text: str = self._template.render(
                 messages=[_with_reasoning(self._message(m)) for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
                 **{**self._tokens, **variables},
             )
+            return text
         except (Exception, RecursionError) as error:
             raise KvrunError(_report("fails on this conversation", error)) from None
 
@@ -106,7 +107,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """{% generation %}: marks answers for training; here it has no effect."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it of instances)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -34,12 +34,12 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
     ) -> None:
         kind = info.get("kind")
-        if kind == "tokenizer.json":
-            from kvrun.text.backends import JsonBackend as backend
-        elif kind == "tokenizer.model":
-            from kvrun.text.backends import SentencePieceBackend as backend
-        else:
+        if kind not in ("tokenizer.json", "tokenizer.model"):
             raise TokenizerError(f"unknown kind of tokenizer: {kind}")
+        from kvrun.text.backends import JsonBackend, SentencePieceBackend
+
+        backend: type[JsonBackend] | type[SentencePieceBackend]
+        backend = JsonBackend if kind == "tokenizer.json" else SentencePieceBackend
         self.bos_id: int | None = info.get("bos_id")
         self.eos_id: int | None = info.get("eos_id")
         self._before = [self.bos_id] if info.get("add_bos") and self.bos_id is not None else []
@@ -63,9 +63,8 @@ class Tokenizer:
         if continued and self._backend.dummy_space:
             ids = self._encode_parts(self.special.split(_escape_escapes(text)) if parse_special else [text], True)
         elif parse_special:
-            ids = self._backend.encode_parsed(text)
-            if ids is None:
-                ids = self._encode_parts(self.special.split(_escape_escapes(text)), False)
+            parsed = self._backend.encode_parsed(text)
+            ids = self._encode_parts(self.special.split(_escape_escapes(text)), False) if parsed is None else parsed
         else:
             ids = self._encode_parts([text], continued)
         return self._before + ids + self._after if add_special else ids
