@@ -45,6 +45,7 @@ class Engine:
     def precise(self) -> bool: ...
     def new_cache(
         self,
+        *,
         k: str = "f16",
         v: str = "f16",
         ctx: int = 2048,

@@ -17,6 +17,7 @@ from kvrun.session import Session
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from kvrun.backend import Engine
     from kvrun.cuda.device import CudaDevice
     from kvrun.cuda.engine import CudaEngine
     from kvrun.files.description import ModelDescription
@@ -92,7 +93,7 @@ class Model:
             engine = _core.Engine(
                 file.description, file.weights, file.vectors, file.description.rope_tables, threads, precise
             )
-            self.engine = engine if device is None else _on_device(engine, file, device)
+            self.engine: Engine[Any] = engine if device is None else _on_device(engine, file, device)
         except (ValueError, NotImplementedError) as error:
             raise KvrunError(f"{file.path}: this model cannot be run: {error}") from None
 
@@ -143,7 +144,8 @@ class Model:
 
     @property
     def has_tokenizer(self) -> bool:
-        return self.file.tokenizer_info["kind"] != "none"
+        kind: str = self.file.tokenizer_info["kind"]
+        return kind != "none"
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -30,6 +30,7 @@ from kvrun.text.transcript import Transcript
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from kvrun.backend import Cache, CacheT, Engine
     from kvrun.files.session_file import SavedSession
     from kvrun.model import Model
     from kvrun.text.templates import ChatTemplate
@@ -71,7 +72,7 @@ class _Turn:
     chat: _Conversation | None = None
 
 
-def new_cache(engine: Any, options: CacheOptions, prefault: bool = False) -> Any:
+def new_cache(engine: Engine[CacheT], options: CacheOptions, prefault: bool = False) -> CacheT:
     """A cache of an engine. OptionError for options that make no cache, or one too large for the memory."""
     try:
         return engine.new_cache(**asdict(options), prefault=prefault)
@@ -91,7 +92,7 @@ class Session:
     def __init__(self, model: Model, **cache: Unpack[CacheKeywords]) -> None:
         self.model = model
         self.cache = CacheOptions.resolve(model.description.usual_context, **cache)
-        self._kv = new_cache(model.engine, self.cache, model.prefault)
+        self._kv: Cache = new_cache(model.engine, self.cache, model.prefault)
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from kvrun.cuda.weights import DeviceWeights
 from kvrun.errors import OptionError
 
 if TYPE_CHECKING:
+    from kvrun.backend import Cache, Engine, Tokens
     from kvrun.files.model_file import WeightTensor
 
 MAX_CHUNK = 2048
@@ -79,27 +80,50 @@ class CudaEngine:
             self._ropes[ctx] = abi.struct(abi.ROPES, n=len(inv_freq), **at), of_layer, memory
         return self._ropes[ctx]
 
-    def forward(self, tokens: Any, kv: CudaKVCache, logits: str = "last") -> np.ndarray | None:
-        """As `_core.Engine.forward`, with up to `max_chunk` tokens."""
+    @overload
+    def forward(
+        self, tokens: Tokens, kv: CudaKVCache, logits: Literal["last", "all"] = "last", decoding: bool | None = None
+    ) -> np.ndarray: ...
+    @overload
+    def forward(
+        self, tokens: Tokens, kv: CudaKVCache, logits: Literal["none"], decoding: bool | None = None
+    ) -> None: ...
+    @overload
+    def forward(
+        self, tokens: Tokens, kv: CudaKVCache, logits: str, decoding: bool | None = None
+    ) -> np.ndarray | None: ...
+    def forward(
+        self, tokens: Tokens, kv: CudaKVCache, logits: str = "last", decoding: bool | None = None
+    ) -> np.ndarray | None:
+        """As `_core.Engine.forward`, with up to `max_chunk` tokens. `decoding`: one token after another by the kernels
+        that have activations of 16 bits, rather than a chunk in float16; None: if there is one token."""
         ids = self.host.checked(tokens, kv.host, logits, self.max_chunk)
         if not kv.lock.acquire(blocking=False):
             raise RuntimeError("this cache is in use by another thread")
         try:
-            rows = self._decode(ids, kv) if len(ids) == 1 else self._chunk(ids, kv, logits)
-            kv.host.count(kv.n_tokens + len(ids), kv.host.packed_ever)
+            if len(ids) == 1 if decoding is None else decoding:
+                rows = self._decode(ids, kv, logits)
+            else:
+                rows = self._chunk(ids, kv, logits)
+                kv.host.count(kv.n_tokens + len(ids), kv.host.packed_ever)
         finally:
             kv.lock.release()
-        return None if logits == "none" else rows[0] if logits == "last" else rows
+        return rows[0] if rows is not None and logits == "last" else rows
 
-    def _decode(self, ids: np.ndarray, kv: CudaKVCache) -> np.ndarray:
-        """float32 [1, vocab]"""
+    def _decode(self, ids: np.ndarray, kv: CudaKVCache, logits: str) -> np.ndarray | None:
+        """float32 [1, vocab] of the last token, [n, vocab] of all, or None; the cache has counted them."""
         buffers, device = kv.buffers, self.device
         if buffers.graph is None:
             buffers.graph = device.capture(OneToken(self, buffers).operations(), buffers.stream)
-        write_step(buffers.pinned, ids, kv)
-        device.replay(buffers.graph, buffers.stream)
-        device.synchronize(buffers.stream)
-        return buffers.logits[None, : self.description.vocab_size].copy()
+        rows = np.empty((len(ids) if logits == "all" else 1, self.description.vocab_size), np.float32)
+        for i in range(len(ids)):
+            write_step(buffers.pinned, ids[i : i + 1], kv)
+            device.replay(buffers.graph, buffers.stream)
+            device.synchronize(buffers.stream)
+            if logits != "none":
+                rows[i if logits == "all" else 0] = buffers.logits[: self.description.vocab_size]
+            kv.host.count(kv.n_tokens + 1, kv.host.packed_ever)
+        return None if logits == "none" else rows
 
     def _chunk(self, ids: np.ndarray, kv: CudaKVCache, logits: str) -> np.ndarray | None:
         """float32 [1, vocab] of the last token, [n, vocab] of all, or None."""
@@ -120,3 +144,9 @@ class CudaEngine:
         for operation in operations:
             self.device.do(operation, kv.buffers.stream)
         self.device.synchronize(kv.buffers.stream)
+
+
+if TYPE_CHECKING:
+
+    def _of_a_device(engine: CudaEngine, cache: CudaKVCache) -> tuple[Engine[CudaKVCache], Cache]:
+        return engine, cache  # accepted as these types by a type checker, or not

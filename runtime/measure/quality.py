@@ -19,6 +19,7 @@ from kvrun.errors import KvrunError, OptionError
 from kvrun.options import CacheOptions
 
 if TYPE_CHECKING:
+    from kvrun.backend import CacheT, Engine
     from kvrun.model import Model
 
 UNSCORED_PIECE, SCORED_PIECE = 256, 128  # tokens fed at a time; of the latter all logits are in memory
@@ -78,9 +79,9 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    engine: _core.Engine,
+    engine: Engine[CacheT],
     chunks: np.ndarray,
-    caches: Sequence[_core.KVCache],
+    caches: Sequence[CacheT],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Scores]:
     """Scores of each cache on int32 [n_chunks, ctx]; the first cache is the exact one.
@@ -96,7 +97,7 @@ def measure(
             exact = None
             for cache, score in zip(caches, scores):
                 logits = engine.forward(chunk[start:end], cache, logits="all" if scored else "none")
-                if scored:
+                if logits is not None:
                     exact = logits if exact is None else exact
                     score.add(logits, exact, chunk[start + 1 : end + 1])
                 advance(end - start)

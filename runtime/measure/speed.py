@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from kvrun import _core
 from kvrun._core import bench as core
+from kvrun.backend import Cache, CacheT, CacheT_contra, Engine
 from kvrun.errors import OptionError
 from kvrun.measure.caches import fitting
 from kvrun.options import CacheOptions, integer
@@ -120,7 +121,7 @@ class Bench:
 
     def __init__(self, model: Model, plan: Plan, progress: Callable[[str], None]) -> None:
         self.model, self.plan, self._progress = model, plan, progress
-        self.engine = model.engine
+        self.engine: Engine[Any] = model.engine
         self._rng = np.random.default_rng(0)
         self._machine = machine_of(model)
         self._bandwidths: list[float] = []
@@ -163,7 +164,7 @@ class Bench:
             for name, kv in caches.items():
                 yield self._row("prefill", name, kv, 0, samples[name], None, tokens=n)
 
-    def _prefill_run(self, kv: _core.KVCache, tokens: np.ndarray) -> float:
+    def _prefill_run(self, kv: Cache, tokens: np.ndarray) -> float:
         """Seconds a token."""
         kv.reset()
         start = time.perf_counter()
@@ -181,7 +182,7 @@ class Bench:
                 read = self._weights + self._machine.bytes_read(kv, depth + 1)
                 yield self._row("decode", name, kv, depth, samples[name], read, tokens=n)
 
-    def _decode_run(self, kv: _core.KVCache, depth: int, n: int) -> float:
+    def _decode_run(self, kv: Cache, depth: int, n: int) -> float:
         """Seconds a token, over n of them from a depth on."""
         tokens = self._tokens(n + 1)
         self._machine.fill(kv, depth)
@@ -214,7 +215,8 @@ class Bench:
         repeat = max(1, min(MAX_REPEAT, int(SAMPLE_SECONDS / slowest)))
 
         def run(kv: _core.KVCache) -> float:
-            return core.attention(engine, kv, repeat)[0] / times
+            seconds, _ = core.attention(engine, kv, repeat)
+            return seconds / times
 
         samples = self._alternate(f"attention at depth {depth}", caches, run)
         for name, kv in small.items():
@@ -251,7 +253,7 @@ class Bench:
                     same_tokens=same,
                 )
 
-    def _generate(self, kv: _core.KVCache, prompt: np.ndarray, n: int) -> tuple[list[float], np.ndarray]:
+    def _generate(self, kv: Cache, prompt: np.ndarray, n: int) -> tuple[list[float], np.ndarray]:
         """n greedy tokens int32, and the seconds until each was there."""
         token, text, seconds = prompt, [], []
         self.engine.forward(prompt, kv)  # not measured
@@ -268,7 +270,7 @@ class Bench:
     def _tokens(self, n: int) -> np.ndarray:
         return self._rng.integers(0, self.model.vocab_size, n).astype(np.int32)
 
-    def _feed(self, kv: _core.KVCache, tokens: np.ndarray) -> np.ndarray:
+    def _feed(self, kv: Cache, tokens: np.ndarray) -> np.ndarray:
         """Logits of the last of the tokens."""
         most = self.engine.max_chunk
         last = (len(tokens) - 1) // most * most
@@ -284,10 +286,10 @@ class Bench:
         engine.new_cache = partial(_core.KVCache, engine)
         return engine
 
-    def _cache(self, name: str, tokens: int, engine: Any) -> _core.KVCache:
+    def _cache(self, name: str, tokens: int, engine: Engine[CacheT]) -> CacheT:
         return new_cache(engine, self.plan.cache(name, tokens, self.model.description.context_length))
 
-    def _caches(self, tokens: int, engine: Any) -> dict[str, _core.KVCache]:
+    def _caches(self, tokens: int, engine: Engine[CacheT]) -> dict[str, CacheT]:
         """One of each format; OptionError when the machine has no memory for all."""
         caches = {name: self._cache(name, tokens, engine) for name in self.plan.formats}
         needed, there = sum(kv.nbytes for kv in caches.values()), self._machine.memory
@@ -301,8 +303,8 @@ class Bench:
     def _alternate(
         self,
         what: str,
-        caches: dict[str, _core.KVCache],
-        run: Callable[[_core.KVCache], float],
+        caches: dict[str, CacheT],
+        run: Callable[[CacheT], float],
         with_bandwidth: bool = True,
     ) -> dict[str, list[Sample]]:
         """What `run` returns for each cache, all taking turns, beside the bandwidth just before and after."""
@@ -328,7 +330,7 @@ class Bench:
         self,
         test: str,
         name: str,
-        kv: _core.KVCache,
+        kv: Cache,
         depth: int,
         samples: list[Sample],
         read: int | None,
@@ -352,6 +354,28 @@ class Bench:
 
 
 # --- the machine and the model --------------------------------------------------------------------
+
+
+class Machine(Protocol[CacheT_contra]):
+    """What runs a model, for `Bench`. `memory`: bytes for caches, where they are known."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def memory(self) -> int | None: ...
+
+    def read_bandwidth(self, seconds: float) -> float:
+        """GB/s that memory is read at, measured for so long."""
+
+    def fill(self, kv: CacheT_contra, n_tokens: int) -> None:
+        """Put random tokens into a cache."""
+
+    def bytes_read(self, kv: CacheT_contra, n_tokens: int) -> int:
+        """Bytes of the cache that a step reads when it holds so many tokens."""
 
 
 class HostMachine:
@@ -385,7 +409,7 @@ class DeviceMachine:
         return core.bytes_read(kv.host, n_tokens)
 
 
-def machine_of(model: Model) -> HostMachine | DeviceMachine:
+def machine_of(model: Model) -> Machine[Any]:
     device = getattr(model.engine, "device", None)
     return HostMachine(model.threads) if device is None else DeviceMachine(device)
 
@@ -399,7 +423,7 @@ def weight_bytes(model: Model) -> int:
         if name in ("embed.weight", "positions.weight"):
             total += weight.data.nbytes // weight.rows
         elif ".experts." in name:
-            total += weight.data.nbytes * d.experts_used // d.n_experts
+            total += weight.data.nbytes * (d.experts_used or 0) // (d.n_experts or 1)
         else:
             total += weight.data.nbytes
     return total + d.tie_embeddings * weights["embed.weight"].data.nbytes
