@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from kvrun import _core
-from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
+from kvrun.convert.checkpoint import Checkpoint
+from kvrun.convert.source import open_checkpoint
 from kvrun.convert.tensors import PLAIN
 from kvrun.convert.weight_types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError

@@ -121,13 +121,10 @@ class Model:
         from kvrun.files.session_file import read_session_file
 
         saved = read_session_file(path, self.file.fingerprint, self.vocab_size)
-        cache = saved.cache
         try:
-            session = self.session(kv_k=cache.k, kv_v=cache.v, ctx=cache.ctx, sinks=cache.sinks, window=cache.window)
-            session._load(saved)
+            return Session.from_saved(self, saved)
         except (OptionError, ValueError) as error:
             raise ModelFileError(f"{os.fspath(path)}: this session cannot be restored: {error}") from None
-        return session
 
     @documented(GenerateKeywords, max_tokens=512)
     def generate(self, prompt: str | Sequence[Any], **options: Unpack[GenerateKeywords]) -> str:

@@ -6,9 +6,7 @@ import copy
 import io
 import os
 import time
-from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,6 @@ import numpy as np
 from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
 from kvrun.options import (
-    REPEAT_LAST_N,
     CacheKeywords,
     CacheOptions,
     SamplingKeywords,
@@ -28,6 +25,7 @@ from kvrun.options import (
     resolve,
 )
 from kvrun.text.streaming import StopStrings, opens_thinking
+from kvrun.text.transcript import Transcript
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,21 +87,36 @@ class Session:
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False
-        self._running: Iterator[str] | None = None
+        self._running: Generator[str, None, None] | None = None
         self._clear()
+
+    @classmethod
+    def from_saved(cls, model: Model, saved: SavedSession) -> Session:
+        """The session that was saved. OptionError or ValueError if it does not fit its cache or the model."""
+        cache = saved.cache
+        session = cls(model, kv_k=cache.k, kv_v=cache.v, ctx=cache.ctx, sinks=cache.sinks, window=cache.window)
+        session._kv.load_state(saved.n_tokens, saved.lost, saved.kv)
+        if saved.tokens is not None:
+            session._transcript = Transcript(saved.tokens.tolist(), rendered=saved.text)
+        else:
+            before = saved.recent[: max(0, len(saved.recent) - len(saved.pending))]
+            if len(before) > saved.n_tokens:
+                raise ValueError("more recent tokens than there are tokens")
+            session._transcript = Transcript(before + saved.pending, saved.n_tokens - len(before), saved.text)
+        session._logits = None if saved.logits is None else (saved.n_tokens, saved.logits)
+        session.messages = saved.messages
+        return session
 
     def _clear(self) -> None:
         self._kv.reset()
-        # (number of tokens in the cache, tokens that follow them and are not in it yet). Replaced as one, and
-        # brought up to date from the cache's own count, so that Ctrl-C at any point leaves it true.
-        self._state: tuple[int, list[int]] = (0, [])
-        self._recent: deque[int] = deque(maxlen=REPEAT_LAST_N)
-        self._logits: np.ndarray | None = None
-        self._logits_at = 0
-        # The tokens of the text, and perhaps more after them; None once they have outgrown the cache, so that an
-        # endless text does not fill the memory.
-        self._ids: array[int] | None = array("i")
-        self._text: str | None = ""  # escaped; None when it is not known as the text of a conversation
+        self._transcript = Transcript()
+        self._logits: tuple[int, np.ndarray] | None = None  # after so many tokens in the cache
+
+    @property
+    def _text(self) -> Transcript:
+        """The text, in line with the cache."""
+        self._transcript.agree(self._kv.n_tokens, self._kv.outgrown)
+        return self._transcript
 
     def reset(self) -> None:
         """Forget everything: messages and cache."""
@@ -125,9 +138,9 @@ class Session:
             raise OptionError(f"n: the text has {self.n_tokens} tokens, {n} cannot be kept")
         if n == self.n_tokens:
             return
-        ids = self._known_ids()
+        tokens, fed = self._text.tokens, self._kv.n_tokens
         # The last token is fed again when the logits after it are wanted.
-        again = [ids[n - 1]] if ids and 0 < n <= self._kv.n_tokens else []
+        again = [tokens[n - 1]] if tokens and 0 < n <= fed else []
         try:
             self._cut(n - len(again))
         except OptionError:
@@ -135,20 +148,20 @@ class Session:
                 raise
             again = []
             self._cut(n)
-        self._append(again)
+        self._text.append(again)
         self.messages = []
-        self._text = None if n else ""
+        self._text.rendered = None if n else ""
 
     def fork(self) -> Session:
         """Another session with the same text and options; what happens to one does not affect the other."""
         self._end_running()
-        self._pending()
         other = copy.copy(self)
         try:
             other._kv = self._kv.copy()
         except MemoryError:
             raise OptionError(f"not enough memory for another cache of {self.cache.ctx} tokens") from None
-        for name in ("messages", "stats", "_state", "_recent", "_ids", "_logits"):
+        other._transcript = self._text.copy()
+        for name in ("messages", "stats", "_logits"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         return other
 
@@ -161,37 +174,26 @@ class Session:
         from kvrun.files.session_file import SavedSession, write_session_file
 
         self._end_running()
-        pending, ids = self._pending(), self._known_ids()
-        valid = not pending and self._logits_at == self._kv.n_tokens
+        text, fed = self._text, self._kv.n_tokens
         saved = SavedSession(
             model=self.model.file.fingerprint,
             cache=self.cache,
-            n_tokens=self._kv.n_tokens,
+            n_tokens=fed,
             lost=self._kv.lost,
             kv=self._kv.state(),
-            pending=pending,
-            recent=list(self._recent),
-            tokens=None if ids is None else np.array(ids, np.int32),
-            logits=self._logits if valid else None,
+            pending=text.pending(fed).tolist(),
+            recent=text.recent().tolist(),
+            tokens=None if text.tokens is None else np.array(text.tokens, np.int32),
+            logits=self._valid_logits(),
             messages=self.messages,
-            text=self._text,
+            text=text.rendered,
         )
         write_session_file(path, saved)
-
-    def _load(self, saved: SavedSession) -> None:
-        """Take over what was saved, in a new session. ValueError if it does not fit the cache."""
-        self._kv.load_state(saved.n_tokens, saved.lost, saved.kv)
-        self._state = (saved.n_tokens, saved.pending)
-        self._recent.extend(saved.recent)
-        self._ids = None if saved.tokens is None else array("i", saved.tokens.tolist())
-        self._logits, self._logits_at = saved.logits, saved.n_tokens
-        self.messages, self._text = saved.messages, saved.text
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the text so far, also those that have left the cache."""
-        self._pending()
-        return self._state[0] + len(self._state[1])
+        return self._text.n_tokens
 
     @property
     def kv_bytes(self) -> int:
@@ -202,12 +204,30 @@ class Session:
     def logits(self) -> np.ndarray:
         """float32 [vocab]: what the model makes of the text so far, for the token that comes next.
 
-        KvrunError before anything was fed, and after an interruption in the middle of a step.
+        They are there when all of the text has been fed: after a stream with `max_tokens` 0, or one that ended with the
+        model's stop token. The last token of any other answer is fed when the next one begins, or by `evaluate`:
+        KvrunError until then, as before anything was fed and after an interruption in the middle of a step.
         """
-        self._flush()
-        if self._logits is None or self._logits_at != self._kv.n_tokens:
-            raise KvrunError("there are no logits: feed at least one token first")
-        return self._logits
+        logits = self._valid_logits()
+        if logits is not None:
+            return logits
+        pending = self.n_tokens - self._kv.n_tokens
+        if pending:
+            raise KvrunError(f"there are no logits yet: evaluate() feeds the last {pending} tokens, and returns them")
+        raise KvrunError("there are no logits: feed at least one token first")
+
+    def _valid_logits(self) -> np.ndarray | None:
+        fed = self._kv.n_tokens
+        valid = self._logits is not None and self._logits[0] == fed == self.n_tokens
+        return self._logits[1] if valid else None
+
+    def evaluate(self) -> np.ndarray:
+        """Feed what has not been fed of the text, which may be its last token, and return `logits`.
+
+        Also while an answer is under way, between two of its pieces. KvrunError where there are none, see `logits`.
+        """
+        self._feed()
+        return self.logits
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text (see `Tokenizer.encode`)."""
@@ -218,7 +238,7 @@ class Session:
         return self.model.detokenize(ids, skip_special)
 
     @documented(StreamKeywords)
-    def stream(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Iterator[str]:
+    def stream(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Generator[str, None, None]:
         """Feed a prompt and yield the answer in pieces of whole characters.
 
         `prompt`: a str is the next turn of the conversation, put through the model's chat template, or with
@@ -277,7 +297,7 @@ class Session:
         if not think and not self.model.chat.can_think_or_not:
             raise OptionError("think: the model's chat template has no switch for thinking (enable_thinking)")
         text = self.model.chat.render(messages, **({} if think else {"enable_thinking": False}))
-        known = self._text
+        known = self._text.rendered
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)
         rest = text if fresh else text[len(known) :]
@@ -288,46 +308,49 @@ class Session:
 
     def _run(
         self, turn: _Turn, values: Mapping[str, Any], limit: int, stops: StopStrings, stop_ids: frozenset[int]
-    ) -> Iterator[str]:
-        self._text = None  # not known again before the end, so that an interruption in between does no harm
+    ) -> Generator[str, None, None]:
+        self._text.rendered = None  # not known again before the end, so that an interruption in between does no harm
         self.stats = Stats()
-        self._append(turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids)
+        new = turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids
+        self._text.append(new)
         if turn.messages is not None:
             self.messages = turn.messages
-        answer = None
+        answer, begun = None, self._text.n_tokens
         try:
-            self._flush(prompt=True)
+            self._feed(prompt=True)
             if limit:
                 answer = _Answer(self.model.tokenizer, stops, chat=turn.messages is not None)
                 yield from self._decode(answer, values, limit, stop_ids)
         finally:
             if turn.messages is not None:
-                self._remember(turn, answer, limit)
+                self._remember(turn, answer, limit, begun)
 
-    def _remember(self, turn: _Turn, answer: _Answer | None, limit: int) -> None:
-        """Add an answer, complete or not, to the conversation."""
+    def _remember(self, turn: _Turn, answer: _Answer | None, limit: int, begun: int) -> None:
+        """Add an answer, complete or not, to the conversation; it began after so many tokens."""
         shown, text = answer.texts() if answer else ("", "")
         if limit:
             self.messages = [*turn.messages, {"role": "assistant", "content": shown}]
-        self._text = turn.text + self.model.chat.escape(text)
+        # Ctrl-C between a token and its text leaves the two apart.
+        if self._text.n_tokens == begun + (answer.n_tokens if answer else 0):
+            self._text.rendered = turn.text + self.model.chat.escape(text)
 
     def _decode(
         self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         sampler = self._sampler(values)
         while True:
             token = self._sample(sampler)
             if token in stop_ids:
                 break
             sampler.accept(token)
-            self._append([token])
+            self._text.append([token])
             self.stats.answer_tokens += 1
             piece = answer.push(token)
             if piece:
                 yield piece
             if answer.stopped or self.stats.answer_tokens == limit:
                 break
-            self._flush()
+            self._feed()
         rest = answer.finish()
         if rest:
             yield rest
@@ -338,7 +361,7 @@ class Session:
             options["seed"] = int.from_bytes(os.urandom(8), "little")
         sampler = _core.Sampler(**options)
         if sampler.repeat_penalty != 1:
-            for token in self._recent:
+            for token in self._text.recent():
                 sampler.accept(token)
         return sampler
 
@@ -358,36 +381,10 @@ class Session:
 
     # --- feeding ----------------------------------------------------------------------------------
 
-    def _append(self, ids: list[int]) -> None:
-        known = self._known_ids()
-        if known is not None:
-            known.extend(ids)
-        self._recent.extend(ids[-REPEAT_LAST_N:])
-        self._state = (self._state[0], self._state[1] + ids)
-
-    def _pending(self) -> list[int]:
-        """Tokens of the text that are not in the cache yet."""
-        count, waiting = self._state
-        fed = self._kv.n_tokens
-        if fed != count:  # fewer: the text was cut, and what waited was to follow what is gone
-            self._state = (fed, waiting[fed - count :] if fed > count else [])
-        return self._state[1]
-
-    def _known_ids(self) -> array[int] | None:
-        """The tokens of the text, None if they are no longer known."""
-        if self._kv.outgrown:
-            self._ids = None
-        if self._ids is not None:
-            del self._ids[self.n_tokens :]
-        return self._ids
-
     def _rewind(self, ids: list[int]) -> int:
         """Cut the text down to what `ids`, less its last, begins with too; the number of tokens left: none if a
         sliding window no longer has what it needs to go on from there."""
-        known = self._known_ids() or ()
-        n = next((n for n, (a, b) in enumerate(zip(known, ids[:-1], strict=False)) if a != b), None)
-        if n is None:
-            n = max(0, min(len(known), len(ids) - 1))
+        n = max(0, min(self._text.common(ids), len(ids) - 1))
         if n:
             try:
                 self._cut(n)
@@ -395,29 +392,29 @@ class Session:
                 n = 0
         if not n:
             self._clear()
+            self._text.rendered = None
         return n
 
     def _cut(self, n: int) -> None:
         """Keep the first n tokens. OptionError, with nothing changed, if they have left the cache."""
-        waiting, ids, cut = self._pending(), self._known_ids(), self.n_tokens - n
-        text, self._text, fed = self._text, None, self._kv.n_tokens
-        if n < fed:
+        text = self._text
+        before = text.rendered, self._logits
+        text.rendered = None
+        if n < self._kv.n_tokens:
+            self._logits = None
             try:
                 self._kv.truncate(n)
             except ValueError as error:
-                self._text = text
+                text.rendered, self._logits = before
                 raise OptionError(f"n: {error}") from None
-            self._logits = None
-        self._state = (min(n, fed), waiting[: max(0, n - fed)])
-        recent = list(self._recent)[: max(0, len(self._recent) - cut)] if ids is None else ids[:n]
-        self._recent = deque(recent, maxlen=REPEAT_LAST_N)
+        text.cut(n)
 
-    def _flush(self, prompt: bool = False) -> None:
+    def _feed(self, prompt: bool = False) -> None:
         """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""
         most = self.model.engine.max_chunk
-        while waiting := self._pending():
-            chunk = np.array(waiting[:most], dtype=np.int32)
-            last = len(chunk) == len(waiting)
+        while (left := self.n_tokens - self._kv.n_tokens) > 0:
+            chunk = np.array(self._text.pending(self._kv.n_tokens, most), dtype=np.int32)
+            last = len(chunk) == left
             began = time.perf_counter()
             try:
                 logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")
@@ -425,7 +422,7 @@ class Session:
                 raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
             seconds = time.perf_counter() - began
             if last:
-                self._logits, self._logits_at = logits, self._kv.n_tokens
+                self._logits = (self._kv.n_tokens, logits)
             if prompt:
                 self.stats.prompt_tokens += len(chunk)
                 self.stats.prompt_seconds += seconds
@@ -435,7 +432,10 @@ class Session:
 
 
 class _Answer:
-    """The text of one answer: what was shown, and what the cache holds, special tokens included."""
+    """The text of one answer: what was shown, and what the cache holds, special tokens included.
+
+    `n_tokens`: tokens whose text is in it.
+    """
 
     def __init__(self, tokenizer: Any, stops: StopStrings, chat: bool) -> None:
         self._visible = tokenizer.stream(skip_special=True, start=chat)
@@ -443,6 +443,7 @@ class _Answer:
         self._stops = stops
         # Only a conversation needs its text again; an endless plain text must not fill the memory.
         self._shown, self._text = io.StringIO(), io.StringIO()
+        self.n_tokens = 0
 
     @property
     def stopped(self) -> bool:
@@ -451,7 +452,9 @@ class _Answer:
     def push(self, token: int) -> str:
         if self._exact:
             self._text.write(self._exact.push(token))
-        return self._show(self._stops.push(self._visible.push(token)))
+        piece = self._show(self._stops.push(self._visible.push(token)))
+        self.n_tokens += 1
+        return piece
 
     def finish(self) -> str:
         """What was held back: half a character, the beginning of a stop string."""

@@ -19,7 +19,7 @@ from test_sliding import SlidingLlama
 from kvrun import _core
 from kvrun.commands.inspect import inspect, lines
 from kvrun.convert import convert
-from kvrun.convert.checkpoint import open_checkpoint
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError, KvrunError
 from kvrun.files.model_file import read_model_file
 from kvrun.model import load

@@ -10,10 +10,10 @@ from test_family_gguf import NAMES as GGUF_NAMES
 from test_family_gguf import write
 
 from kvrun.convert import gguf_source
-from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 
 NUMBERS = (0, 1, -1, 2**40, 1e308, 1e-320, 0.5, float("nan"))

@@ -14,9 +14,9 @@ from gguf.tensor_mapping import get_tensor_name_map
 from test_families import CHUNKS, FAMILIES, TOLERANCE, cache_of, engine_of, expected_of, run
 
 from kvrun.convert import convert
-from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.huggingface import read_safetensors_header
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 
 INTERLEAVED = ("llama", "granite", "smollm3")

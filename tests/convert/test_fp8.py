@@ -10,8 +10,8 @@ import pytest
 from make_checkpoint import CONFIG, hf_folder, hf_shapes, random_tensors, to_bf16, write_json
 
 from kvrun.convert import convert
-from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.convert.fp8 import VALUES, Fp8Tensor
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 
 CONFIG8 = {

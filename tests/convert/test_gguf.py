@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_checkpoint import gguf_shapes, random_tensors, save_gguf
 
-from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.convert.gguf_file import GgufFile
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 
 

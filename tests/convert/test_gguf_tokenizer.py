@@ -6,8 +6,8 @@ import pytest
 from make_checkpoint import gguf_vocabulary, save_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
-from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.convert.gguf_tokenizer import PRE_TOKENIZERS
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -17,7 +17,7 @@ from make_checkpoint import (
 )
 
 from kvrun.convert import hf_tokenizer
-from kvrun.convert.checkpoint import open_checkpoint
+from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 
 CONFIG_NAMES = {

@@ -43,7 +43,9 @@ class FakeEngine:
     max_chunk = 512
 
     def new_cache(self, **options):
-        return FakeCache(self, **options)
+        """`cache` is the last one made."""
+        self.cache = FakeCache(self, **options)
+        return self.cache
 
     def forward(self, tokens, kv, logits="last"):
         if "before" in self.fault:

@@ -1,6 +1,7 @@
 """Sessions: what is fed, what is shown, what is remembered; with an engine that says what it is told to."""
 
 import itertools
+import sys
 import threading
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 from fakes import CHATML, END, FakeModel
 
 from kvrun import _core
+from kvrun import session as session_module
 from kvrun.errors import KvrunError, OptionError
+from kvrun.text import transcript as transcript_module
 
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -133,7 +136,9 @@ def test_max_tokens(model):
     assert model.fed == USER.format("q") + "ab"  # the last token waits: nobody needs what follows it yet
     assert session.n_tokens == len(model.tokenize(USER.format("q") + "abc"))
     model.engine.script = []
-    assert session.logits[END] == 50
+    with pytest.raises(KvrunError, match="no logits yet: evaluate\\(\\) feeds the last 1 tokens"):
+        _ = session.logits
+    assert session.evaluate()[END] == 50 == session.logits[END]
     assert model.fed == USER.format("q") + "abc"
 
 
@@ -148,9 +153,9 @@ def test_no_tokens_feeds_only(model):
 def test_logits_are_readable_in_the_middle(model):
     model.says("abc")
     session = model.session()
-    for piece in session.stream("q"):
-        assert session.logits.shape == (model.vocab_size,) and session.logits.dtype == np.float32
-    assert model.fed.endswith("abc")
+    for _ in session.stream("q"):
+        assert session.evaluate().shape == (model.vocab_size,) and session.logits.dtype == np.float32
+    assert model.fed.endswith("abc") and session.stats.decode_tokens == 3
 
 
 def test_going_on_from_what_is_there(model):
@@ -273,13 +278,78 @@ def test_ctrl_c_between_the_chunks_of_a_prompt(model):
     assert model.fed == USER.format(long) + "<|im_end|>\n" + USER.format("r") + "abc"
 
 
+def interrupted_at(step, run):
+    """Run, with Ctrl-C after so many steps of the interpreter in the session's own code; whether it came to that."""
+    files, left = {session_module.__file__, transcript_module.__file__}, [step]
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_ctrl_c_anywhere_leaves_a_text_that_the_messages_tell():
+    """Whatever is asked next, the cache then holds the conversation as `messages` have it, and nothing else."""
+    model, steps = FakeModel(), 0
+    while True:
+        model.engine.fed = []
+        model.engine.script = []
+        model.says("one", "two")
+        session = model.session()
+        text(session.stream("a"))
+        steps += 7
+        came = interrupted_at(steps, lambda session=session: text(session.stream("ab", max_tokens=2)))
+        told, model.engine.script = list(session.messages), []
+        assert session.n_tokens >= len(model.engine.fed)
+        model.says("three")
+        assert text(session.stream("c")) == "three"
+        expected = model.chat.render([*told, {"role": "user", "content": "c"}])
+        assert model.fed == expected + "three"
+        if not came:
+            break
+    assert steps > 1000
+
+
+def test_ctrl_c_while_a_text_is_cut_leaves_it_whole_or_cut(model):
+    steps = 0
+    while True:
+        model.engine.fed = []
+        session = model.session()
+        text(session.stream(list(range(5, 45)), max_tokens=0))
+        steps += 1
+        came = interrupted_at(steps, lambda session=session: session.truncate(20))
+        n = session.n_tokens
+        assert n in (19, 20, 40)
+        text(session.stream([50], max_tokens=0))
+        assert model.engine.fed == [*range(5, 5 + n), 50] and len(session.logits)
+        if not came:
+            break
+    assert n == 20 and steps > 100
+
+
 def test_a_lost_step_has_no_logits(model):
     session = model.session()
     model.engine.fault["after"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         text(session.stream([5], max_tokens=0))
     with pytest.raises(KvrunError, match="no logits"):
-        session.logits
+        _ = session.logits
+    with pytest.raises(KvrunError, match="no logits"):
+        session.evaluate()
     text(session.stream([5], max_tokens=0))
     assert session.logits.shape == (model.vocab_size,)
 
@@ -331,7 +401,7 @@ def test_reset(model):
     session.reset()
     assert session.messages == [] and session.n_tokens == 0
     with pytest.raises(KvrunError):
-        session.logits
+        _ = session.logits
     assert text(session.stream("r")) == "b" and model.fed == USER.format("r") + "b"
 
 
@@ -434,8 +504,10 @@ def test_cache_options_that_cannot_be(model, options, message):
 
 def test_cache_options(model):
     usual = {"k": "f16", "v": "f16", "ctx": 2048, "sinks": 4, "window": 64, "prefault": False}
-    assert model.session()._kv.options == usual
-    assert model.session(kv_v="f32", ctx=500, sinks=0, window=0)._kv.options == {
+    model.session()
+    assert model.engine.cache.options == usual
+    model.session(kv_v="f32", ctx=500, sinks=0, window=0)
+    assert model.engine.cache.options == {
         "k": "f16",
         "v": "f32",
         "ctx": 500,

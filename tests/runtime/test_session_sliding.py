@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_session_state import GO_ON, talked, text
+from test_session_state import GO_ON, saved_tokens, talked, text
 
 from kvrun.commands.inspect import inspect
 from kvrun.errors import KvrunError, OptionError
 from kvrun.files.model_file import read_model_file
+from kvrun.files.session_file import read_session_file
 from kvrun.model import Model
 
 ONE = "Once upon a time there was a cat who lived in a hat, and that was all there is to say."
@@ -31,7 +32,7 @@ def test_saved_and_forked_sessions_go_on_alike(model, ctx, tmp_path):
         expected = text(session.stream("More", **GO_ON))
         for other in (restored, fork):
             assert text(other.stream("More", **GO_ON)) == expected
-            assert np.array_equal(other.logits, session.logits) and other.n_tokens == session.n_tokens
+            assert np.array_equal(other.evaluate(), session.evaluate()) and other.n_tokens == session.n_tokens
     assert session.n_tokens > 200
 
 
@@ -40,9 +41,11 @@ def test_tokens_are_known_while_a_cache_has_room_for_them(model, tmp_path):
     session = model.session(ctx=400)
     text(session.stream("a", max_tokens=350, seed=1, ignore_eos=True))
     session.save(tmp_path / "s.kv")
-    assert session._kv.lost and model.restore(tmp_path / "s.kv")._ids == session._ids != None  # noqa: E711
+    assert read_session_file(tmp_path / "s.kv", model.file.fingerprint, model.vocab_size).lost
+    known = saved_tokens(session, tmp_path)
+    assert len(known) == session.n_tokens and saved_tokens(model.restore(tmp_path / "s.kv"), tmp_path) == known
     text(session.stream("b", max_tokens=200, seed=1, ignore_eos=True))
-    assert session._known_ids() is None
+    assert saved_tokens(session, tmp_path) is None
 
 
 def test_an_edited_conversation_is_begun_anew(model):
@@ -64,15 +67,15 @@ def test_a_short_way_back_is_taken(model):
     assert again == model.generate(told, kv="f32", temperature=0, max_tokens=12, ignore_eos=True)
 
 
-def test_truncate(model):
+def test_truncate(model, tmp_path):
     """Possible as far as what the next token sees is there; else nothing changes."""
     session = model.session(kv="f32", ctx=1000)
     text(session.stream([5] * 3, max_tokens=400, seed=1, ignore_eos=True))
-    n, ids = session.n_tokens, list(session._ids)
+    n, ids = session.n_tokens, saved_tokens(session, tmp_path)
     for gone in (n - 250, 10):
         with pytest.raises(OptionError, match=f"n: cannot keep {gone} tokens: .* a sliding window of 30 needs some"):
             session.truncate(gone)
-    assert session.n_tokens == n and list(session._ids) == ids and len(session.logits)
+    assert session.n_tokens == n and saved_tokens(session, tmp_path) == ids and len(session.evaluate())
     least, logits = n, 0
     while True:
         cut = session.fork()
@@ -84,13 +87,13 @@ def test_truncate(model):
         short = model.session(kv="f32", ctx=1000)
         text(short.stream(ids[:least], max_tokens=0))
         try:
-            assert np.allclose(cut.logits, short.logits, rtol=1e-4, atol=1e-4)
+            assert np.allclose(cut.evaluate(), short.evaluate(), rtol=1e-4, atol=1e-4)
             logits += 1
         except KvrunError:  # the last token sees more than is left, the next one does not
             pass
         text(cut.stream([7], max_tokens=0))
         text(short.stream([7], max_tokens=0))
-        assert np.allclose(cut.logits, short.logits, rtol=1e-4, atol=1e-4)
+        assert np.allclose(cut.evaluate(), short.evaluate(), rtol=1e-4, atol=1e-4)
     assert n - least - 1 <= logits <= n - least and n - least > 10
 
 

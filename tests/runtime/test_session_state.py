@@ -29,6 +29,13 @@ def text(stream):
     return "".join(stream)
 
 
+def saved_tokens(session, folder):
+    """The tokens that a saved session has of its text; None if some are no longer known."""
+    session.save(folder / "tokens.kv")
+    with safe_open(folder / "tokens.kv", "numpy") as file:
+        return file.get_tensor("tokens").tolist() if "tokens" in file.keys() else None  # noqa: SIM118
+
+
 def twins(make):
     """Two sessions with the same past: one to be saved, forked or cut, one to compare with."""
     return make(), make()
@@ -61,7 +68,7 @@ def test_a_restored_session_goes_on_as_if_nothing_had_been(model, kv, ctx, tmp_p
         expected = text(kept.stream("More", repeat_penalty=1.2, **GO_ON))
         assert text(restored.stream("More", repeat_penalty=1.2, **GO_ON)) == expected
         assert restored.stats.prompt_tokens == kept.stats.prompt_tokens  # nothing was fed again
-        assert np.array_equal(restored.logits, kept.logits)
+        assert np.array_equal(restored.evaluate(), kept.evaluate())
         saved = restored
     assert kept.n_tokens > 200
 
@@ -70,10 +77,10 @@ def test_plain_text_and_logits(model, tmp_path):
     kept, saved = twins(model.session)
     for session in (kept, saved):
         text(session.stream("Once upon a time", raw=True, **GO_ON))
-        assert session.logits is not None
+        assert session.evaluate() is not None
     saved.save(tmp_path / "s.kv")
     restored = model.restore(tmp_path / "s.kv")
-    assert np.array_equal(restored.logits, kept.logits) and restored.messages == []
+    assert np.array_equal(restored.evaluate(), kept.evaluate()) and restored.messages == []
     assert text(restored.stream([], **GO_ON)) == text(kept.stream([], **GO_ON))
 
 
@@ -162,7 +169,7 @@ def saved(model, tmp_path_factory):
     """The bytes of a session file, and where its data begins."""
     session = model.session(ctx=200, kv="f32")
     text(session.stream("Hello there", **GO_ON))
-    assert len(session.logits)
+    assert len(session.evaluate())
     path = tmp_path_factory.mktemp("saved") / "s.kv"
     session.save(path)
     data = path.read_bytes()
@@ -313,11 +320,11 @@ def test_truncate_and_go_on(model):
         cut.truncate(n)
         text(short.stream(ids[:n], max_tokens=0))
         assert cut.n_tokens == n == short.n_tokens
-        assert np.allclose(cut.logits, short.logits, rtol=1e-4, atol=1e-4)
+        assert np.allclose(cut.evaluate(), short.logits, rtol=1e-4, atol=1e-4)
         assert text(cut.stream(ids[n:], **GO_ON)) == text(short.stream(ids[n:], **GO_ON))
     cut.truncate(0)
     with pytest.raises(KvrunError, match="no logits"):
-        cut.logits
+        cut.evaluate()
     assert text(cut.stream("a", **GO_ON)) == model.generate("a", kv="f32", **GO_ON)
 
 
@@ -328,7 +335,7 @@ def test_truncate_what_was_not_fed_yet(model):
     session.truncate(n)
     assert session.messages
     session.truncate(n - 1)
-    assert session.n_tokens == n - 1 and session.messages == [] and len(session.logits)
+    assert session.n_tokens == n - 1 and session.messages == [] and len(session.evaluate())
 
 
 def test_truncate_after_evictions(model, tmp_path):
@@ -344,9 +351,9 @@ def test_truncate_after_evictions(model, tmp_path):
     session.save(tmp_path / "s.kv")
     for cut in (session, session.fork(), model.restore(tmp_path / "s.kv")):
         with pytest.raises(KvrunError, match="no logits"):  # their token is not known any more
-            cut.logits
+            cut.evaluate()
     text(session.stream([3], **GO_ON))
-    assert session.n_tokens == n + 11 and np.isfinite(session.logits).all()
+    assert session.n_tokens == n + 11 and np.isfinite(session.evaluate()).all()
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, "x", None, True, 10**9])
@@ -367,9 +374,9 @@ def test_forks_go_their_own_ways(model):
     second = other.fork()
     assert text(second.stream("One way", **GO_ON)) == a
     assert text(other.stream("Another", **GO_ON)) == b
-    assert fork.messages == other.messages and np.array_equal(fork.logits, other.logits)
+    assert fork.messages == other.messages and np.array_equal(fork.evaluate(), other.evaluate())
     fork.messages[0]["content"] = fork.logits[:] = 0
-    assert origin.messages == second.messages and np.array_equal(origin.logits, second.logits)
+    assert origin.messages == second.messages and np.array_equal(origin.evaluate(), second.evaluate())
     assert fork.kv_bytes == origin.kv_bytes
 
 
@@ -442,19 +449,18 @@ def test_logits_of_a_lost_step_are_not_saved(model, tmp_path, monkeypatch):
     restored = model.restore(tmp_path / "s.kv")
     assert restored.n_tokens == 3
     with pytest.raises(KvrunError, match="no logits"):
-        restored.logits
+        restored.evaluate()
 
 
 def test_nothing_is_reused_once_tokens_were_lost(fake):
     fake.says("one", "two")
-    session = fake.session()
-    text(session.stream("a"))
-    session._kv.outgrown = True
-    session._kv.truncate = None
-    told = [{"role": "user", "content": "ab"}]
-    session._kv.reset = lambda: (setattr(session._kv, "n_tokens", 0), fake.engine.fed.clear())
+    session, asked = fake.session(), "a" * 80  # more than the last 64 tokens, which are known in any case
+    text(session.stream(asked))
+    fake.engine.cache.outgrown = True
+    told = [{"role": "user", "content": asked + "b"}]
     assert text(session.stream(told)) == "two"
-    assert fake.fed == USER.format("ab") + "two" and session._ids is None
+    assert fake.fed == USER.format(asked + "b") + "two"
+    assert session.stats.prompt_tokens == len(fake.tokenize(USER.format(asked + "b")))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -480,15 +486,15 @@ def test_reuse_gives_what_feeding_all_gives(model):
     assert first.stats.prompt_tokens < first.n_tokens - 12 - 5
 
 
-def test_an_endless_text_keeps_no_list_of_its_tokens(model):
+def test_an_endless_text_keeps_no_list_of_its_tokens(model, tmp_path):
     session = model.session(ctx=132)
     text(session.stream("a", max_tokens=20, ignore_eos=True))
-    assert len(session._ids) == session.n_tokens
+    assert len(saved_tokens(session, tmp_path)) == session.n_tokens
     text(session.stream("b", max_tokens=300, ignore_eos=True))
-    assert session._ids is None
+    assert saved_tokens(session, tmp_path) is None
     session.reset()
     text(session.stream("b", max_tokens=3, ignore_eos=True))
-    assert len(session._ids) == session.n_tokens
+    assert len(saved_tokens(session, tmp_path)) == session.n_tokens
 
 
 # --- kvrun --session FILE -------------------------------------------------------------------------
