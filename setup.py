@@ -18,7 +18,16 @@ from setuptools.errors import CompileError, LinkError
 KERNELS = "_core/kernels"
 KERNEL_FILES = sorted(str(p) for p in Path(KERNELS).rglob("*.[ch]"))
 HEADERS = [path for path in KERNEL_FILES if path.endswith(".h")]
-COMMON_FLAGS = [f"-I{KERNELS}", "-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+COMMON_FLAGS = [
+    f"-I{KERNELS}",
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-g0",
+]
 
 # level: (machines, compiler flags)
 X86, ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
@@ -41,19 +50,12 @@ LEVELS = {
     ),
     "neon": (ARM, ["-march=armv8.2-a+dotprod"]),
 }
-LEVEL_SOURCES = [
-    f"{KERNELS}/{name}.c"
-    for name in (
-        "vector",
-        "weights/matmul",
-        "weights/kquants",
-        "cache/float",
-        "cache/quantized_pack",
-        "cache/quantized",
-        "table",
-    )
+# Every file of a weight type is compiled for each level, and once more, without one, for what is portable.
+WEIGHT_SOURCES = sorted(str(p) for p in Path(KERNELS, "weights").glob("*.c"))
+LEVEL_SOURCES = WEIGHT_SOURCES + [
+    f"{KERNELS}/{name}.c" for name in ("vector", "cache/float", "cache/quantized_pack", "cache/quantized", "table")
 ]
-BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("weights/pack", "weights/kpack", "team", "levels")]
+BASE_SOURCES = WEIGHT_SOURCES + [f"{KERNELS}/{name}.c" for name in ("weights", "team", "levels")]
 
 
 def accepts(compiler, source, flags, link=()):

@@ -5,7 +5,7 @@ from .kernels import isa, isa_available
 from .kv import KV_FORMATS, KVCache, kv_bytes
 from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
-from .weights import WEIGHT_TYPES, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
+from .weights import WEIGHT_TYPES, WeightType, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
 
 __all__ = [
     "HAS_OPENMP",
@@ -16,6 +16,7 @@ __all__ = [
     "Engine",
     "KVCache",
     "Sampler",
+    "WeightType",
     "advise_huge",
     "anonymous",
     "column_multiple",

@@ -14,8 +14,8 @@ import numpy as np
 from .attention cimport (KV_MAX_THREADS, append_step, attend_step, combine, commit_needed, commit_step, kv_team,
                          kv_team_barrier, kv_team_grab, kv_team_has_openmp, kv_team_run, kv_team_share, kv_team_take,
                          plan_buffers, plan_chunk, plan_queries)
-from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_packed_bytes,
-                       kv_prefetch, kv_unpack_row)
+from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, kernels, kv_packed_bytes,
+                       kv_prefetch, kv_unpack_row, kv_weight_of)
 from .kv cimport KVCache
 from .kernels import require_level
 from .kv import sliding_windows
@@ -256,7 +256,7 @@ cdef class Engine:
             s.panels, s.panel_bytes = (n + KV_PANEL - 1) // KV_PANEL, kv_packed_bytes(s.type, KV_PANEL, cols)
             s.bias = self._vector(vectors, name + ".bias", n) if bias else NULL
             m.panels += s.panels
-            m.quantized |= s.type >= KV_Q8_0
+            m.quantized |= kv_weight_of(s.type).takes_int8
         m.width = KV_PANEL * m.panels
         return 0
 

@@ -8,7 +8,7 @@ cdef extern from "kernels.h":
         KV_TILE
         KV_MAX_HEAD_DIM
         KV_FORMATS
-        KV_Q8_0
+        KV_N_WEIGHT_TYPES
         KV_FORMAT_F32
         KV_FORMAT_F16
         KV_SILU
@@ -60,8 +60,18 @@ cdef extern from "kernels.h":
         void (*soft_cap)(float*, int64_t, float) noexcept nogil
         void (*softmax_step)(float*, const int32_t*, int64_t, int64_t, float*, float*, float*) noexcept nogil
 
+    ctypedef struct kv_weight:
+        const char* name
+        int ggml_number
+        int64_t block
+        int64_t block_bytes
+        int64_t column_multiple
+        int takes_int8
+        int wants_offset
+
     int kv_kernels_find(const char* level, kv_kernels* table) noexcept nogil
     int64_t kv_head_pad(int64_t) noexcept nogil
+    const kv_weight* kv_weight_of(int) noexcept nogil
     int64_t kv_raw_row_bytes(int, int64_t) noexcept nogil
     int64_t kv_packed_bytes(int, int64_t, int64_t) noexcept nogil
     void kv_quantize_row(int, const float*, int64_t, uint8_t*) noexcept nogil

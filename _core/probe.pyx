@@ -11,8 +11,8 @@ import numpy as np
 
 from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, kv_team,
                          kv_team_barrier, kv_team_run, kv_team_take, plan_buffers, plan_chunk, plan_queries)
-from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, KV_TILE, kernels,
-                       kernels_of, kv_format, kv_head_pad, kv_input, kv_kernels)
+from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, KV_TILE, kernels,
+                       kernels_of, kv_format, kv_head_pad, kv_input, kv_kernels, kv_weight_of)
 from .kv cimport Cache, KVCache
 from .weights import packed_size, type_id
 
@@ -113,12 +113,15 @@ def matmul(str type, packed, rows, x, out=None, planes=1, repeat=1, level=None):
     cdef float[:, ::1] scale = np.zeros((n, planes * blocks), np.float32)
     cdef int32_t[:, ::1] sums = np.zeros((n, planes * blocks), np.int32)
     cdef int32_t[:, ::1] offsets = np.zeros((n, planes * blocks * 2), np.int32)
-    if id >= KV_Q8_0:
+    cdef bint offset = kv_weight_of(id).wants_offset
+    if kv_weight_of(id).takes_int8:
         for t in range(n):
-            kern.quantize(&a[t, 0], cols, planes, &q[t, 0], &scale[t, 0], &sums[t, 0], &offsets[t, 0])
+            kern.quantize(&a[t, 0], cols, planes, &q[t, 0], &scale[t, 0], &sums[t, 0],
+                          &offsets[t, 0] if offset else NULL)
     cdef kv_input input
     input.f, input.ld, input.blocks, input.planes = &a[0, 0], cols, blocks, planes
-    input.q, input.scale, input.sum, input.offset = &q[0, 0], &scale[0, 0], &sums[0, 0], &offsets[0, 0]
+    input.q, input.scale, input.sum = &q[0, 0], &scale[0, 0], &sums[0, 0]
+    input.offset = &offsets[0, 0] if offset else NULL
     with nogil:
         for i in range(times):
             kern.matmul[id](&w[0], panels, cols, &input, n, &to[0, 0], panels * KV_PANEL, add)

@@ -1,17 +1,47 @@
 """Packing of weight matrices into the interleaved layout of the model file (``kernels/kernels.h``), and back."""
 
+from typing import NamedTuple
+
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
 
 import numpy as np
 
-from .kernels cimport (KV_PANEL, KV_SUPER, kv_pack_panel, kv_packed_bytes, kv_quantize_row, kv_raw_row_bytes,
-                       kv_unpack_row)
+from .kernels cimport (KV_N_WEIGHT_TYPES, KV_PANEL, kv_pack_panel, kv_packed_bytes, kv_quantize_row, kv_raw_row_bytes,
+                       kv_unpack_row, kv_weight, kv_weight_of)
 
-# In the order of enum kv_weight_type.
-_NAMES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q6_k")
-WEIGHT_TYPES = dict(zip(_NAMES, (32.0, 16.0, 16.0, 8.5, 5.0, 4.5, 4.5, 6.5625)))
-"""Weight types and their bits per weight, scales included."""
+
+class WeightType(NamedTuple):
+    """A row of the kernels' table of weight types."""
+    name: str
+    """GGML's name of the type, in small letters."""
+    number: int
+    """In the kernels: enum kv_weight_type."""
+    ggml_number: int
+    """Of the type in GGUF files."""
+    block: int
+    """Columns of a row that make a block of GGML's, 1 for plain numbers."""
+    block_bytes: int
+    """Bytes of such a block."""
+    column_multiple: int
+    """What the columns of a matrix must be a multiple of."""
+    takes_int8: bool
+    """Whether products take inputs quantised to int8."""
+
+    @property
+    def bits(self):
+        """Bits per weight, scales included."""
+        return 8 * self.block_bytes / self.block
+
+
+cdef _row(int number):
+    cdef const kv_weight* row = kv_weight_of(number)
+    return WeightType(row.name.decode(), number, row.ggml_number, row.block, row.block_bytes, row.column_multiple,
+                      bool(row.takes_int8))
+
+
+WEIGHT_TYPES = {row.name: row for row in map(_row, range(KV_N_WEIGHT_TYPES))}
+"""The weight types by name, in the order of their numbers."""
 
 _LARGEST = 1 << 48  # elements; keeps every size below far from overflow
 
@@ -19,14 +49,14 @@ _LARGEST = 1 << 48  # elements; keeps every size below far from overflow
 cpdef int type_id(str type) except -1:
     """Number of a weight type in the kernels. ValueError for a name that is not one."""
     try:
-        return _NAMES.index(type)
-    except ValueError:
-        raise ValueError(f"weight type {type!r} is not one of {', '.join(_NAMES)}") from None
+        return WEIGHT_TYPES[type].number
+    except KeyError:
+        raise ValueError(f"weight type {type!r} is not one of {', '.join(WEIGHT_TYPES)}") from None
 
 
 def column_multiple(str type):
     """What the columns of a matrix of this type must be a multiple of: 256 for those with super-blocks, else 1."""
-    return KV_SUPER if type_id(type) >= type_id("q4_k") else 1
+    return kv_weight_of(type_id(type)).column_multiple
 
 
 def packed_size(str type, rows, cols):
@@ -74,8 +104,8 @@ def pack_raw(str type, raw, rows, cols):
 def pack(str type, a):
     """Quantises or converts (to nearest even) and interleaves a matrix.
 
-    a: float32 [rows, cols]; for block types cols is padded with zeros to a multiple of 32. q8_0, q4_1 and q4_0 are
-    rounded as GGML's reference does; q4_k and q6_k search for the least squared error.
+    a: float32 [rows, cols]; for block types cols is padded with zeros to a multiple of 32. Types with
+    blocks are rounded as GGML's reference does; those with super-blocks search for the least squared error.
     Returns uint8 [packed_size(type, rows, cols)]. Raises ValueError as that does.
     """
     cdef const float[:, ::1] source = np.ascontiguousarray(a, np.float32)

@@ -13,28 +13,14 @@ from typing import Any
 
 from kvrun.errors import KvrunError, one_line
 
-_EPILOG = """\
-types:
-  same    keep the type, and every value, of tensors that have one of those below; others are dequantised:
-          Q2_K and Q3_K become q6_k, fp8 becomes bf16, all other types of GGUF become q8_0
-  f32, f16, bf16
-          plain numbers
-  q8_0, q6_k, q4_1, q4_k, q4_0
-          8.5, 6.6, 5.0, 4.5 and 4.5 bits per weight, GGML's arithmetic; q4_k is better than q4_1 and q4_0.
-          All matrices are quantised but routers of experts; with q4_1 and q4_0 embedding and output head
-          become q8_0, with q4_k q6_k (a GGUF file that has them in the type asked for keeps them). A tensor
-          that already has its type keeps every value.
-  q4_k_m  q4_k, but q6_k for the output head and, in half of the layers, V and down: llama.cpp's Q4_K_M
-
-q4_k and q6_k take a multiple of 256 columns; a tensor with another number becomes q4_1 or q8_0.
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
+    from kvrun.convert.weight_types import TYPES, types_help
+
     parser = argparse.ArgumentParser(
         prog="kvrun convert",
         description="Make a model file from a Hugging Face checkpoint folder or a GGUF file.",
-        epilog=_EPILOG,
+        epilog=types_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or a .gguf file")
@@ -44,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         default="same",
         type=_weight_type,
-        help="same (default), f32, f16, bf16, q8_0, q6_k, q4_k_m, q4_k, q4_1 or q4_0",
+        help=f"same (default), or {', '.join(kind for kind in TYPES if kind != 'same')}",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out (token ids only)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the summary even when piped")

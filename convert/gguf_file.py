@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from kvrun import _core
 from kvrun.convert.fields import shown
-from kvrun.convert.tensors import BLOCKS, PLAIN, StoredTensor
+from kvrun.convert.tensors import StoredTensor
 from kvrun.errors import ConvertError
 
 _SCALARS = {
@@ -32,7 +33,7 @@ _SCALARS = {
 }
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_DEPTH = 4
-_TENSOR_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 12: "q4_k", 14: "q6_k", 30: "bf16"}
+_OURS = {row.ggml_number: row for row in _core.WEIGHT_TYPES.values()}
 
 
 class GgufFile:
@@ -132,11 +133,8 @@ class _Cursor:
 
 
 def _stored_tensor(path: str, name: str, shape: tuple[int, ...], number: int, offset: int) -> StoredTensor:
-    kind = _TENSOR_TYPES.get(number)
-    if kind in PLAIN:
-        block, width = 1, PLAIN[kind]
-    elif kind in BLOCKS:
-        block, width = BLOCKS[kind]
+    if number in _OURS:
+        kind, block, width = _OURS[number].name, _OURS[number].block, _OURS[number].block_bytes
     else:
         kind, block, width = _other_type(path, name, number)
     if shape[-1] % block or not 0 < math.prod(shape) <= 1 << 48:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint, open_checkpoint
+from kvrun.convert.tensors import PLAIN
 from kvrun.convert.weight_types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError
 from kvrun.files.model_file import ModelFile
@@ -164,7 +165,7 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
         *(
             f"{_tensors(count)} of type {theirs.upper()} dequantised and stored as {ours}"
             for (theirs, ours), count in sorted(changed.items())
-            if theirs != ours and theirs not in ("f32", "f16", "bf16")
+            if theirs != ours and theirs not in PLAIN
         ),
         *(
             f"{_tensors(count)} stored as {ours}: {kind} takes a multiple of {_core.column_multiple(kind)} columns"

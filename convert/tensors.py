@@ -15,9 +15,8 @@ from kvrun.errors import ConvertError
 SLAB = 16 << 20
 """About so many bytes of float32 values are in work at once."""
 
-PLAIN = {"f32": 4, "f16": 2, "bf16": 2}
-BLOCKS = {"q8_0": (32, 34), "q4_1": (32, 20), "q4_0": (32, 18), "q4_k": (256, 144), "q6_k": (256, 210)}
-"""Values in a block and its bytes, in GGML's layout."""
+PLAIN = {row.name: row.block_bytes for row in _core.WEIGHT_TYPES.values() if row.block == 1}
+"""Types of plain numbers, and the bytes of a number."""
 
 
 @dataclass(frozen=True)

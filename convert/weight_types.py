@@ -3,29 +3,80 @@
 from __future__ import annotations
 
 import re
+import textwrap
 
 from kvrun import _core
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.files.description import ModelDescription
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_k_m", "q4_k", "q4_1", "q4_0", "same")
-"""Weight types; q4_k_m, a mix of q4_k and q6_k; and "same", the type that a tensor has."""
+_BY_BITS = sorted(_core.WEIGHT_TYPES.values(), key=lambda row: -row.bits)
+
+TYPES = (*(row.name for row in _BY_BITS), "q4_k_m", "same")
+"""Weight types, the finest first; q4_k_m, a mix of q4_k and q6_k; and "same", the type that a tensor has."""
 
 _SENSITIVE = ("embed.weight", "positions.weight", "head.weight")
-_FINER = {"q4_0": "q8_0", "q4_1": "q8_0", "q4_k": "q6_k"}
-"""What embedding and output head become instead: they cost little and matter most."""
-
-_NEAREST = {"q4_k": "q4_1", "q6_k": "q8_0"}
-"""What a matrix becomes whose columns are no whole number of super-blocks."""
+_FEW_BITS = 6
+"""Embedding and output head do not get fewer: they cost little and matter most."""
 
 _KEPT_WELL = {"q2_k": "q6_k", "q3_k": "q6_k", "f8_e4m3": "bf16"}
 """For types that are not ours: one whose rounding is small beside their own. Of all others q8_0."""
 
 
+def finer(kind: str) -> str:
+    """What embedding and output head become instead of this type: of few bits q8_0, or q6_k where super-blocks fit."""
+    row = _core.WEIGHT_TYPES[kind]
+    if row.bits >= _FEW_BITS:
+        return kind
+    return "q8_0" if row.column_multiple == 1 else "q6_k"
+
+
+def for_any_columns(kind: str) -> str:
+    """The type with the fewest bits that has more than this one and takes any number of columns."""
+    few = _core.WEIGHT_TYPES[kind].bits
+    return [row.name for row in _BY_BITS if row.column_multiple == 1 and row.bits > few][-1]
+
+
+def types_help() -> str:
+    """What a command's help says about the types."""
+    blocks = [row for row in _BY_BITS if row.block > 1]
+    supers = [row.name for row in blocks if row.column_multiple > 1]
+    become: dict[str, list[str]] = {}
+    for row in blocks:
+        if finer(row.name) != row.name:
+            become.setdefault(finer(row.name), []).append(row.name)
+    changes = "; ".join(f"of {_listed(kinds)} to {kind}" for kind, kinds in become.items())
+    same = (
+        "keep the type, and every value, of tensors that have one of those below; others are dequantised: Q2_K and Q3_K"
+        " become q6_k, fp8 becomes bf16, all other types of GGUF become q8_0"
+    )
+    quantised = (
+        f"{_listed([f'{row.bits:.1f}' for row in blocks])} bits per weight, GGML's arithmetic; q4_k is better than q4_1"
+        " and q4_0. All matrices are quantised but routers of experts; the type of embedding and output head changes,"
+        f" {changes} (a GGUF file that has them in the type asked for keeps them). A tensor that already has its type"
+        " keeps every value."
+    )
+    entries = {
+        "same": same,
+        ", ".join(row.name for row in _BY_BITS if row.block == 1): "plain numbers",
+        ", ".join(row.name for row in blocks): quantised,
+        "q4_k_m": "q4_k, but q6_k for the output head and, in half of the layers, V and down: llama.cpp's Q4_K_M",
+    }
+    lines = ["types:"]
+    for names, text in entries.items():
+        first = f"  {names:8}" if len(names) < 8 else f"  {names}\n{'':10}"
+        lines.append(first + textwrap.fill(text, 98).replace("\n", f"\n{'':10}"))
+    others = " and ".join(f"{kind} becomes {for_any_columns(kind)}" for kind in supers)
+    return "\n".join(lines) + f"\n\n{_listed(supers)} take a multiple of 256 columns; with another number {others}.\n"
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
 def target_type(name: str, tensor: StoredTensor, asked: str, description: ModelDescription) -> str:
     """The weight type of a matrix in the model file, one that its shape allows."""
     kind = wanted_type(name, tensor, asked, description)
-    return _NEAREST[kind] if tensor.shape[-1] % _core.column_multiple(kind) else kind
+    return for_any_columns(kind) if tensor.shape[-1] % _core.column_multiple(kind) else kind
 
 
 def wanted_type(name: str, tensor: StoredTensor, asked: str, description: ModelDescription) -> str:
@@ -37,7 +88,7 @@ def wanted_type(name: str, tensor: StoredTensor, asked: str, description: ModelD
     if asked == "q4_k_m":
         return _of_the_mix(name, description)
     if name in _SENSITIVE and tensor.type != asked:
-        return _FINER.get(asked, asked)
+        return finer(asked)
     return asked
 
 

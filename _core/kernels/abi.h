@@ -1,4 +1,4 @@
-/* The numbers that every part agrees on: the kernels of the CPU, Cython, and CUDA, whose compiler has no standard headers.
+/* The numbers that every part agrees on: kernels of the CPU, Cython, and CUDA, whose compiler has no standard headers.
  * Preprocessor and enums only. */
 #ifndef KVRUN_ABI_H
 #define KVRUN_ABI_H

@@ -34,6 +34,9 @@ static inline uint16_t kv_float_f16(float f)
     return (uint16_t)(sign | a >> 13);
 }
 
+static inline void kv_put_f16(uint8_t *p, float f) { uint16_t h = kv_float_f16(f); memcpy(p, &h, 2); }
+static inline float kv_get_f16(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return kv_f16_float(h); }
+
 static inline float kv_bf16_float(uint16_t h) { return kv_bits_float((uint32_t)h << 16); }
 
 static inline uint16_t kv_float_bf16(float f)

@@ -1,30 +1,8 @@
 /* Kernels of kvrun: what every instruction-set level provides, and the layouts they read.
  *
- * Weights. A matrix [rows, cols] is stored as panels of 16 output rows (the last one padded with zeros), so that
- * one 64-byte line feeds 16 rows. Within a panel:
- *
- *   f32         [cols] lines of float32 [16 rows]
- *   f16         [cols, even] x float16 [16 rows]
- *   bf16        [cols/2] lines of bfloat16 [16 rows][2 channels]
- *   block types [cols/64, rounded up] pairs of 32-channel blocks; a pair is
- *                 1 line   float16 scale [2 blocks][16 rows]
- *                 1 line   float16 minimum [2 blocks][16 rows]          (q4_1 only)
- *                 codes of the first block, codes of the second (absent when the number of blocks is odd)
- *     q8_0      8 lines a block, line l: uint8 [16 rows][4 channels 4l..4l+3], code + 128
- *     q4_0/1    4 lines a block, line l: [16 rows][4], low nibble channel 4l+c, high nibble channel 16+4l+c
- *
- * and with super-blocks of 256 channels, of which a row has a whole number:
- *
- *   q4_k        1 line   float16 d [16 rows], float16 dmin [16 rows]
- *               4 lines  in three (below): uint8 [16 rows][4], scales of blocks 0-3 and 4-7 of 32, minimums of the same
- *               32 lines codes of the eight blocks as in q4_0
- *   q6_k        pairs of super-blocks: 1 line float16 d [2 super-blocks][16 rows], then for each (the second is absent
- *               when their number is odd)
- *               4 lines  [16 rows][4], int8 scales of blocks of 16, plus 128
- *               64 lines in 48, four to a block of 16, line l: [16 rows][4 channels 4l..4l+3], code + 32
- *
- * Four lines of six-bit numbers take three: the first three have them in their low bits, and the two high bits of each,
- * the lowest first, are the fourth.
+ * Weights. A matrix [rows, cols] is stored as panels of 16 output rows (the last one padded with zeros), so that one
+ * line of 64 bytes feeds 16 rows. Each type has a file in weights/ with its layouts, its row of the table and its
+ * product; docs/format.md describes the layouts in full.
  *
  * Cached keys and values come in tiles of KV_TILE = 64 tokens of one KV head; `head_pad` is head_dim rounded up
  * to 16. In f32 and f16 K is channel-major [head_dim][64], V is token-major [64][head_pad]; the quantised formats are
@@ -61,7 +39,7 @@ typedef struct {
     int64_t ld;           /* floats between tokens */
     int64_t blocks;       /* blocks of 32 in a token */
     int64_t planes;       /* 1 or 2 */
-    const int32_t *offset; /* [tokens][planes][2 blocks] -32 times the sum of each 16 codes: what q6_k starts from */
+    const int32_t *offset; /* [tokens][planes][2 blocks] -32 times the sum of each 16 codes, for types that want it */
 } kv_input;
 
 /* out[t * ld_out + 16 * p + r] = (or +=, with `add`) row 16 p + r of the panels times input t. */
@@ -107,16 +85,16 @@ typedef struct {
     /* Rotates the halves of one head (RoFormer, rotate-half order): [head_dim] by angles given as cos and sin
      * [head_dim/2], times `scale`. in and out may be the same. */
     void (*rope)(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out);
-    /* Orthonormal Hadamard transform of x [n] in place, its own inverse; in blocks of the largest powers of two when n is
-     * not one. */
+    /* Orthonormal Hadamard transform of x [n] in place, its own inverse; in blocks of the largest powers of two when n
+     * is not one. */
     void (*hadamard)(float *x, int64_t n);
     /* out = activation(x) * up, or activation(x) when up is NULL */
     void (*activate[KV_ACTIVATIONS])(const float *x, const float *up, int64_t n, float *out);
     /* x = cap * tanh(x / cap), in place */
     void (*soft_cap)(float *x, int64_t n, float cap);
     /* Online softmax over one tile (Milakov and Gimelshein 2018), to the base 2: scores [rows][64], which come times
-     * log2(e), become weights in place; lanes at or beyond visible[r] get weight 0. Running maximum m, sum l and accumulators acc [rows][head_pad]
-     * are rescaled when the maximum grows. */
+     * log2(e), become weights in place; lanes at or beyond visible[r] get weight 0. Running maximum m, sum l and
+     * accumulators acc [rows][head_pad] are rescaled when the maximum grows. */
     void (*softmax_step)(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
                          float *acc);
 } kv_kernels;
@@ -125,11 +103,27 @@ typedef struct {
  * CPU lacks it. */
 int kv_kernels_find(const char *level, kv_kernels *table);
 
-/* pack.c: portable, used by conversion and by row look-ups. Raw rows are GGML blocks or plain elements. The columns of
- * q4_k and q6_k must be a multiple of KV_SUPER; the others take any number. */
+/* One row of the table of weight types. Raw rows are GGML's blocks, or plain elements; r is a row of a panel, 0 to 15.
+ * The functions are portable. */
+typedef struct {
+    const char *name;        /* GGML's in small letters */
+    int ggml_number;         /* of the type in GGUF files */
+    int64_t block;           /* columns in a raw block */
+    int64_t block_bytes;     /* of a raw block */
+    int64_t column_multiple; /* what the columns of a matrix must be a multiple of */
+    int takes_int8;          /* products read kv_input's int8 codes instead of its floats */
+    int wants_offset;        /* and its `offset` */
+    int64_t (*panel_bytes)(int64_t cols);
+    void (*quantize_row)(const float *x, int64_t cols, uint8_t *raw);
+    void (*pack_row)(const uint8_t *raw, int64_t cols, int64_t r, uint8_t *panel); /* all zeros where no row has been */
+    void (*unpack_row)(const uint8_t *panel, int64_t cols, int64_t r, float *x);
+} kv_weight;
+
+const kv_weight *kv_weight_of(int type);
 int64_t kv_raw_row_bytes(int type, int64_t cols);
 int64_t kv_packed_bytes(int type, int64_t rows, int64_t cols);
 void kv_quantize_row(int type, const float *x, int64_t cols, uint8_t *raw);
+/* Rows [0, rows) of one panel, rows <= 16, from raw rows one after the other. */
 void kv_pack_panel(int type, const uint8_t *raw, int64_t rows, int64_t cols, uint8_t *panel);
 void kv_unpack_row(int type, const uint8_t *packed, int64_t cols, int64_t row, float *x);
 

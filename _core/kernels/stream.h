@@ -6,10 +6,10 @@
 
 typedef uint64_t kv_quarter __attribute__((vector_size(16)));
 
-/* Sums of n bytes, a multiple of 256, that start on a 64-byte boundary, in two ways, of which one or the other is faster:
- * lines from four places in turn, since hardware prefetches several streams faster than one; and one line after the
- * other, asked for 8 KiB ahead. Sixteen-byte additions, which every instruction set has, take a fraction of the time of
- * reading from memory. */
+/* Sums of n bytes, a multiple of 256, that start on a 64-byte boundary, in two ways, of which one or the other is
+ * faster: lines from four places in turn, since hardware prefetches several streams faster than one; and one line
+ * after the other, asked for 8 KiB ahead. Sixteen-byte additions, which every instruction set has, take a fraction
+ * of the time of reading from memory. */
 static inline uint64_t kv_stream_four(const void *data, int64_t n)
 {
     const int64_t step = n / 64; /* a quarter of the data, in vectors */

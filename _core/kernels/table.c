@@ -1,9 +1,7 @@
 /* This level's table of kernels. */
-#include "simd/simd.h"
+#include "weights/panels.h"
 
 void KV_NAME(kv_fill_vector)(kv_kernels *table);
-void KV_NAME(kv_fill_matmul)(kv_kernels *table);
-void KV_NAME(kv_fill_kquants)(kv_kernels *table);
 void KV_NAME(kv_fill_attention)(kv_kernels *table);
 void KV_NAME(kv_fill_quantized)(kv_kernels *table);
 void KV_NAME(kv_fill)(kv_kernels *table);
@@ -12,8 +10,9 @@ void KV_NAME(kv_fill)(kv_kernels *table)
 {
     table->name = KV_STRING(KV_LEVEL);
     KV_NAME(kv_fill_vector)(table);
-    KV_NAME(kv_fill_matmul)(table);
-    KV_NAME(kv_fill_kquants)(table);
+#define KV_FILL(NAME, name) table->matmul[KV_##NAME] = KV_NAME(kv_matmul_##name);
+    KV_EACH_WEIGHT_TYPE(KV_FILL)
+#undef KV_FILL
     KV_NAME(kv_fill_attention)(table);
     KV_NAME(kv_fill_quantized)(table);
 }

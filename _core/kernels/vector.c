@@ -152,8 +152,8 @@ KV_INLINE vf silu(vf x)
     return vf_div(x, vf_add(vf_set1(1), vf_exp(vf_sub(vf_zero(), x))));
 }
 
-/* x times the standard normal distribution's integral to x. The tail, half of erfc(|x| / sqrt 2), is exp(-x^2 / 2) times
- * a polynomial in t = 1 / (1 + |x| / sqrt 8), fitted for the least relative error: 4e-8 before rounding. */
+/* x times the standard normal distribution's integral to x. The tail, half of erfc(|x| / sqrt 2), is exp(-x^2 / 2)
+ * times a polynomial in t = 1 / (1 + |x| / sqrt 8), fitted for the least relative error: 4e-8 before rounding. */
 KV_INLINE vf gelu(vf x)
 {
     vf t = vf_div(vf_set1(1), vf_fma(vf_abs(x), vf_set1(0.353553391f), vf_set1(1)));

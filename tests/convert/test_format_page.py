@@ -30,6 +30,15 @@ def test_the_worked_example():
     assert np.array_equal(numpy_reader.unpack("q4_0", packed.tobytes(), 2, 32), matrix)
 
 
+def test_the_types():
+    table = PAGE.partition("| type | bits per weight | value |")[2].partition("\n\n")[0]
+    bits = {}
+    for line in table.splitlines()[2:]:
+        names, numbers, _ = line.strip("| ").split(" | ")
+        bits |= zip(re.findall(r"`(\w+)`", names), map(float, numbers.split(", ")), strict=True)
+    assert bits == {row.name: row.bits for row in _core.WEIGHT_TYPES.values()}
+
+
 @pytest.mark.parametrize("cols", [1, 31, 32, 33, 64, 65, 96, 250, 256, 512, 768])
 def test_the_sizes(cols):
     blocks = -(-cols // 32)

@@ -9,7 +9,7 @@ from kvrun import _core
 
 SHAPES = [(1, 32), (16, 32), (17, 64), (48, 96), (5, 160), (33, 224)]
 SUPER_SHAPES = [(1, 256), (16, 512), (17, 768), (33, 1280)]
-SUPER_TYPES = {"q4_k": 144, "q6_k": 210}  # bytes of a super-block of a row
+SUPER_TYPES = {row.name: row.block_bytes for row in _core.WEIGHT_TYPES.values() if row.column_multiple > 1}
 ANY_SHAPE = [kind for kind in _core.WEIGHT_TYPES if kind not in SUPER_TYPES]
 
 

@@ -14,8 +14,8 @@ from kvrun._core import probe
 
 LEVELS = _core.isa_available()
 SHAPES = [(16, 32, 1), (48, 96, 3), (40, 576, 1), (33, 100, 5), (16, 577, 9), (7, 31, 17), (1, 1, 1)]
-BLOCK_TYPES = ("q8_0", "q4_1", "q4_0")
-ANY_SHAPE = [type for type in _core.WEIGHT_TYPES if _core.column_multiple(type) == 1]  # test_kquants.py has the others
+ANY_SHAPE = [row.name for row in _core.WEIGHT_TYPES.values() if row.column_multiple == 1]  # test_kquants.py has others
+BLOCK_TYPES = [type for type in ANY_SHAPE if _core.WEIGHT_TYPES[type].takes_int8]
 
 
 def close(actual, expected, tolerance, *terms):
@@ -52,10 +52,9 @@ def test_matmul(type, planes, rows, cols, n, level, rng):
 @pytest.mark.parametrize("type", BLOCK_TYPES)
 def test_matmul_of_extreme_codes(type, level, rng):
     """All codes and inputs at their ends: no intermediate sum may overflow or saturate."""
-    codes = {"q8_0": 34, "q4_1": 20, "q4_0": 18}[type]
-    head = {"q8_0": 2, "q4_1": 4, "q4_0": 2}[type]
-    for byte in (0x80, 0x7F, 0x81) if type == "q8_0" else (0x00, 0xFF, 0x0F):
-        raw = np.full((16, 3, codes), byte, np.uint8)
+    head = {"q4_1": 4}.get(type, 2)
+    for byte in (0x80, 0x7F, 0x81, 0x00, 0xFF, 0x0F):
+        raw = np.full((16, 3, _core.WEIGHT_TYPES[type].block_bytes), byte, np.uint8)
         raw[..., :head] = np.full(head // 2, 0.5, np.float16).view(np.uint8)
         packed = _core.pack_raw(type, raw, 16, 96)
         for sign in (1.0, -1.0):

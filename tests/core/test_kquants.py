@@ -10,7 +10,7 @@ from kvrun import _core
 from kvrun._core import probe
 
 LEVELS = _core.isa_available()
-KINDS = {"q4_k": 144, "q6_k": 210}  # bytes of a super-block of one row
+KINDS = {row.name: row.block_bytes for row in _core.WEIGHT_TYPES.values() if row.column_multiple > 1}
 
 
 def close(actual, expected, tolerance):

@@ -15,15 +15,8 @@ from kvrun import _core
 
 HERE = Path(__file__).parent / "levels"
 KERNELS = Path(__file__).parents[2] / "_core" / "kernels"
-SOURCES = (
-    "vector",
-    "weights/matmul",
-    "weights/kquants",
-    "cache/float",
-    "cache/quantized_pack",
-    "cache/quantized",
-    "table",
-)
+WEIGHTS = sorted(KERNELS.glob("weights/*.c"))  # with and without a level
+SOURCES = [KERNELS / "vector.c", *sorted(KERNELS.glob("cache/*.c")), *WEIGHTS, KERNELS / "table.c"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # level: (compiler, its flags, how the program is run)
@@ -38,20 +31,9 @@ def build(level, compiler, flags, folder):
     objects = []
     for source in SOURCES:
         for name, extra in (("scalar", []), (level, flags)):
-            objects.append(str(folder / f"{Path(source).name}.{name}.o"))
-            subprocess.run(
-                [
-                    *common,
-                    *extra,
-                    f"-DKV_LEVEL={name}",
-                    f"-DKV_LEVEL_{name.upper()}",
-                    "-c",
-                    str(KERNELS / f"{source}.c"),
-                    "-o",
-                    objects[-1],
-                ],
-                check=True,
-            )
+            objects.append(str(folder / f"{source.stem}.{name}.o"))
+            level_flags = [*extra, f"-DKV_LEVEL={name}", f"-DKV_LEVEL_{name.upper()}"]
+            subprocess.run([*common, *level_flags, "-c", str(source), "-o", objects[-1]], check=True)
     program = folder / "check"
     subprocess.run(
         [
@@ -59,8 +41,8 @@ def build(level, compiler, flags, folder):
             f"-DCHECKED={level}",
             "-static",
             str(HERE / "check.c"),
-            str(KERNELS / "weights/pack.c"),
-            str(KERNELS / "weights/kpack.c"),
+            str(KERNELS / "weights.c"),
+            *map(str, WEIGHTS),
             *objects,
             "-lm",
             "-o",

@@ -192,7 +192,7 @@ int main(int argc, char **argv)
     kv_fill_scalar(&reference);
     PASTE(kv_fill_, CHECKED)(&checked);
     for (int type = 0; type < KV_N_WEIGHT_TYPES; type++) {
-        int super = type == KV_Q4_K || type == KV_Q6_K;
+        const int super = kv_weight_of(type)->column_multiple > 1;
         check_matmul(type, 48, super ? 512 : 96, 1, 2);
         check_matmul(type, 33, super ? 768 : 577, 11, 1);
         check_matmul(type, 16, super ? 256 : 100, 23, 2);
