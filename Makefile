@@ -63,7 +63,7 @@ $(GGUF): | $(VENV)/.made
 
 # Nothing is fetched when the user's cache folder has a model that can be used.
 model: $(VENV)/.built
-	@model=$$($(BIN)/python -c 'from kvrun.commands.main import default_model_path; print(default_model_path())') || exit 1; \
+	@model=$$($(BIN)/python -c 'from kvrun.commands.arguments import default_model_path; print(default_model_path())') || exit 1; \
 	$(BIN)/kvrun inspect "$$model" >/dev/null 2>&1 || { \
 	    $(MAKE) --no-print-directory $(GGUF) && echo "converting it to $$model" && \
 	    mkdir -p "$$(dirname "$$model")" && $(BIN)/kvrun convert $(GGUF) -o "$$model"; }

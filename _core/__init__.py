@@ -1,8 +1,8 @@
 """The core: engine, KV ring, sampler and kernels. Knows no file, tokenizer or terminal."""
 
+from .cache import KV_FORMATS, KVCache, kv_bytes
 from .engine import HAS_OPENMP, MAX_CHUNK, MAX_THREADS, Engine, max_threads
-from .kernels import isa, isa_available
-from .kv import KV_FORMATS, KVCache, kv_bytes
+from .kernels import TILE, isa, isa_available
 from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
 from .weights import WEIGHT_TYPES, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
@@ -12,6 +12,7 @@ __all__ = [
     "KV_FORMATS",
     "MAX_CHUNK",
     "MAX_THREADS",
+    "TILE",
     "WEIGHT_TYPES",
     "Engine",
     "KVCache",

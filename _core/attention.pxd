@@ -1,7 +1,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from .kernels cimport kv_kernels
-from .kv cimport Cache
+from .cache cimport Cache
 
 cdef extern from "team.h":
     enum:

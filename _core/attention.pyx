@@ -9,7 +9,7 @@ from libc.math cimport INFINITY, M_LOG2E, cos, sin
 from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
-from .kv cimport first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
+from .cache cimport first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
 
 cdef extern from "<math.h>" nogil:
     float exp2f(float)

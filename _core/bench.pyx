@@ -18,8 +18,8 @@ from .attention cimport (Plan, Ropes, attend_step, combine, kv_team, kv_team_bar
 from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
 from .kernels import require_level
 from .memory import advise_huge, anonymous
-from .kv import sliding_windows
-from .kv cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
+from .cache import sliding_windows
+from .cache cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
                   window_tile)
 from .weights import pack, packed_size, type_id
 

@@ -2,7 +2,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 
 from .attention cimport Plan, Ropes
 from .kernels cimport kv_input, kv_kernels
-from .kv cimport Cache
+from .cache cimport Cache
 
 cdef enum:
     MAX_SEGMENTS = 3

@@ -16,9 +16,9 @@ from .attention cimport (KV_MAX_THREADS, append_step, attend_step, combine, comm
                          plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, kernels, kv_packed_bytes,
                        kv_prefetch, kv_unpack_row)
-from .kv cimport KVCache
+from .cache cimport KVCache
 from .kernels import require_level
-from .kv import sliding_windows
+from .cache import sliding_windows
 from .weights import packed_size, type_id
 
 cdef extern from "<math.h>" nogil:

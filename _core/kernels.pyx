@@ -7,6 +7,8 @@ import os
 
 from libc.stdlib cimport calloc
 
+TILE = KV_TILE  # tokens of a tile of the cache
+
 cdef kv_kernels* _tables[4]
 cdef kv_kernels* _chosen = NULL
 _LEVELS = ("avx512", "avx2", "neon", "scalar")

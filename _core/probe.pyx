@@ -13,7 +13,7 @@ from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_
                          kv_team_barrier, kv_team_run, kv_team_take, plan_buffers, plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_Q8_0, KV_SILU, KV_TILE, kernels,
                        kernels_of, kv_format, kv_head_pad, kv_input, kv_kernels)
-from .kv cimport Cache, KVCache
+from .cache cimport Cache, KVCache
 from .weights import packed_size, type_id
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 
 import kvrun
-from kvrun.commands.perplexity import cache_options, log_softmax, new_cache
+from kvrun.measure.caches import cache_options
+from kvrun.measure.quality import log_softmax
+from kvrun.session import new_cache
 
 PIECE = 128
 QUARTERS = 4

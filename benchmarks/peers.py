@@ -212,7 +212,7 @@ class Comparison:
 
     def agree(self, folder: Path) -> None:
         """Puts "kl", of its predictions after a prompt from kvrun's, in the info of every other runtime."""
-        from kvrun.commands.perplexity import log_softmax
+        from kvrun.measure.quality import log_softmax
 
         ours = None
         for worker in list(self.workers):

@@ -43,18 +43,14 @@ class Kvrun:
         import kvrun
         from kvrun import _core, convert, options
         from kvrun._core import bench
-        from kvrun.commands import perplexity
-        from kvrun.measure import speed
+        from kvrun.measure import caches, speed
+        from kvrun.session import new_cache
 
         path = Path(load["scratch"]) / "model.kvrun"
         convert.convert(load["gguf"], path, tokenizer=False)
         self.model = kvrun.load(path, threads=load["threads"])
         self.engine, self.bench, self.core = self.model.engine, bench, _core
-        self.weights, self.cache_options, self.new_cache = (
-            speed.weight_bytes(self.model),
-            perplexity.cache_options,
-            perplexity.new_cache,
-        )
+        self.weights, self.fitting, self.new_cache = speed.weight_bytes(self.model), caches.fitting, new_cache
         self.most = options.MAX_CTX
         self.info = {"version": kvrun.__version__, "built": _core.isa()}
 
@@ -62,9 +58,7 @@ class Kvrun:
         return {name: name for name in asked}
 
     def new(self, cache: str, tokens: int) -> Any:
-        found = self.cache_options(cache, self.most)[1]
-        ctx = max(tokens, found.sinks + found.window + 64)
-        return self.new_cache(self.engine, self.cache_options(cache, self.most, ctx=ctx)[1])
+        return self.new_cache(self.engine, self.fitting(cache, self.most, tokens)[1])
 
     def feed(self, kv: Any, tokens: np.ndarray) -> None:
         last = (len(tokens) - 1) // CHUNK * CHUNK

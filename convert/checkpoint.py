@@ -13,7 +13,7 @@ from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.views import rows_of
 from kvrun.errors import ConvertError, ModelFileError
 from kvrun.files.description import ModelDescription
-from kvrun.files.model_file import SAMPLING_KEYS
+from kvrun.options import SamplingKeywords, declared
 
 # Tokens that end a turn or a text wherever they are special tokens, even if no config says so.
 WELL_KNOWN_STOPS = (
@@ -149,13 +149,12 @@ def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[s
     """Sampling options the checkpoint recommends: `names` maps our names to those in `source`."""
     values: dict[str, float] = {}
     for ours, theirs in names.items() if source else ():
-        assert ours in SAMPLING_KEYS
         value = source.get(theirs)
         if value is None or (type(value) in (int, float) and value < 0):  # some write -1 for "off"
             continue
         if type(value) not in (int, float) or not value < 1e9:
             source.fail(theirs, f"{shown(value)} is not a number")
-        values[ours] = int(value) if ours == "top_k" else float(value)
+        values[ours] = declared(SamplingKeywords)[ours].kind(value)
     return values
 
 

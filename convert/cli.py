@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -11,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvrun.errors import KvrunError, one_line
+from kvrun.commands.arguments import Parser
+from kvrun.commands.progress import stages
+from kvrun.errors import ConvertError, one_line
 
 _EPILOG = """\
 types:
@@ -31,11 +32,8 @@ q4_k and q6_k take a multiple of 256 columns; a tensor with another number becom
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kvrun convert",
-        description="Make a model file from a Hugging Face checkpoint folder or a GGUF file.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "kvrun convert", "Make a model file from a Hugging Face checkpoint folder or a GGUF file.", epilog=_EPILOG
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, or a .gguf file")
     parser.add_argument("-o", "--output", metavar="MODEL", required=True, help="the model file to write")
@@ -51,29 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0 done, 1 stated error, 2 wrong usage, 130 interrupted."""
-    try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit status. Errors are raised, for `kvrun.commands.main.main` to state."""
+    args = build_parser().parse_args(argv)
     from kvrun.convert.pipeline import convert
 
     try:
-        with _terminable(), _progress_bar() as progress:
+        with _terminable(), stages() as progress:
             result = convert(
                 args.checkpoint, args.output, args.type, tokenizer=not args.no_tokenizer, progress=progress
             )
-        if args.verbose or sys.stdout.isatty():
-            _print_summary(result)
-    except KvrunError as error:
-        print("kvrun:", one_line(error), file=sys.stderr)
-        return 1
     except MemoryError:
-        print(f"kvrun: {args.checkpoint}: not enough memory to convert it", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise ConvertError(f"{args.checkpoint}: not enough memory to convert it") from None
+    if args.verbose or sys.stdout.isatty():
+        _print_summary(result)
     return 0
 
 
@@ -97,11 +86,7 @@ def _print_summary(result: Any) -> None:
         f"{result.bits_per_weight:.2f} bits: " + ", ".join(f"{count} {name}" for name, count in sorted(types.items())),
         f"read back: all {len(model.tensor_nbytes)} checksums match; {result.seconds:.1f} s",
     ]
-    try:
-        print("\n".join(map(one_line, lines)), flush=True)
-    except BrokenPipeError:
-        # The reader has gone; keep the interpreter from failing once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(map(one_line, lines)), flush=True)
 
 
 @contextmanager
@@ -119,27 +104,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Any]:
-    """A `Progress` that draws a bar on a terminal; None when piped."""
-    if not sys.stdout.isatty():
-        yield None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield update
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,17 +26,11 @@ from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import StoredTensor
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription
+from kvrun.options import saved_names
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # In old files of Mixtral each expert of a layer has tensors of its own.
 _ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-_SAMPLING = {
-    "temperature": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-    "min_p": "general.sampling.min_p",
-    "repeat_penalty": "general.sampling.penalty_repeat",
-}
 
 
 def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
@@ -63,7 +57,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
         vocabulary=vocabulary,
         stop_ids=_stop_ids(meta, vocabulary),
         chat_template=meta.text("tokenizer.chat_template", None),
-        sampling=sampling_defaults(meta, _SAMPLING),
+        sampling=sampling_defaults(meta, saved_names("gguf")),
         files=tuple(file.path for file in files),
     )
 

@@ -28,6 +28,7 @@ from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription, strict_json
+from kvrun.options import saved_names
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (
@@ -40,13 +41,6 @@ _SETTINGS = (
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
-_SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repeat_penalty": "repetition_penalty",
-}
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8_e4m3"}
 _MAX_HEADER = 100_000_000
 # Buffers that old versions of transformers saved. They follow from the config.
@@ -87,7 +81,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         vocabulary=vocabulary,
         stop_ids=_stop_ids((generation, config) if text is config else (generation, config, text), vocabulary),
         chat_template=_chat_template(folder),
-        sampling=sampling_defaults(generation, _SAMPLING),
+        sampling=sampling_defaults(generation, saved_names("huggingface")),
         files=tuple(
             sorted({tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS})
         ),

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from kvrun import _core
 from kvrun.errors import KvrunError, ModelFileError, OptionError, TokenizerError
 from kvrun.files.model_file import ModelFile, read_model_file
-from kvrun.options import integer
+from kvrun.options import CacheKeywords, GenerateKeywords, LoadKeywords, declared, documented, resolve
 from kvrun.session import Session
 
-DEVICES = ("cpu", "cuda")
-
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvrun.cuda.device import CudaDevice
     from kvrun.cuda.engine import CudaEngine
     from kvrun.files.description import ModelDescription
@@ -42,21 +42,19 @@ def load(
     start, rather than as they are first used.
     `device` "cuda": run on an NVIDIA GPU, which takes a copy of the weights and has the caches; `device_memory`: most
     bytes of its memory to use (docs/cuda.md).
-    ModelFileError if the file cannot be used, OptionError for a number of threads that is none, or a device that is
-    not there or too small, MemoryError.
+    ModelFileError if the file cannot be used, OptionError if `threads` is not a positive integer, or the device is not
+    there or too small, MemoryError.
     """
-    gpu = _open_device(device, device_memory)
-    count = _core.max_threads() if threads is None else integer("threads", threads, low=1, high=_core.MAX_THREADS)
+    values = resolve(LoadKeywords, {"threads": threads, "device": device, "device_memory": device_memory})
+    gpu = _open_device(values["device"], values["device_memory"])
+    count = values["threads"] or _core.max_threads()
     file = read_model_file(path, mapped=mmap)
     if prefault:
         file.prefault()
     return Model(file, count, precise, prefault, gpu)
 
 
-def _open_device(name: str, memory: int | None) -> CudaDevice | None:
-    if name not in DEVICES:
-        raise OptionError(f"device: {name!r} is not one of {', '.join(DEVICES)}")
-    limit = None if memory is None else integer("device_memory", memory, low=1)
+def _open_device(name: str, limit: int | None) -> CudaDevice | None:
     if name == "cpu":
         if limit is not None:
             raise OptionError("device_memory: only a GPU's memory can be limited; add device cuda")
@@ -131,22 +129,12 @@ class Model:
             raise ModelFileError(f"{os.fspath(path)}: this session cannot be restored: {error}") from None
         return session
 
-    def generate(
-        self,
-        prompt: str | Sequence[Any],
-        *,
-        max_tokens: int = 512,
-        kv: str = "f16",
-        kv_k: str | None = None,
-        kv_v: str | None = None,
-        ctx: int | None = None,
-        sinks: int = 4,
-        window: int | None = None,
-        **options: Any,
-    ) -> str:
-        """The answer to one prompt, in a session of its own; other options are those of `Session.stream`."""
-        session = self.session(kv=kv, kv_k=kv_k, kv_v=kv_v, ctx=ctx, sinks=sinks, window=window)
-        return "".join(session.stream(prompt, max_tokens=max_tokens, **options))
+    @documented(GenerateKeywords, max_tokens=512)
+    def generate(self, prompt: str | Sequence[Any], **options: Unpack[GenerateKeywords]) -> str:
+        """The answer to one prompt, in a session of its own; options are those of `session` and `Session.stream`."""
+        given: dict[str, Any] = {"max_tokens": 512, **options}
+        cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
+        return "".join(Session(self, **cache).stream(prompt, **given))
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text (see `Tokenizer.encode`)."""

@@ -9,21 +9,31 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
-from kvrun.options import CacheOptions, Sampling, integer
+from kvrun.options import (
+    REPEAT_LAST_N,
+    CacheKeywords,
+    CacheOptions,
+    SamplingKeywords,
+    StreamKeywords,
+    declared,
+    documented,
+    integer,
+    resolve,
+)
 from kvrun.text.streaming import StopStrings, opens_thinking
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvrun.files.session_file import SavedSession
     from kvrun.model import Model
-
-REPEAT_LAST_N = 64
 
 
 @dataclass
@@ -55,6 +65,16 @@ class _Turn:
     text: str | None = None
 
 
+def new_cache(engine: Any, options: CacheOptions, prefault: bool = False) -> Any:
+    """A cache of an engine. OptionError for options that make no cache, or one too large for the memory."""
+    try:
+        return engine.new_cache(**asdict(options), prefault=prefault)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    except MemoryError:
+        raise OptionError(f"not enough memory for a cache of {options.ctx} tokens; a smaller ctx needs less") from None
+
+
 class Session:
     """One text with a cache of its own; `Model.session` makes one. Not for several threads at a time.
 
@@ -62,24 +82,10 @@ class Session:
     and `answer_begins_thinking` says whether the template has opened its <think> already.
     """
 
-    def __init__(self, model: Model, **cache: Any) -> None:
+    def __init__(self, model: Model, **cache: Unpack[CacheKeywords]) -> None:
         self.model = model
-        self.cache = CacheOptions.resolve(_core.KV_FORMATS, model.description.usual_context, **cache)
-        try:
-            self._kv = model.engine.new_cache(
-                k=self.cache.k,
-                v=self.cache.v,
-                ctx=self.cache.ctx,
-                sinks=self.cache.sinks,
-                window=self.cache.window,
-                prefault=model.prefault,
-            )
-        except ValueError as error:
-            raise OptionError(str(error)) from None
-        except MemoryError:
-            raise OptionError(
-                f"not enough memory for a cache of {self.cache.ctx} tokens; a smaller ctx needs less"
-            ) from None
+        self.cache = CacheOptions.resolve(model.description.usual_context, **cache)
+        self._kv = new_cache(model.engine, self.cache, model.prefault)
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False
@@ -211,54 +217,30 @@ class Session:
         """The text of token ids (see `Tokenizer.decode`)."""
         return self.model.detokenize(ids, skip_special)
 
-    def stream(
-        self,
-        prompt: str | Sequence[Any],
-        *,
-        max_tokens: int = -1,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repeat_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Iterable[str] = (),
-        ignore_eos: bool = False,
-        raw: bool = False,
-        think: bool = True,
-    ) -> Iterator[str]:
+    @documented(StreamKeywords)
+    def stream(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Iterator[str]:
         """Feed a prompt and yield the answer in pieces of whole characters.
 
         `prompt`: a str is the next turn of the conversation, put through the model's chat template, or with
         `raw` (and for a model without a template) plain text to go on from; a list of messages
         ({"role": .., "content": ..}) is a whole conversation, in place of the one so far (what both begin
-        with is kept and not fed again); a list of token ids is fed as it is. `max_tokens`: -1 for no limit,
-        0 to feed only. The answer ends at the model's stop tokens unless `ignore_eos`, and before any of the
-        strings `stop`. Without `think` the template is told to leave the model's thinking out, which only some
-        templates know (OptionError for others). Sampling options that are None are the model's defaults;
-        `temperature` 0 takes the likeliest token; `seed` None is random.
+        with is kept and not fed again); a list of token ids is fed as it is. `max_tokens` 0 only feeds. The
+        answer ends at the model's stop tokens unless `ignore_eos`, and before any of the strings `stop`. Without
+        `think` the template is told to leave the model's thinking out, which only some templates know
+        (OptionError for others). Sampling options that are not given are the model file's defaults, if it has any.
 
         Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
         interrupting it keeps in the session what was shown. A new stream ends the one before.
         """
-        sampling = Sampling.resolve(
-            self.model.file.sampling,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-        )
-        limit = integer("max_tokens", max_tokens, low=-1)
-        stops = StopStrings(stop)
+        values = resolve(StreamKeywords, options, self.model.file.sampling)
+        stops, limit = StopStrings(values["stop"]), values["max_tokens"]
         self._end_running()
-        turn = self._turn(prompt, raw, think)
+        turn = self._turn(prompt, values["raw"], values["think"])
         self.answer_begins_thinking = turn.text is not None and opens_thinking(turn.text)
         if limit:
-            self.model.tokenizer  # a model without one should say so now
-        stop_ids = frozenset() if ignore_eos else self.model.stop_ids
-        self._running = self._run(turn, sampling, limit, stops, stop_ids)
+            _ = self.model.tokenizer  # a model without one should say so now
+        stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
+        self._running = self._run(turn, values, limit, stops, stop_ids)
         return self._running
 
     # --- prompts ----------------------------------------------------------------------------------
@@ -305,7 +287,7 @@ class Session:
     # --- answers ----------------------------------------------------------------------------------
 
     def _run(
-        self, turn: _Turn, sampling: Sampling, limit: int, stops: StopStrings, stop_ids: frozenset[int]
+        self, turn: _Turn, values: Mapping[str, Any], limit: int, stops: StopStrings, stop_ids: frozenset[int]
     ) -> Iterator[str]:
         self._text = None  # not known again before the end, so that an interruption in between does no harm
         self.stats = Stats()
@@ -317,7 +299,7 @@ class Session:
             self._flush(prompt=True)
             if limit:
                 answer = _Answer(self.model.tokenizer, stops, chat=turn.messages is not None)
-                yield from self._decode(answer, sampling, limit, stop_ids)
+                yield from self._decode(answer, values, limit, stop_ids)
         finally:
             if turn.messages is not None:
                 self._remember(turn, answer, limit)
@@ -329,8 +311,10 @@ class Session:
             self.messages = [*turn.messages, {"role": "assistant", "content": shown}]
         self._text = turn.text + self.model.chat.escape(text)
 
-    def _decode(self, answer: _Answer, sampling: Sampling, limit: int, stop_ids: frozenset[int]) -> Iterator[str]:
-        sampler = self._sampler(sampling)
+    def _decode(
+        self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
+    ) -> Iterator[str]:
+        sampler = self._sampler(values)
         while True:
             token = self._sample(sampler)
             if token in stop_ids:
@@ -348,18 +332,12 @@ class Session:
         if rest:
             yield rest
 
-    def _sampler(self, sampling: Sampling) -> Any:
-        seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
-        sampler = _core.Sampler(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repeat_penalty=sampling.repeat_penalty,
-            repeat_last_n=REPEAT_LAST_N,
-            seed=seed,
-        )
-        if sampling.repeat_penalty != 1:
+    def _sampler(self, values: Mapping[str, Any]) -> _core.Sampler:
+        options = {name: values[name] for name in declared(SamplingKeywords)}
+        if options["seed"] is None:
+            options["seed"] = int.from_bytes(os.urandom(8), "little")
+        sampler = _core.Sampler(**options)
+        if sampler.repeat_penalty != 1:
             for token in self._recent:
                 sampler.accept(token)
         return sampler

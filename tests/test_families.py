@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent / "core"))
 from test_sliding import SlidingLlama
 
 from kvrun import _core
-from kvrun.commands.inspect import _lines, inspect
+from kvrun.commands.inspect import inspect, lines
 from kvrun.convert import convert
 from kvrun.convert.checkpoint import open_checkpoint
 from kvrun.errors import ConvertError, KvrunError
@@ -338,7 +338,7 @@ def test_defaults_of_a_config_that_says_little(tmp_path):
 def test_inspect_shows_what_is_particular(family):
     def line(name, label):
         report = inspect(read_model_file(family(name)))
-        return next(text for text in _lines(report) if text.startswith(label)).split(":", 1)[1].strip()
+        return next(text for text in lines(report) if text.startswith(label)).split(":", 1)[1].strip()
 
     assert line("gpt2", "rope") == "none, learned positions"
     assert line("gemma3", "rope") == "base 100000, linear scaling by 8; base 100 where a window slides"

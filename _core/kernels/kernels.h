@@ -36,10 +36,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KV_PANEL 16
-#define KV_BLOCK 32
-#define KV_SUPER 256
-#define KV_TILE 64
+#include "abi.h"
+
 #define KV_MAX_HEAD_DIM 1024 /* what kernels have room for on the stack */
 
 /* Channels of a head with the padding of its rows. */
@@ -51,10 +49,6 @@ static inline void kv_prefetch(const void *data, int64_t bytes)
     for (int64_t i = 0; i < bytes; i += 64)
         __builtin_prefetch((const char *)data + i);
 }
-
-enum kv_weight_type { KV_F32, KV_F16, KV_BF16, KV_Q8_0, KV_Q4_1, KV_Q4_0, KV_Q4_K, KV_Q6_K, KV_WEIGHT_TYPES };
-enum kv_activation { KV_SILU, KV_GELU, KV_GELU_TANH, KV_ACTIVATIONS };
-enum kv_format_id { KV_FORMAT_F32, KV_FORMAT_F16, KV_FORMAT_Q8, KV_FORMAT_Q4, KV_FORMAT_Q2, KV_FORMATS };
 
 /* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32.
  * With two planes the second holds what the first rounds away, in steps 256 times finer: 16 bits in all. It is used
@@ -100,7 +94,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    kv_matmul_fn matmul[KV_WEIGHT_TYPES];
+    kv_matmul_fn matmul[KV_N_WEIGHT_TYPES];
     kv_format format[KV_FORMATS];
     /* out = x / sqrt(mean(x^2) + eps) * weight */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);

@@ -6,16 +6,24 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from kvrun.commands.main import _default_model, _Parser, _whole, add_device_options, add_mmap_option, device_options
-from kvrun.commands.perplexity import cache_options, default_formats
+from kvrun.commands.arguments import (
+    Parser,
+    add_device_options,
+    add_load_option,
+    add_option,
+    default_model,
+    load_options,
+    whole,
+)
+from kvrun.commands.progress import announced_steps
 from kvrun.errors import OptionError
 from kvrun.measure import plots
+from kvrun.measure.caches import cache_options, default_formats
 from kvrun.measure.speed import ROOM, TESTS, Bench, Plan, Shape
-from kvrun.options import MAX_CTX, integer
+from kvrun.options import MAX_CTX, CacheKeywords, declared, integer
 
 DEFAULT_TESTS = ("prefill", "decode")
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
@@ -37,23 +45,18 @@ and cache) times speed, as a share of the memory's read bandwidth measured in th
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="kvrun bench",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("kvrun bench", _DESCRIPTION)
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
     add("--test", choices=(*TESTS, "all"), action="append", help="repeatable (prefill and decode)")
     add(
         "--depth",
-        **_whole("depth"),
+        **whole("depth"),
         **several,
         help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)",
     )
-    add("--prefill", **_whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
+    add("--prefill", **whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
     add(
         "--kv",
         metavar="FORMAT",
@@ -69,14 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "-n",
         "--max-tokens",
-        **_whole("max-tokens"),
+        **whole("max-tokens"),
         help=f"tokens that the cache test generates ({MAX_TOKENS})",
     )
-    add("--runs", **_whole("runs"), help="runs of each (3, or fewer where they take long)")
-    add("--sinks", **_whole("sinks"), help="first tokens that are always kept (4)")
-    add("--window", **_whole("window"), help="newest tokens kept unquantised (by format)")
-    add("--threads", **_whole("threads"), help="threads (the CPUs this process may use)")
-    add_mmap_option(parser)
+    add("--runs", **whole("runs"), help="runs of each (3, or fewer where they take long)")
+    add_option(parser, declared(CacheKeywords)["sinks"])
+    add_option(parser, declared(CacheKeywords)["window"], usual="by format")
+    add_load_option(parser, "threads")
+    add_load_option(parser, "mmap")
     add_device_options(parser)
     add("--json", action="store_true", help="machine-readable output")
     add("--plot", metavar="FILE", help="draw decode speed and memory by depth; .png, .svg or .pdf")
@@ -87,7 +90,7 @@ def _list(values: Sequence[Any]) -> str:
     return " ".join(map(str, values))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; the exit status. Errors are raised, for `kvrun.commands.main.main` to state."""
     args = build_parser().parse_args(argv)
     report = run(args)
@@ -109,9 +112,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "decode" not in tests:
             raise OptionError("plot: it shows decode speed by depth; add --test decode")
         plots.check(args.plot)
-    model = load(args.model or _default_model(), threads=args.threads, mmap=args.mmap, **device_options(args))
+    model = load(args.model or default_model(), **load_options(args))
     plan = _plan(args, tests, model.description.context_length)
-    with _progress(plan.steps) as progress:
+    with announced_steps(plan.steps) as progress:
         return Bench(model, plan, progress).report()
 
 
@@ -123,7 +126,7 @@ def _tests(args: argparse.Namespace) -> tuple[str, ...]:
     named = set(args.test or (["attention"] if args.shape else DEFAULT_TESTS))
     if args.shape and not named & {"attention", "all"}:
         raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
-    if args.device != "cpu":
+    if args.device not in (None, "cpu"):
         if args.shape or "attention" in named:
             raise OptionError("test: attention alone is measured on the CPU; leave --device out")
         return tuple(test for test in TESTS if test != "attention" and (test in named or "all" in named))
@@ -131,11 +134,7 @@ def _tests(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int) -> Plan:
-    sizes = {
-        name: integer(name, value, low=0)
-        for name, value in (("sinks", args.sinks), ("window", args.window))
-        if value is not None
-    }
+    sizes = {"sinks": args.sinks, "window": args.window}
     limit = MAX_CTX - ROOM
     names = args.kv or default_formats()
     plan = Plan(
@@ -168,28 +167,6 @@ def _max_tokens(given: int | None, context_length: int) -> int:
     if given is not None:
         return integer("max_tokens", given, low=1, high=1 << 16)
     return min(MAX_TOKENS, max(1, context_length - ROOM))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error that says what is measured, if that is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda what: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        started = False
-
-        def progress(what: str) -> None:
-            nonlocal started
-            bar.update(task, advance=int(started), description=what)
-            started = True
-
-        yield progress
 
 
 # --- for people -----------------------------------------------------------------------------------

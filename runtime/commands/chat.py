@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kvrun.commands.arguments import utf8
 from kvrun.errors import KvrunError, OptionError
 
 if TYPE_CHECKING:
-    from kvrun.commands.main import Answers
+    from kvrun.commands.answer import Answers
 
 
 def chat(answer: Answers) -> int:
@@ -21,8 +22,6 @@ def chat(answer: Answers) -> int:
 
 
 def _piped(answer: Answers) -> int:
-    from kvrun.commands.main import utf8
-
     for number, line in enumerate(sys.stdin.buffer, 1):
         prompt = utf8(line, f"line {number} of standard input").rstrip("\r\n")
         if prompt.strip() and not answer(prompt):

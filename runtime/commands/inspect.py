@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from kvrun import _core
-from kvrun.errors import KvrunError, one_line
+from kvrun.commands.arguments import Parser
+from kvrun.errors import one_line
 from kvrun.files.description import ModelDescription
 from kvrun.files.model_file import ModelFile, read_model_file
-from kvrun.options import default_window
+from kvrun.measure.caches import fitting
 
 CONTEXTS = (2048, 8192, 32768, 131072)
-SINKS = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kvrun inspect",
-        description="Show what is in a model file, and the memory of its weights and of each kind of cache.",
+    parser = Parser(
+        "kvrun inspect", "Show what is in a model file, and the memory of its weights and of each kind of cache."
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--verify", action="store_true", help="read all data and compare the checksums")
@@ -31,24 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status: 0 done, 1 stated error, 2 wrong usage, 130 interrupted."""
-    try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    try:
-        model = read_model_file(args.model)
-        if args.verify:
-            model.verify()
-        report = inspect(model, verified=args.verify)
-        text = json.dumps(report, indent=2, ensure_ascii=True) if args.json else "\n".join(_lines(report))
-        _print(text)
-    except KvrunError as error:
-        print("kvrun:", one_line(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+def main(argv: Sequence[str]) -> int:
+    """Run the command; the exit status. Errors are raised, for `kvrun.commands.main.main` to state."""
+    args = build_parser().parse_args(argv)
+    model = read_model_file(args.model)
+    if args.verify:
+        model.verify()
+    report = inspect(model, verified=args.verify)
+    print(json.dumps(report, indent=2, ensure_ascii=True) if args.json else "\n".join(lines(report)), flush=True)
     return 0
 
 
@@ -93,15 +80,13 @@ def inspect(model: ModelFile, verified: bool = False) -> dict[str, Any]:
 
 def kv_memory(description: ModelDescription) -> dict[str, dict[str, int]]:
     """{format: {context length: bytes}}, with the default sinks and window."""
-    result = {}
-    for name in _core.KV_FORMATS:
-        window = default_window(name, name)
-        least = SINKS + window + 64
-        result[name] = {
-            str(ctx): _core.kv_bytes(description, name, name, max(ctx, least), SINKS, window)
+    return {
+        name: {
+            str(ctx): _core.kv_bytes(description, **asdict(fitting(name, ctx, ctx)[1]))
             for ctx in _contexts(description)
         }
-    return result
+        for name in _core.KV_FORMATS
+    }
 
 
 def _contexts(description: ModelDescription) -> list[int]:
@@ -127,7 +112,8 @@ def _tensors(model: ModelFile) -> list[dict[str, Any]]:
     return result
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
     model, info = report["description"], report["tokenizer"]
     source = report["source"]
     heads = f"{model['n_heads']} query heads, {model['n_kv_heads']} KV heads of {model['head_dim']}"
@@ -157,17 +143,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if report["sampling"]:
         rows.append(("sampling", ", ".join(f"{key} {value:g}" for key, value in report["sampling"].items())))
     rows.append(("weights", f"{_size(report['weights_memory'])}, {report['bits_per_weight']:.2f} bits per weight"))
-    lines = [f"{label + ':':<15}{one_line(value)}" for label, value in rows]
+    shown = [f"{label + ':':<15}{one_line(value)}" for label, value in rows]
     for name, entry in report["weight_types"].items():
-        lines.append(
+        shown.append(
             f"  {name:<6}{entry['tensors']:>5} matrices {_millions(entry['weights']):>10} weights "
             f"{_size(entry['bytes']):>10}"
         )
-    lines += ["", *_kv_lines(report["kv_memory"])]
+    shown += ["", *_kv_lines(report["kv_memory"])]
     if report["kv_memory_without_windows"]:
-        lines += ["", "the same, if layers with a sliding window kept all tokens:"]
-        lines += _kv_lines(report["kv_memory_without_windows"])
-    return lines
+        shown += ["", "the same, if layers with a sliding window kept all tokens:"]
+        shown += _kv_lines(report["kv_memory_without_windows"])
+    return shown
 
 
 def _kv_lines(memory: dict[str, dict[str, int]]) -> list[str]:
@@ -233,17 +219,3 @@ def _size(n: int) -> str:
 
 def _millions(n: int) -> str:
     return f"{n / 1e9:.2f} G" if n >= 1e9 else f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.1f} k"
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # The reader has gone; keep the interpreter from failing once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UnicodeEncodeError:
-        print(text.encode("ascii", "replace").decode(), flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

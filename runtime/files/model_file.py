@@ -19,6 +19,7 @@ import numpy as np
 from kvrun import _core
 from kvrun.errors import ModelFileError, TokenizerError
 from kvrun.files.description import ModelDescription, strict_json
+from kvrun.options import saved_names
 
 try:  # hashlib loads OpenSSL, which takes longer to start and more memory than a header's checksum is worth
     from _sha2 import sha256
@@ -33,8 +34,8 @@ VERSION = 1
 ALIGNMENT = 64
 MAX_HEADER = 100_000_000
 TOKENIZER_KINDS = ("tokenizer.json", "tokenizer.model", "none")
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
-_REQUIRED = (
+SAMPLING_KEYS = tuple(saved_names("huggingface"))
+REQUIRED = (
     "format",
     "version",
     "model",
@@ -46,7 +47,7 @@ _REQUIRED = (
     "checksums",
     "header_checksum",
 )
-_OPTIONAL = ("chat_template",)
+OPTIONAL = ("chat_template",)
 _CHUNK = 16 << 20
 
 Progress = Callable[[int], None]
@@ -247,11 +248,11 @@ class _Metadata:
             )
         if int(version) != VERSION:
             self._fail("version", f"{version} was never published")
-        for name in _REQUIRED:
+        for name in REQUIRED:
             if name not in meta:
                 self._fail(name, "missing")
         for name, value in meta.items():
-            if name not in _REQUIRED and name not in _OPTIONAL:
+            if name not in REQUIRED and name not in OPTIONAL:
                 self._fail(repr(name)[:60], "unknown")
             if not isinstance(value, str):
                 self._fail(name, "not a string")

@@ -22,9 +22,10 @@ import numpy as np
 
 from kvrun import _core
 from kvrun._core import bench as core
-from kvrun.commands.perplexity import cache_options, new_cache
 from kvrun.errors import OptionError
+from kvrun.measure.caches import fitting
 from kvrun.options import CacheOptions, integer
+from kvrun.session import new_cache
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
@@ -35,10 +36,7 @@ if TYPE_CHECKING:
 TESTS = ("prefill", "decode", "attention", "cache")
 ROOM = 128  # tokens that a cache has room for beyond its depth
 SAMPLE_SECONDS, MAX_DECODE, MAX_REPEAT = 0.25, 64, 50  # of one run
-COLD_BYTES, MAX_BYTES = (
-    1 << 27,
-    1 << 30,
-)  # layers are repeated until a cache outgrows the CPU's own, within limits
+COLD_BYTES, MAX_BYTES = 1 << 27, 1 << 30  # layers are repeated until a cache outgrows the CPU's own, within limits
 PROMPT = 8  # tokens before the text of the cache test
 
 
@@ -81,13 +79,11 @@ class Plan:
     runs: int
     patience: float
     max_tokens: int
-    sizes: dict[str, int]
+    sizes: dict[str, int | None]
 
     def cache(self, name: str, tokens: int, context_length: int) -> CacheOptions:
         """A cache that has room for so many tokens and a few more."""
-        found = cache_options(name, context_length, **self.sizes)[1]
-        ctx = max(tokens + ROOM, found.sinks + found.window + 64)
-        return cache_options(name, context_length, ctx=ctx, **self.sizes)[1]
+        return fitting(name, context_length, tokens + ROOM, **self.sizes)[1]
 
     @property
     def lengths(self) -> list[int]:

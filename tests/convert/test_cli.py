@@ -23,8 +23,7 @@ from make_checkpoint import (
 )
 
 from kvrun import _core
-from kvrun.commands import inspect
-from kvrun.convert import cli
+from kvrun.commands import main as cli
 from kvrun.files import model_writer
 from kvrun.files.model_file import read_model_file
 
@@ -42,7 +41,7 @@ def run(command, *args, process=False, **options):
         )
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = {"convert": cli.main, "inspect": inspect.main}[command](args)
+        status = cli.main([command, *args])
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
@@ -90,7 +89,7 @@ def test_the_summary(tmp_path):
 
 def test_a_terminal_gets_a_bar_and_the_summary(hf, tmp_path):
     pty = pytest.importorskip("pty")
-    command = [sys.executable, "-m", "kvrun.convert.cli", str(hf), "-o", str(tmp_path / "model.bin")]
+    command = [sys.executable, "-m", "kvrun", "convert", str(hf), "-o", str(tmp_path / "model.bin")]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
@@ -256,7 +255,8 @@ def test_interrupted(tmp_path, number, status):
     command = [
         sys.executable,
         "-m",
-        "kvrun.convert.cli",
+        "kvrun",
+        "convert",
         str(tmp_path / "hf"),
         "-o",
         str(tmp_path / "out.bin"),
@@ -290,8 +290,8 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     hf_folder(tmp_path / "hf", config, zeros, tokenizer=False)
     assert os.path.getsize(tmp_path / "hf" / "model.safetensors") > 230e6
     code = (
-        "from kvrun.convert.cli import main\n"
-        f"assert main([{str(tmp_path / 'hf')!r}, '-o', {str(tmp_path / 'm.bin')!r}, '--no-tokenizer']) == 0\n"
+        "from kvrun.commands.main import main\n"
+        f"assert main(['convert', {str(tmp_path / 'hf')!r}, '-o', {str(tmp_path / 'm.bin')!r}, '--no-tokenizer']) == 0\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peak = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -54,8 +54,8 @@ def test_the_tables_are_complete(tmp_path):
     metadata, *_ = numpy_reader.load(tmp_path / "model.bin")
     for key in [
         *metadata,
-        *model_file._REQUIRED,
-        *model_file._OPTIONAL,
+        *model_file.REQUIRED,
+        *model_file.OPTIONAL,
         *json.loads(metadata["tokenizer"]),
         *(field.name for field in fields(ModelDescription)),
         *model_file.SAMPLING_KEYS,

@@ -14,6 +14,8 @@ import pytest
 
 import kvrun
 from kvrun.commands import main as cli
+from kvrun.commands.arguments import default_model_path
+from kvrun.commands.output import Output
 from kvrun.version import __version__
 
 KVRUN = [sys.executable, "-m", "kvrun"]
@@ -176,11 +178,11 @@ def test_the_default_model(model, tmp_path, capsys, monkeypatch):
     refused(called(capsys, "-p", "a"), str(tmp_path), "make demo", "kvrun convert")
     refused(called(capsys), "make demo")
     os.makedirs(tmp_path / "kvrun")
-    os.symlink(model, cli.default_model_path())
-    assert cli.default_model_path() == str(tmp_path / "kvrun" / "smollm2-135m-instruct.bin")
+    os.symlink(model, default_model_path())
+    assert default_model_path() == str(tmp_path / "kvrun" / "smollm2-135m-instruct.bin")
     assert called(capsys, "-q", "-p", "a", *STEADY)[0] == 0
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cli.default_model_path().startswith(os.path.expanduser("~"))
+    assert default_model_path().startswith(os.path.expanduser("~"))
 
 
 def test_files_that_are_no_model(tmp_path, capsys):
@@ -398,7 +400,7 @@ def test_thinking_is_dimmed_on_a_terminal():
             return True
 
     def shown(stream, begun, *pieces):
-        out = cli._Output(stream)
+        out = Output(stream)
         out.expect_thinking(begun)
         for piece in pieces:
             out.write(piece)
@@ -447,7 +449,7 @@ def test_a_terminal_gets_no_control_characters():
             pass
 
     screen = Screen()
-    output = cli._Output(screen)
+    output = Output(screen)
     output.write("a\x1b[2Jb\tc\x07\x9b\n é🚀")
     output.end()
     assert screen.text == "a␛[2Jb\tc␇\ufffd\n é🚀\n"

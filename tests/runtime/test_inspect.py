@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvrun import _core
-from kvrun.commands.inspect import _lines, inspect
+from kvrun.commands.inspect import inspect, lines
 from kvrun.files.model_file import read_model_file
 
 
@@ -17,14 +17,14 @@ def file(converted):
 def test_what_sliding_windows_save(file):
     plain = inspect(file)
     assert plain["kv_memory_without_windows"] is None
-    assert "kept all tokens" not in "\n".join(_lines(plain))
+    assert "kept all tokens" not in "\n".join(lines(plain))
     rope = {"theta": 100.0, "scaling": None}
     file.description = replace(file.description, sliding_windows=(30, None), rope_local=rope)
     report = inspect(file)
     assert report["kv_memory_without_windows"] == plain["kv_memory"]
     for name, sizes in report["kv_memory"].items():
         assert all(size < plain["kv_memory"][name][ctx] for ctx, size in sizes.items())
-    text = "\n".join(_lines(report))
+    text = "\n".join(lines(report))
     first, second = text.split("the same, if layers with a sliding window kept all tokens:")
     assert first.count("tokens\nf32") == second.count("tokens\nf32") == 1
 
@@ -41,7 +41,7 @@ def test_learned_positions_end(file, trained, contexts, heading):
         assert list(sizes) == contexts
         window = 128 if name == "q2" else 64
         assert sizes[contexts[-1]] == _core.kv_bytes(file.description, name, name, trained, 4, window)
-    assert f"{heading}   tokens" in "\n".join(_lines(report))
+    assert f"{heading}   tokens" in "\n".join(lines(report))
 
 
 def test_fewer_positions_than_a_cache_has(file):

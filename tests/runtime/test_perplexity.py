@@ -11,9 +11,10 @@ from numpy_llama import NumpyLlama, f16_cache
 import kvrun
 from kvrun import _core
 from kvrun.commands import main as cli
-from kvrun.commands import perplexity
 from kvrun.convert import convert
 from kvrun.files.model_file import read_model_file
+from kvrun.measure import quality
+from kvrun.measure.caches import default_formats
 from kvrun.options import CacheOptions
 
 KEYS = {"kv", "bpv", "window", "cache_ctx", "perplexity", "ratio", "kl_mean", "top1_agreement"}
@@ -74,7 +75,7 @@ def expected_perplexity(llama, chunks):
 
 
 def test_perplexity_is_that_of_float64(model, text, capsys):
-    chunks, count = perplexity.text_chunks(kvrun.load(model), some_text(150), CTX)
+    chunks, count = quality.text_chunks(kvrun.load(model), some_text(150), CTX)
     exact, scored = expected_perplexity(NumpyLlama(read_model_file(model)), chunks)
     rounded, _ = expected_perplexity(NumpyLlama(read_model_file(model), f16_cache(4)), chunks)
     found = report(capsys, model, "--text", text, "--ctx", str(CTX), "--kv", "f16")
@@ -104,7 +105,7 @@ def test_scores_are_the_formulas():
     logits = (rng.standard_normal((2, 50, 97)) * 6).astype(np.float32)
     logits[1, :40] = logits[0, :40] + rng.standard_normal((40, 97)).astype(np.float32)
     targets = rng.integers(0, 97, 50)
-    scores = perplexity.Scores()
+    scores = quality.Scores()
     for rows in (slice(0, 20), slice(20, 50)):
         scores.add(logits[1][rows], logits[0][rows], targets[rows])
     log_p, log_q = distributions(logits.astype(np.float64))
@@ -119,8 +120,8 @@ def test_scores_do_not_depend_on_the_block(monkeypatch):
     logits, targets = rng.standard_normal((2, 33, 50)).astype(np.float32), rng.integers(0, 50, 33)
     found = []
     for block in (1, 200, 1 << 20):
-        monkeypatch.setattr(perplexity, "BLOCK", block)
-        scores = perplexity.Scores()
+        monkeypatch.setattr(quality, "BLOCK", block)
+        scores = quality.Scores()
         scores.add(logits[1], logits[0], targets)
         found.append((scores.nll, scores.kl, scores.same))
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
@@ -128,7 +129,7 @@ def test_scores_do_not_depend_on_the_block(monkeypatch):
 
 def test_scores_of_huge_logits_are_finite_and_of_no_numbers_refused():
     logits = np.array([[1e30, 0, -1e30], [3e38, 1, 2]], np.float32)
-    scores = perplexity.Scores()
+    scores = quality.Scores()
     scores.add(logits, logits, np.array([0, 0]))
     assert (scores.nll, scores.kl, scores.same) == (0, 0, 2)
     with pytest.raises(kvrun.KvrunError, match="not finite"):
@@ -137,7 +138,7 @@ def test_scores_of_huge_logits_are_finite_and_of_no_numbers_refused():
 
 @pytest.mark.parametrize("ctx", [4, 5, 255, 256, 513, 2048])
 def test_pieces_cover_all_but_the_last_token_once(ctx):
-    pieces = list(perplexity.pieces(ctx))
+    pieces = list(quality.pieces(ctx))
     assert [t for start, end, _ in pieces for t in range(start, end)] == list(range(ctx - 1))
     scored = [t for start, end, scored in pieces if scored for t in range(start, end)]
     assert scored == list(range(ctx // 2, ctx - 1))
@@ -149,7 +150,7 @@ def test_a_ring_smaller_than_the_chunk_is_measured_as_in_decoding(model, text, c
     exact, ring = report(capsys, model, *options)["results"]
     assert (exact["cache_ctx"], ring["cache_ctx"]) == (400, 132) and ring["kl_mean"] > 0
     loaded = kvrun.load(model)
-    (chunk,), _ = perplexity.text_chunks(loaded, some_text(150), 400, 1)
+    (chunk,), _ = quality.text_chunks(loaded, some_text(150), 400, 1)
     cache = _core.KVCache(loaded.engine, k="f32", v="f32", ctx=132)
     log_p = distributions(np.array([loaded.engine.forward(chunk[t : t + 1], cache) for t in range(399)], np.float64))
     nll = [-log_p[t, chunk[t + 1]] for t in range(200, 399)]
@@ -159,7 +160,7 @@ def test_a_ring_smaller_than_the_chunk_is_measured_as_in_decoding(model, text, c
 def test_block_weights_run_as_in_decoding_unless_fast(converted, text, capsys):
     model = str(converted("wide", "q4_0"))
     loaded = kvrun.load(model)
-    (chunk,), _ = perplexity.text_chunks(loaded, some_text(150), CTX, 1)
+    (chunk,), _ = quality.text_chunks(loaded, some_text(150), CTX, 1)
     cache = _core.KVCache(loaded.engine, k="f32", v="f32", ctx=CTX)
     log_p = distributions(
         np.array([loaded.engine.forward(chunk[t : t + 1], cache) for t in range(CTX - 1)], np.float64)
@@ -174,9 +175,9 @@ def test_block_weights_run_as_in_decoding_unless_fast(converted, text, capsys):
 
 def test_default_model_on_a_real_text(smollm2, tmp_path, capsys):
     path = tmp_path / "text.txt"
-    path.write_text((cli.__doc__ + perplexity.__doc__ + str(kvrun.Session.stream.__doc__)), encoding="utf-8")
+    path.write_text((cli.__doc__ + quality.__doc__ + str(kvrun.Session.stream.__doc__)), encoding="utf-8")
     found = report(capsys, str(smollm2), "--text", str(path), "--ctx", "256", "--chunks", "1")
-    assert [r["kv"] for r in found["results"]] == ["f32", *perplexity.default_formats()]
+    assert [r["kv"] for r in found["results"]] == ["f32", *default_formats()]
     for result in found["results"]:
         assert 2 < result["perplexity"] < 100, result
         assert result["kl_mean"] < LARGEST_KL[result["kv"]], result
@@ -198,7 +199,7 @@ def test_formats_by_default(model, text, capsys):
     found = report(capsys, model, "--text", text, "--ctx", "200", "--chunks", "1")
     assert [r["kv"] for r in found["results"]] == ["f32", *(f for f in _core.KV_FORMATS if f != "f32")]
     assert (found["chunks"], found["scored_tokens"]) == (1, 99)
-    windows = [CacheOptions.resolve(_core.KV_FORMATS, 1024, r["kv"]).window for r in found["results"]]
+    windows = [CacheOptions.resolve(1024, kv=r["kv"]).window for r in found["results"]]
     assert [r["window"] for r in found["results"]] == windows
 
 
@@ -243,14 +244,14 @@ def test_chunks_begin_with_bos_where_texts_do(converted):
     assert model.file.tokenizer_info["add_bos"]
     text = some_text(100)
     ids = model.tokenize(text)
-    chunks, count = perplexity.text_chunks(model, text, 50)
+    chunks, count = quality.text_chunks(model, text, 50)
     assert count == len(ids) and len(chunks) == count // 50 > 1
     assert (chunks[:, 0] == bos).all() and chunks[1, 1:].tolist() == ids[51:100]
 
 
 def test_special_tokens_written_out_are_text(model):
     loaded = kvrun.load(model)
-    chunks, _ = perplexity.text_chunks(loaded, "<|im_end|> " * 20, 10)
+    chunks, _ = quality.text_chunks(loaded, "<|im_end|> " * 20, 10)
     assert not set(chunks.ravel().tolist()) & set(loaded.tokenizer.special.ids.values())
 
 

@@ -7,20 +7,10 @@ import numpy as np
 import pytest
 from fakes import CHATML, END, FakeModel
 
-from kvrun import session as session_module
-from kvrun._core.sampler import Sampler as CoreSampler
+from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
 
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(autouse=True)
-def fake_core(monkeypatch):
-    class Core:
-        Sampler = CoreSampler
-        KV_FORMATS = {"f32": 32.0, "f16": 16.0}
-
-    monkeypatch.setattr(session_module, "_core", Core)
 
 
 @pytest.fixture
@@ -401,6 +391,8 @@ def test_logits_that_are_no_numbers(model):
         ({"temperature": "hot"}, "temperature.*number"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k.*whole"),
+        ({"top_k": 2**31}, "top_k.*at most"),
+        ({"repeat_last_n": 65}, "repeat_last_n.*at most 64"),
         ({"top_p": 1.1}, "top_p.*at most 1"),
         ({"top_p": -0.5}, "top_p"),
         ({"min_p": 2}, "min_p"),
@@ -424,7 +416,7 @@ def test_sampling_options_that_cannot_be(model, options, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kv": "q9"}, "'q9'; there is f16, f32"),
+        ({"kv": "q9"}, "'q9'; there is " + ", ".join(sorted(_core.KV_FORMATS))),
         ({"kv_k": "x"}, "kv_k"),
         ({"kv_v": 3}, "kv_v"),
         ({"ctx": 131}, "131 tokens are too few.*at least 132"),

@@ -96,12 +96,12 @@ def test_truncate(model):
 
 def test_inspect(model):
     """Less memory than without windows, and a word about them."""
-    from kvrun.commands.inspect import _lines
+    from kvrun.commands.inspect import lines
 
     report = inspect(model.file)
     plain = read_model_file(model.file.path)
     assert report["kv_memory"]["q4"]["131072"] < 0.6 * inspect(plain)["kv_memory"]["q4"]["131072"]
     windows = model.description.sliding_windows
     expected = "30 tokens in 1 of 2 layers" if windows == (30, None) else "30, 100 tokens in 2 of 2 layers"
-    assert f"sliding window of {expected}" in "\n".join(_lines(report))
-    assert "sliding" not in "\n".join(_lines(inspect(plain)))
+    assert f"sliding window of {expected}" in "\n".join(lines(report))
+    assert "sliding" not in "\n".join(lines(inspect(plain)))

@@ -13,8 +13,6 @@ from safetensors import safe_open
 
 import kvrun
 from kvrun import _core
-from kvrun import session as session_module
-from kvrun._core.sampler import Sampler as CoreSampler
 from kvrun.commands import main as cli
 from kvrun.errors import KvrunError, ModelFileError, OptionError
 
@@ -379,12 +377,7 @@ def test_forks_go_their_own_ways(model):
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    class Core:
-        Sampler = CoreSampler
-        KV_FORMATS = {"f32": 32.0, "f16": 16.0}
-
-    monkeypatch.setattr(session_module, "_core", Core)
+def fake():
     return FakeModel()
 
 

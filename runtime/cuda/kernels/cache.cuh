@@ -1,4 +1,4 @@
-// Where things are in a cache (as _core/kv.pxd has it), what a step sees, and how tiles are packed (as tile.c does
+// Where things are in a cache (as _core/cache.pxd has it), what a step sees, and how tiles are packed (as tile.c does
 // it).
 #pragma once
 #include "common.cuh"

@@ -50,7 +50,7 @@ struct Norm {
     int layer_norm;
 };
 
-// Where a layer's cache is, as _core/kv.pxd has it; lengths in bytes.
+// Where a layer's cache is, as _core/cache.pxd has it; lengths in bytes.
 struct CacheLayout {
     uint8_t *base;
     int64_t start, head_bytes, sight, n_slots, sink_v, windows, ring, k_bytes, v_bytes, window_k_bytes, window_v_bytes;

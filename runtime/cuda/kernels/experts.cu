@@ -1,4 +1,4 @@
-// Mixture of experts (as _core/experts.pxi): a router's scores choose a few experts for each token, and
+// Mixture of experts (as _core/experts.pyx): a router's scores choose a few experts for each token, and
 // shares for them.
 //
 // One token, after the router's scores:

@@ -191,7 +191,7 @@ int main(int argc, char **argv)
     state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     kv_fill_scalar(&reference);
     PASTE(kv_fill_, CHECKED)(&checked);
-    for (int type = 0; type < KV_WEIGHT_TYPES; type++) {
+    for (int type = 0; type < KV_N_WEIGHT_TYPES; type++) {
         int super = type == KV_Q4_K || type == KV_Q6_K;
         check_matmul(type, 48, super ? 512 : 96, 1, 2);
         check_matmul(type, 33, super ? 768 : 577, 11, 1);

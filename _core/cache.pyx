@@ -1,4 +1,4 @@
-"""The key/value cache: sinks, ring of tiles, window. ``kv.pxd`` has the layout and the addresses.
+"""The key/value cache: sinks, ring of tiles, window. ``cache.pxd`` has the layout and the addresses.
 
 What a cache holds follows from two numbers, the tokens and the tiles that were ever packed, and the geometry, so
 truncating, copying, saving and loading move whole tiles and keep no records.
@@ -286,11 +286,11 @@ cdef class KVCache:
 
     @property
     def bytes(self):
-        """uint8 [nbytes], writable: the memory, laid out as kv.pxd says."""
+        """uint8 [nbytes], writable: the memory, laid out as cache.pxd says."""
         return np.frombuffer(self.memory, np.uint8)[:self.nbytes]
 
     def geometry(self):
-        """The layout for kernels that are not the core's: numbers of kv.pxd by name, formats as in enum kv_format_id,
+        """The layout for kernels that are not the core's: numbers of cache.pxd by name, formats as in enum kv_format_id,
         and `layers`, for each its start, head_bytes, sight and n_slots."""
         cdef const Cache* c = &self.c
         names = list(KV_FORMATS)

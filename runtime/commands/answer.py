@@ -1,0 +1,273 @@
+"""`kvrun MODEL`: one answer with -p or -f, otherwise a chat."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kvrun.commands.arguments import (
+    Parser,
+    add_cache_options,
+    add_device_options,
+    add_load_option,
+    add_option,
+    argument_text,
+    default_model,
+    given,
+    load_options,
+    utf8,
+)
+from kvrun.commands.output import Output
+from kvrun.errors import KvrunError, OptionError
+from kvrun.options import AnswerKeywords, CacheKeywords, SamplingKeywords, StreamKeywords, declared
+from kvrun.version import __version__
+
+if TYPE_CHECKING:
+    from kvrun.model import Model
+    from kvrun.session import Session
+
+# Their value may be any text, also one that begins with a dash.
+_TEXT_OPTIONS = {
+    "-p": "--prompt",
+    "--prompt": "--prompt",
+    "-f": "--file",
+    "--file": "--file",
+    "--system": "--system",
+    "--stop": "--stop",
+    "--session": "--session",
+}
+_MARK = "\0"  # put before such a value, since argparse drops one that is just "--"
+
+_DESCRIPTION = """\
+Run a language model: one answer with -p or -f, otherwise a chat.
+
+  kvrun MODEL -p "prompt"       one answer on standard output, statistics on standard error
+  kvrun MODEL                   chat until end of input (Ctrl-D); Ctrl-C stops an answer
+  kvrun convert CHECKPOINT -o MODEL
+                                make a model file from a Hugging Face folder or a .gguf file
+  kvrun inspect MODEL           what is in a model file
+  kvrun bench MODEL             speed by format of the cache and depth
+  kvrun perplexity MODEL --text FILE
+                                what each format of the cache costs in quality, on a text
+A model file called like a subcommand is given as ./convert or ./inspect."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Answer the prompt, or chat: 0 done, 130 if Ctrl-C ended the answer."""
+    args = _parse(argv)
+    prompt = _prompt(args)
+    if sys.stdout is None:
+        raise KvrunError("standard output is closed")
+    from kvrun.model import load
+
+    model = load(args.model or default_model(), **load_options(args))
+    with _session(model, args) as session:
+        answer = Answers(session, args)
+        if prompt is not None:
+            return 0 if answer(prompt) else 130
+        from kvrun.commands.chat import chat
+
+        return chat(answer)
+
+
+# --- arguments ----------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("kvrun", _DESCRIPTION, usage="kvrun [MODEL] [options]")
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
+    add("--version", action="version", version=f"kvrun {__version__}")
+    add("-q", "--quiet", action="store_true", help="no statistics")
+    _add_prompt_options(parser)
+    _add_answer_options(parser)
+    add_cache_options(parser)
+    memory = parser.add_argument_group("memory and device")
+    add_load_option(memory, "mmap")
+    add_device_options(memory)
+    add_load_option(memory, "prefault")
+    return parser
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    add = group.add_argument
+    text, file = {"metavar": "TEXT", "type": _text}, {"metavar": "FILE", "type": _text}
+    add("-p", "--prompt", **text, help="answer this prompt; - reads it from standard input")
+    add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
+    add("--system", **text, help="system message that the conversation begins with")
+    for name in ("raw", "think"):
+        add_option(group, declared(AnswerKeywords)[name])
+    add_load_option(group, "precise")
+    add("--session", **file, help="go on from the session in this file if it is there; save it there at the end")
+
+
+def _add_answer_options(parser: argparse.ArgumentParser) -> None:
+    note = "Defaults of sampling in parentheses, where the model file has none of its own."
+    group = parser.add_argument_group("answer", note)
+    options = declared(AnswerKeywords)
+    add_option(group, options["max_tokens"])
+    add_option(group, options["stop"], metavar="TEXT", type=_text, action="append")
+    add_option(group, options["ignore_eos"])
+    for option in declared(SamplingKeywords).values():
+        add_option(group, option)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(_joined(arguments))
+    if args.prompt is not None and args.file is not None:
+        parser.error("-p and -f: only one of them can be the prompt")
+    if args.think is False and args.raw:
+        parser.error("--no-think needs the chat template that --raw leaves out")
+    if args.system is not None and args.raw:
+        parser.error("--system needs the chat template that --raw leaves out")
+    return args
+
+
+def _joined(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with `-p TEXT` written as `--prompt=TEXT`, so that argparse takes any text for it."""
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            yield argument
+            yield from rest
+            return
+        if argument in _TEXT_OPTIONS:
+            value = next(rest, None)
+            yield argument if value is None else f"{_TEXT_OPTIONS[argument]}={_MARK}{value}"
+        else:
+            yield argument
+
+
+def _text(argument: str) -> str:
+    return argument.removeprefix(_MARK)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    """The prompt to answer, None for a chat. KvrunError if it is empty or no UTF-8."""
+    if args.prompt == "-" or args.file == "-":
+        text = utf8(_standard_input().read(), "the prompt on standard input")
+    elif args.file is not None:
+        with open(args.file, "rb") as file:
+            text = utf8(file.read(), f"the prompt in {args.file}")
+    elif args.prompt is not None:
+        text = argument_text(args.prompt, "the prompt")
+    else:
+        return None
+    if args.prompt in ("-", None):
+        text = text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+    if not text.strip() and not (args.raw and text):
+        raise OptionError("the prompt is empty")
+    return text
+
+
+def _standard_input() -> Any:
+    if sys.stdin is None:
+        raise OptionError("standard input is closed")
+    return sys.stdin.buffer
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
+    """A session for the answers; with --session the one in that file, and saved to it at the end."""
+    cache = given(args, CacheKeywords)
+    if args.session is None:
+        yield model.session(**cache)
+        return
+    from kvrun.files.model_writer import check_output
+
+    check_output(args.session)
+    if os.path.lexists(args.session):
+        session = model.restore(args.session)
+        _check_cache(session, cache, args.session)
+        if not args.quiet and sys.stderr is not None:
+            print(f"[session {args.session}: {session.n_tokens} tokens so far]", file=sys.stderr)
+    else:
+        session = model.session(**cache)
+    try:
+        yield session
+    finally:
+        if session.n_tokens:
+            session.save(args.session)
+
+
+def _check_cache(session: Session, given: dict[str, Any], path: str) -> None:
+    """A restored session has the cache it was saved with: OptionError if other options are given."""
+    options = declared(CacheKeywords)
+    kv = given["kv"] if given["kv"] != options["kv"].default else None
+    wanted = {**given, "kv_k": given["kv_k"] or kv, "kv_v": given["kv_v"] or kv}
+    has = {**asdict(session.cache), "kv_k": session.cache.k, "kv_v": session.cache.v}
+    for name in ("kv_k", "kv_v", "ctx", "sinks", "window"):
+        if wanted[name] not in (has[name], None, options[name].default):
+            option = name.replace("_", "-")
+            raise OptionError(
+                f"--{option}: the session in {path} has {has[name]}, not {wanted[name]}; leave the option out"
+            )
+
+
+class Answers:
+    """Streams answers of one session to standard output, with the options of the command."""
+
+    def __init__(self, session: Session, args: argparse.Namespace) -> None:
+        self.session = session
+        self.plain = args.raw or session.model.chat is None
+        self._quiet = args.quiet
+        self._system = None if args.system is None else argument_text(args.system, "the system message")
+        if self._system is not None and self.plain:
+            raise OptionError("--system: the model has no chat template")
+        if args.think is False and self.plain:
+            raise OptionError("--no-think: the model has no chat template")
+        if args.think is False and not session.model.chat.can_think_or_not:
+            raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
+        self._options = given(args, StreamKeywords)
+        self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop or ()]
+        self._out = Output(sys.stdout)
+
+    def __call__(self, prompt: str) -> bool:
+        """Answer a prompt; False if Ctrl-C ended it. What was shown by then stays in the session."""
+        turn: Any = prompt
+        if self._system is not None and not self.session.messages:
+            turn = [{"role": "system", "content": self._system}, {"role": "user", "content": prompt}]
+        stream, complete = None, False
+        try:
+            stream = self.session.stream(turn, **self._options)
+            if not self.plain:
+                self._out.expect_thinking(self.session.answer_begins_thinking)
+            for piece in stream:
+                self._out.write(piece)
+            complete = True
+        except KeyboardInterrupt:
+            if stream is not None:
+                stream.close()
+        self._out.end()
+        if not self._quiet:
+            self._report()
+        return complete
+
+    def _report(self) -> None:
+        session, stats = self.session, self.session.stats
+        parts = [
+            f"prompt {_rate(stats.prompt_tokens, stats.prompt_tokens_per_second)}",
+            f"answer {_rate(stats.answer_tokens, stats.decode_tokens_per_second)}",
+            f"KV cache {session.kv_bytes / 1e6:.1f} MB",
+        ]
+        if session.n_tokens > session.cache.ctx:
+            parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
+        if sys.stderr is not None:
+            print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)
+
+
+def _rate(tokens: int, speed: float) -> str:
+    return f"{tokens} tokens" + (f", {speed:.1f} tok/s" if speed else "")
