@@ -108,7 +108,9 @@ class SamplingKeywords(TypedDict, total=False):
             saved=Saved("repetition_penalty", "general.sampling.penalty_repeat"),
         ),
     ]
-    repeat_last_n: Annotated[int | None, Option(64, "newest tokens that are not to be repeated", 0, REPEAT_LAST_N)]
+    repeat_last_n: Annotated[
+        int | None, Option(REPEAT_LAST_N, "newest tokens that are not to be repeated", 0, REPEAT_LAST_N)
+    ]
 
 
 class AnswerKeywords(TypedDict, total=False):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from kvrun.files.session_file import SavedSession
     from kvrun.model import Model
+    from kvrun.text.templates import ChatTemplate
 
 
 @dataclass
@@ -54,13 +55,20 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class _Conversation:
+    """Messages, and what the chat template makes of them, special characters escaped."""
+
+    messages: list[dict[str, Any]]
+    rendered: str
+
+
+@dataclass(frozen=True)
 class _Turn:
-    """What a prompt puts into the session. `messages` and `text` (escaped) are None for a plain text."""
+    """What a prompt puts into the session; `fresh`: in place of what is there. `chat` is None for a plain text."""
 
     ids: list[int]
     fresh: bool
-    messages: list[dict[str, Any]] | None = None
-    text: str | None = None
+    chat: _Conversation | None = None
 
 
 def new_cache(engine: Any, options: CacheOptions, prefault: bool = False) -> Any:
@@ -217,9 +225,8 @@ class Session:
         raise KvrunError("there are no logits: feed at least one token first")
 
     def _valid_logits(self) -> np.ndarray | None:
-        fed = self._kv.n_tokens
-        valid = self._logits is not None and self._logits[0] == fed == self.n_tokens
-        return self._logits[1] if valid else None
+        at, logits = self._logits or (-1, None)
+        return logits if at == self._kv.n_tokens == self.n_tokens else None
 
     def evaluate(self) -> np.ndarray:
         """Feed what has not been fed of the text, which may be its last token, and return `logits`.
@@ -256,7 +263,7 @@ class Session:
         stops, limit = StopStrings(values["stop"]), values["max_tokens"]
         self._end_running()
         turn = self._turn(prompt, values["raw"], values["think"])
-        self.answer_begins_thinking = turn.text is not None and opens_thinking(turn.text)
+        self.answer_begins_thinking = turn.chat is not None and opens_thinking(turn.chat.rendered)
         if limit:
             _ = self.model.tokenizer  # a model without one should say so now
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
@@ -277,8 +284,6 @@ class Session:
         if len(prompt) and isinstance(prompt[0], Mapping):
             from kvrun.text.templates import check_messages
 
-            if self.model.chat is None:
-                raise OptionError("the model has no chat template: give the prompt as text, not as messages")
             return self._chat_turn(check_messages(prompt), think)
         ids = [integer("token id", i, low=0, high=self.model.vocab_size - 1) for i in prompt]
         return self._something(_Turn(ids, fresh=False))
@@ -294,15 +299,21 @@ class Session:
         return turn
 
     def _chat_turn(self, messages: list[dict[str, Any]], think: bool) -> _Turn:
-        if not think and not self.model.chat.can_think_or_not:
+        template = self._template()
+        if not think and not template.can_think_or_not:
             raise OptionError("think: the model's chat template has no switch for thinking (enable_thinking)")
-        text = self.model.chat.render(messages, **({} if think else {"enable_thinking": False}))
+        text = template.render(messages, **({} if think else {"enable_thinking": False}))
         known = self._text.rendered
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)
-        rest = text if fresh else text[len(known) :]
+        rest = text if known is None or fresh else text[len(known) :]
         ids = self.model.tokenizer.encode_escaped(rest, continued=not fresh and bool(known))
-        return self._something(_Turn(ids, fresh, messages, text))
+        return self._something(_Turn(ids, fresh, _Conversation(messages, text)))
+
+    def _template(self) -> ChatTemplate:
+        if self.model.chat is None:
+            raise OptionError("the model has no chat template: give the prompt as text, not as messages")
+        return self.model.chat
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -313,26 +324,26 @@ class Session:
         self.stats = Stats()
         new = turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids
         self._text.append(new)
-        if turn.messages is not None:
-            self.messages = turn.messages
+        if turn.chat is not None:
+            self.messages = turn.chat.messages
         answer, begun = None, self._text.n_tokens
         try:
             self._feed(prompt=True)
             if limit:
-                answer = _Answer(self.model.tokenizer, stops, chat=turn.messages is not None)
+                answer = _Answer(self.model.tokenizer, stops, chat=turn.chat is not None)
                 yield from self._decode(answer, values, limit, stop_ids)
         finally:
-            if turn.messages is not None:
-                self._remember(turn, answer, limit, begun)
+            if turn.chat is not None:
+                self._remember(turn.chat, answer, limit, begun)
 
-    def _remember(self, turn: _Turn, answer: _Answer | None, limit: int, begun: int) -> None:
+    def _remember(self, chat: _Conversation, answer: _Answer | None, limit: int, begun: int) -> None:
         """Add an answer, complete or not, to the conversation; it began after so many tokens."""
         shown, text = answer.texts() if answer else ("", "")
         if limit:
-            self.messages = [*turn.messages, {"role": "assistant", "content": shown}]
+            self.messages = [*chat.messages, {"role": "assistant", "content": shown}]
         # Ctrl-C between a token and its text leaves the two apart.
         if self._text.n_tokens == begun + (answer.n_tokens if answer else 0):
-            self._text.rendered = turn.text + self.model.chat.escape(text)
+            self._text.rendered = chat.rendered + self._template().escape(text)
 
     def _decode(
         self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
@@ -421,7 +432,7 @@ class Session:
             except ValueError as error:  # learned positions are used up
                 raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
             seconds = time.perf_counter() - began
-            if last:
+            if logits is not None:
                 self._logits = (self._kv.n_tokens, logits)
             if prompt:
                 self.stats.prompt_tokens += len(chunk)

@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt")
     add = group.add_argument
-    text, file = {"metavar": "TEXT", "type": _text}, {"metavar": "FILE", "type": _text}
+    text: dict[str, Any] = {"metavar": "TEXT", "type": _text}
+    file = {**text, "metavar": "FILE"}
     add("-p", "--prompt", **text, help="answer this prompt; - reads it from standard input")
     add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
     add("--system", **text, help="system message that the conversation begins with")
@@ -222,15 +223,17 @@ class Answers:
 
     def __init__(self, session: Session, args: argparse.Namespace) -> None:
         self.session = session
-        self.plain = args.raw or session.model.chat is None
+        template = session.model.chat
+        self.plain = args.raw or template is None
         self._quiet = args.quiet
         self._system = None if args.system is None else argument_text(args.system, "the system message")
         if self._system is not None and self.plain:
             raise OptionError("--system: the model has no chat template")
-        if args.think is False and self.plain:
-            raise OptionError("--no-think: the model has no chat template")
-        if args.think is False and not session.model.chat.can_think_or_not:
-            raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
+        if args.think is False:
+            if template is None:
+                raise OptionError("--no-think: the model has no chat template")
+            if not template.can_think_or_not:
+                raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
         self._options = given(args, StreamKeywords)
         self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop or ()]
         self._out = Output(sys.stdout)

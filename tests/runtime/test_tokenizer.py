@@ -302,9 +302,10 @@ def test_special_tokens_that_take_white_space_with_them():
     library = byte_level()
     library.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<mask>", lstrip=True)])
     ours = Tokenizer(INFO, library.to_str().encode())
-    text = "a <|user|> \n b <mask> c"
+    text = "a <|user|> \n b <mask> c >"
     expected = library.encode(text, add_special_tokens=False).ids
-    assert ours._encode_parts(ours.special.split(text), False) == expected == ours.encode(text)
+    escaped = text[:-1] + ours.special.escape(">")
+    assert escaped != text and ours.encode_escaped(escaped) == expected == ours.encode(text)
 
 
 # --- tokenizer.model ------------------------------------------------------------------------------
