@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests" / "cuda"), str(ROOT / "benchmarks")]
 
 from kvrun import _core
-from kvrun.cuda import abi, attention, open_device
+from kvrun.cuda import abi, launch as launches, open_device
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q6_k")
 FORMATS = ("f32", "f16", "q8", "q4", "q2", "q4/q2")
@@ -59,7 +59,7 @@ def stage_compile(device: Any) -> None:
             names = list(_core.KV_FORMATS)
             layouts.append({"head_dim": head_dim, "k_format": names.index(k), "v_format": names.index(v)})
     jobs = [(module, ()) for module in ("matrix", "cache", "bandwidth")]
-    jobs += [(m, attention.defines(layout)) for layout in layouts for m in ("attention", "attention_chunk")]
+    jobs += [(m, launches.attention.defines(layout)) for layout in layouts for m in ("attention", "attention_chunk")]
     for module, options in jobs:
         began = time.perf_counter()
         try:

@@ -56,7 +56,7 @@ def test_logits(name, chunks, converted, reference):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_with_weights_as_in_the_checkpoint(name, converted, reference):
     """f16 and bf16 weights are exact. With block types the activations are rounded too: little in decode, to
-    8 bits in chunks, which these models' sharp attention makes visible. gguf-mixed has Q5_0 and Q5_1 too, which become
+    8 bits in chunks, which these models' sharp attention makes visible. gguf-mixed has Q5_1 too, which becomes
     q8_0."""
     expected = reference(name)
     engine = engine_of(converted(name, "same"))

@@ -17,7 +17,8 @@
     X(Q4_1, q4_1)              \
     X(Q4_0, q4_0)              \
     X(Q4_K, q4_k)              \
-    X(Q6_K, q6_k)
+    X(Q6_K, q6_k)              \
+    X(Q5_0, q5_0)
 
 #define KV_WEIGHT_NUMBER(NAME, name) KV_##NAME,
 enum kv_weight_type { KV_EACH_WEIGHT_TYPE(KV_WEIGHT_NUMBER) KV_N_WEIGHT_TYPES };

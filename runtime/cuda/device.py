@@ -16,6 +16,7 @@ import numpy as np
 from cupy.cuda import runtime
 
 from kvrun.cuda import abi
+from kvrun.cuda.launch import bandwidth
 from kvrun.errors import KvrunError, OptionError, one_line
 
 OPTIONS = ("--std=c++17",)
@@ -115,8 +116,8 @@ class CudaDevice:
         needed = launch.shared + kernel.shared_size_bytes
         if needed > self.shared_per_block:
             raise OptionError(
-                f"device: {launch.kernel} needs {needed} bytes of shared memory for this model and cache, and a block on "
-                f"{self.name} has at most {self.shared_per_block}; another cache format (--kv) may fit"
+                f"device: {launch.kernel} needs {needed} bytes of shared memory for this model and cache, and a block "
+                f"on {self.name} has at most {self.shared_per_block}; another cache format (--kv) may fit"
             )
         if launch.shared > max(SHARED_BY_DEFAULT, self._shared.get(key, 0)):
             kernel.max_dynamic_shared_size_bytes = self._shared[key] = launch.shared
@@ -266,16 +267,15 @@ class CudaDevice:
         work()
         end.record(stream)
         end.synchronize()
-        return cupy.cuda.get_elapsed_time(start, end) / 1e3
+        return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
     def read_bandwidth(self, seconds: float = 0.1) -> float:
         """GB (1e9 bytes) a second that the device reads from its memory, the best of several passes."""
         n_bytes = min(BANDWIDTH_BYTES, self.free_bytes() // 4) // 4096 * 4096
         memory, out, stream = self.alloc(n_bytes), self.alloc(4), self.stream()
         runtime.memset(memory.ptr, 0, n_bytes)
-        args = (abi.pointer(memory.ptr), abi.int64(n_bytes), abi.pointer(out.ptr))
-        launch = abi.Launch("read_memory", (8 * self.n_multiprocessors, 1, 1), (256, 1, 1), 0, args)
-        times, start = [], time.perf_counter()
+        launch = bandwidth.read_memory(memory.ptr, n_bytes, out.ptr, self.n_multiprocessors)
+        times, start = list[float](), time.perf_counter()
         while len(times) < 3 or time.perf_counter() - start < seconds:
             times.append(self.seconds(lambda: self.do(launch, stream), stream))
         return n_bytes / min(times) / 1e9

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from kvrun import _core
-from kvrun.cuda import abi, attention
+from kvrun.cuda import abi
 from kvrun.cuda.cache import CudaKVCache
+from kvrun.cuda.launch.attention import MAX_HEAD_DIM
 from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, write_step
 from kvrun.cuda.weights import DeviceWeights
 from kvrun.errors import OptionError
@@ -43,9 +44,9 @@ class CudaEngine:
         device: Any,
     ) -> None:
         self.host, self.device, self.description = engine, device, engine.description
-        if self.description.head_dim > attention.MAX_HEAD_DIM:
+        if self.description.head_dim > MAX_HEAD_DIM:
             raise OptionError(
-                f"device: the GPU's kernels take heads of at most {attention.MAX_HEAD_DIM} channels, and this model's "
+                f"device: the GPU's kernels take heads of at most {MAX_HEAD_DIM} channels, and this model's "
                 f"have {self.description.head_dim}"
             )
         self.sliding_windows, self.threads = engine.sliding_windows, engine.threads

@@ -1,7 +1,7 @@
 """What a call of the engine consists of: its buffers, and its operations in order.
 
-`OneToken` and `Chunk` read from top to bottom like `forward` in _core/engine.pyx; `attention.py`, `matrix.py` and
-`products.py` know how kernels want to be launched.
+`OneToken` and `Chunk` read from top to bottom like `forward` in _core/engine.pyx; `launch` knows how kernels want to be
+launched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvrun.cuda import abi, attention, matrix, products
+from kvrun.cuda import abi, launch
 from kvrun.cuda.weights import Arena, DeviceWeights, Layer, slices
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def chunk_activations(w: DeviceWeights, n: int) -> dict[str, int]:
     if d.n_experts:
         slots = n * d.experts_used
         sizes |= {
-            "slots": 4 * matrix.slot_ints(n, d.experts_used, d.n_experts),
+            "slots": 4 * launch.experts.slot_ints(n, d.experts_used, d.n_experts),
             "slot_up": sizes["slot_gate"],
             "slot_half": 2 * slots * d.expert_size,
             "slot_scale": 4 * slots,
@@ -110,7 +110,7 @@ class Buffers:
         self.stream, self.graph = device.stream(), None
         self.layouts, self.geometry = kv.layouts(), kv.host.geometry()
         self.ropes, self.rope_of_layer, self._kept = engine.ropes_of(kv.ctx)
-        self.attend_grid = attention.attend_grid(
+        self.attend_grid = launch.attention.attend_grid(
             self.geometry,
             d.n_heads // d.n_kv_heads,
             kv.ctx,
@@ -119,7 +119,7 @@ class Buffers:
         )
         counters = 4 * self.attend_grid[1] * self.attend_grid[2]
         sizes = activations(w, 1) | self.table_bytes(1)
-        sizes |= {"partial": 4 * attention.partial_floats(self.geometry, self.attend_grid), "counters": counters}
+        sizes |= {"partial": 4 * launch.attention.partial_floats(self.geometry, self.attend_grid), "counters": counters}
         sizes["logits"] = 4 * width(w.head)
         self.arena = Arena(device, sizes)
         device.zero(self.arena["counters"], counters)
@@ -130,13 +130,13 @@ class Buffers:
         """Sizes of the tables of angles for n tokens."""
         half, tables = self.geometry["head_dim"] // 2, int(self.ropes["n"][0])
         own = 4 * tables * n * half
-        sinks = 4 * tables * attention.sink_rows(n) * self.geometry["n_sinks"] * half
+        sinks = 4 * tables * launch.cache.sink_rows(n) * self.geometry["n_sinks"] * half
         return {"cos": own, "sin": own, "sink_cos": sinks, "sink_sin": sinks}
 
     def angle_args(self, arena: Arena, n: int) -> tuple[np.ndarray, ...]:
         """What step_angles takes after its Step, with all tables in `arena`."""
         tables = (abi.pointer(arena[name]) for name in ("cos", "sin", "sink_cos", "sink_sin"))
-        slots, rows = abi.int64(self.geometry["n_slots"]), abi.int32(attention.sink_rows(n))
+        slots, rows = abi.int64(self.geometry["n_slots"]), abi.int32(launch.cache.sink_rows(n))
         return self.ropes, self.layouts[0], slots, rows, *tables
 
     def tables(self, arena: Arena, layer: int, n: int) -> tuple[np.ndarray, ...]:
@@ -159,7 +159,7 @@ class Workspace:
 
     def reserve(self, buffers: Buffers, n: int) -> None:
         """Have room for chunks of n tokens with this cache, too. abi.DeviceMemoryError."""
-        windows, tiles = attention.staged_bytes(buffers.geometry, n)
+        windows, tiles = launch.cache.staged_bytes(buffers.geometry, n)
         sizes = buffers.table_bytes(n) | {"staged_windows": windows, "staged_tiles": tiles}
         largest = {name: max(size, self._sizes.get(name, 0)) for name, size in sizes.items()}
         if largest != self._sizes:
@@ -191,7 +191,7 @@ class OneToken:
         d, w, at, operations = self.d, self.w, self.at, []
         operations.append(abi.Copy(self.b.pinned, at["step"], True))
         operations.append(
-            matrix.begin_step(
+            launch.step.begin_step(
                 at["step"],
                 at["step"] + IDS_AT,
                 w.embed,
@@ -206,7 +206,7 @@ class OneToken:
             after = w.layers[i + 1].qkv if i + 1 < d.n_layers else w.head
             operations.append(
                 self._matvec(
-                    layer.qkv, layer.attn_norm, at["x"], at["qkv"], then=layer.o, ahead=products.AHEAD_OF_ATTENTION
+                    layer.qkv, layer.attn_norm, at["x"], at["qkv"], then=layer.o, ahead=launch.matrix.AHEAD_OF_ATTENTION
                 )
             )
             operations += norm_heads(w, layer, at["qkv"], 1)
@@ -216,7 +216,7 @@ class OneToken:
                 operations += self._mixture(layer)
             else:
                 operations.append(
-                    products.matvec_gated(
+                    launch.matrix.matvec_gated(
                         layer.gate,
                         layer.up,
                         layer.mlp_norm,
@@ -240,18 +240,18 @@ class OneToken:
         )
 
     def _matvec(self, m: np.ndarray, norm: np.ndarray, x: int, out: int, **options: Any) -> abi.Launch:
-        return products.matvec(m, norm, x, out, n_multiprocessors=self._n_multiprocessors, **options)
+        return launch.matrix.matvec(m, norm, x, out, n_multiprocessors=self._n_multiprocessors, **options)
 
     def _add(self, m: np.ndarray, x: int, norm: np.ndarray, then: np.ndarray) -> list[abi.Operation]:
         """The residual stream += m x, at once or by way of a norm and a scale."""
         if not has_branch(self.w):
-            return [self._matvec(m, matrix.NO_NORM, x, self.at["x"], add=True, then=then)]
-        return [self._matvec(m, matrix.NO_NORM, x, self.at["branch"], then=then), self._add_branch(norm)]
+            return [self._matvec(m, launch.NO_NORM, x, self.at["x"], add=True, then=then)]
+        return [self._matvec(m, launch.NO_NORM, x, self.at["branch"], then=then), self._add_branch(norm)]
 
     def _add_branch(self, norm: np.ndarray) -> abi.Launch:
         d, at, ld = self.d, self.at, hidden_pad(self.w)
-        return matrix.add_chunk(
-            matrix.NO_MATRIX, norm, 0, at["branch"], ld, d.hidden_size, d.residual_scale, at["x"], ld, 1
+        return launch.chunk.add_chunk(
+            launch.NO_MATRIX, norm, 0, at["branch"], ld, d.hidden_size, d.residual_scale, at["x"], ld, 1
         )
 
     def _attend(self, i: int, layer: Layer) -> list[abi.Operation]:
@@ -262,10 +262,10 @@ class OneToken:
         append = (step, layout, *keys_and_values(layer, at["qkv"]), cos, sin, *nothing)
         rest = (abi.pointer(at[name]) for name in ("partial", "counters", "attended"))
         attend = (step, layout, abi.pointer(at["qkv"]), *scores(self.w), cos, sin, *sinks, *rest)
-        shared, options = attention.attend_shared(geometry), attention.defines(geometry)
+        shared, options = launch.attention.attend_shared(geometry), launch.attention.defines(geometry)
         return [
-            abi.Launch("append", attention.append_grid(geometry, 1), (attention.APPEND_THREADS, 1, 1), 0, append),
-            abi.Launch("attend", b.attend_grid, (attention.ATTEND_THREADS, 1, 1), shared, attend, options),
+            abi.Launch("append", launch.cache.append_grid(geometry, 1), (launch.cache.THREADS, 1, 1), 0, append),
+            abi.Launch("attend", b.attend_grid, (launch.attention.THREADS, 1, 1), shared, attend, options),
         ]
 
     def _mixture(self, layer: Layer) -> list[abi.Operation]:
@@ -274,10 +274,10 @@ class OneToken:
         branch = has_branch(self.w)
         operations: list[abi.Operation] = [
             self._matvec(layer.router, layer.mlp_norm, at["x"], at["scores"]),
-            matrix.choose(
+            launch.experts.choose(
                 at["scores"], width(layer.router), d.n_experts, used, d.normalize_experts, at["chosen"], at["share"], 1
             ),
-            matrix.experts_gated(
+            launch.experts.experts_gated(
                 tables["gate"],
                 tables["up"],
                 one["up"],
@@ -288,7 +288,7 @@ class OneToken:
                 d.activation,
                 at["slot_gate"],
             ),
-            matrix.experts_down(
+            launch.experts.experts_down(
                 tables["down"],
                 one["down"],
                 at["slot_gate"],
@@ -312,7 +312,7 @@ def norm_heads(w: DeviceWeights, layer: Layer, qkv: int, n: int) -> list[abi.Ope
         return []
     k_offset = int(layer.qkv["segments"][0, 1]["offset"])
     return [
-        matrix.norm_heads(
+        launch.step.norm_heads(
             qkv,
             width(layer.qkv),
             k_offset,
@@ -360,20 +360,20 @@ class Chunk:
         angles = (abi.pointer(step), *self.b.angle_args(self.of_cache, n))
         operations: list[abi.Operation] = [
             abi.Copy(told, step, True),
-            matrix.embed_chunk(
+            launch.chunk.embed_chunk(
                 step, ids, w.embed, w.positions, d.embedding_scale, d.hidden_size, at["x"], hidden_pad(w), n
             ),
-            abi.Launch("step_angles", (attention.ANGLE_BLOCKS, 1, 1), (128, 1, 1), 0, angles),
+            abi.Launch("step_angles", (launch.cache.ANGLE_BLOCKS, 1, 1), (128, 1, 1), 0, angles),
         ]
         for i, layer in enumerate(w.layers):
             operations += [
                 self._normed(layer.attn_norm, at["x"]),
                 *self._product(layer.qkv, at["qkv"], n),
-                matrix.scale_bias(layer.qkv, at["row_scale"], at["qkv"], width(layer.qkv), n),
+                launch.chunk.scale_bias(layer.qkv, at["row_scale"], at["qkv"], width(layer.qkv), n),
                 *norm_heads(w, layer, at["qkv"], n),
                 *self._attend(i, layer),
-                matrix.norm_to_half(
-                    matrix.NO_NORM,
+                launch.chunk.norm_to_half(
+                    launch.NO_NORM,
                     at["attended"],
                     d.n_heads * d.head_dim,
                     d.n_heads * d.head_dim,
@@ -400,15 +400,17 @@ class Chunk:
             pinned = self.engine.workspace.pinned_logits[: 4 * rows * ld]
             x = at["x"] + 4 * hidden_pad(w) * start
             operations = [
-                matrix.norm_to_half(w.norm, x, hidden_pad(w), d.hidden_size, at["half"], at["row_scale"], rows),
+                launch.chunk.norm_to_half(w.norm, x, hidden_pad(w), d.hidden_size, at["half"], at["row_scale"], rows),
                 *self._product(w.head, at["logits"], rows),
-                matrix.logits_chunk(at["row_scale"], d.logit_scale, d.logit_softcap or 0.0, at["logits"], ld, rows),
+                launch.chunk.logits_chunk(
+                    at["row_scale"], d.logit_scale, d.logit_softcap or 0.0, at["logits"], ld, rows
+                ),
                 abi.Copy(pinned, at["logits"], False),
             ]
             yield start, operations, pinned.view(np.float32).reshape(rows, ld)
 
     def _normed(self, norm: np.ndarray, x: int) -> abi.Launch:
-        return matrix.norm_to_half(
+        return launch.chunk.norm_to_half(
             norm, x, hidden_pad(self.w), self.d.hidden_size, self.at["half"], self.at["row_scale"], self.n
         )
 
@@ -416,14 +418,14 @@ class Chunk:
         """out [n][width] = m times what is in `half`."""
         at, ld, cols, operations = self.at, width(m), int(m["cols"][0]), []
         for part, first, outputs in slices(m, HALF_BYTES):
-            operations.append(matrix.dequantize(part, at["weights"]))
+            operations.append(launch.chunk.dequantize(part, at["weights"]))
             operations.append(abi.Gemm(at["weights"], at["half"], out + 4 * first, outputs, cols, n, ld))
         return operations
 
     def _add(self, m: np.ndarray, norm: np.ndarray) -> list[abi.Operation]:
         """The residual stream += m times what is in `half`, normed and scaled."""
         at, d, ld = self.at, self.d, hidden_pad(self.w)
-        add = matrix.add_chunk(
+        add = launch.chunk.add_chunk(
             m, norm, at["row_scale"], at["branch"], width(m), d.hidden_size, d.residual_scale, at["x"], ld, self.n
         )
         return [*self._product(m, at["branch"], self.n), add]
@@ -433,7 +435,7 @@ class Chunk:
         return [
             *operations,
             *self._product(layer.up, at["up"], self.n),
-            matrix.activate_to_half(
+            launch.chunk.activate_to_half(
                 layer.gate,
                 layer.up,
                 self.d.activation,
@@ -453,7 +455,7 @@ class Chunk:
         step, cos, sin, *sinks = abi.pointer(at["step"]), *b.tables(self.of_cache, i, n)
         staged = (
             *(abi.pointer(self.of_cache[name]) for name in ("staged_windows", "staged_tiles")),
-            abi.int64(attention.max_tiles(geometry, n)),
+            abi.int64(launch.cache.max_tiles(geometry, n)),
         )
         append = (step, layout, *keys_and_values(layer, at["qkv"]), cos, sin, *staged)
         attend = (
@@ -470,12 +472,12 @@ class Chunk:
             abi.int64(self.d.n_heads * self.d.head_dim),
         )
         group = self.d.n_heads // self.d.n_kv_heads
-        block, shared = (attention.APPEND_THREADS, 1, 1), attention.chunk_shared(geometry)
-        grid, options = attention.chunk_grid(geometry, group, n), attention.defines(geometry)
+        block, shared = (launch.cache.THREADS, 1, 1), launch.attention_chunk.shared_bytes(geometry)
+        grid, options = launch.attention_chunk.grid(geometry, group, n), launch.attention.defines(geometry)
         return [
-            abi.Launch("append", attention.append_grid(geometry, n), block, 0, append),
-            abi.Launch("attend_chunk", grid, (attention.ATTEND_THREADS, 1, 1), shared, attend, options),
-            abi.Launch("commit", attention.commit_grid(geometry, n), block, 0, (step, layout, *staged)),
+            abi.Launch("append", launch.cache.append_grid(geometry, n), block, 0, append),
+            abi.Launch("attend_chunk", grid, (launch.attention.THREADS, 1, 1), shared, attend, options),
+            abi.Launch("commit", launch.cache.commit_grid(geometry, n), block, 0, (step, layout, *staged)),
         ]
 
     def _mixture(self, layer: Layer) -> list[abi.Operation]:
@@ -484,19 +486,19 @@ class Chunk:
         used, experts, inner = d.experts_used, d.n_experts, width(one["up"])
 
         def product(part: str, x: str, scale: str, by_slot: bool, out: str, ld: int) -> abi.Launch:
-            return matrix.experts_matmul(
+            return launch.experts.experts_matmul(
                 tables[part], one[part], at["slots"], n, used, experts, at[x], at[scale], by_slot, at[out], ld
             )
 
         return [
-            matrix.route(layer.router, layer.mlp_norm, at["x"], hidden_pad(w), at["scores"], n),
-            matrix.choose(
+            launch.experts.route(layer.router, layer.mlp_norm, at["x"], hidden_pad(w), at["scores"], n),
+            launch.experts.choose(
                 at["scores"], width(layer.router), experts, used, d.normalize_experts, at["chosen"], at["share"], n
             ),
-            matrix.sort_slots(at["chosen"], n, used, experts, at["slots"]),
+            launch.experts.sort_slots(at["chosen"], n, used, experts, at["slots"]),
             product("gate", "half", "row_scale", False, "slot_gate", inner),
             product("up", "half", "row_scale", False, "slot_up", inner),
-            matrix.activate_to_half(
+            launch.chunk.activate_to_half(
                 one["gate"],
                 one["up"],
                 d.activation,
@@ -509,7 +511,7 @@ class Chunk:
                 n * used,
             ),
             product("down", "slot_half", "slot_scale", True, "slot_out", hidden_pad(w)),
-            matrix.experts_add(
+            launch.experts.experts_add(
                 layer.mlp_post_norm,
                 at["slots"],
                 at["share"],

@@ -74,11 +74,11 @@ def test_nothing_is_printed_when_piped(hf, tmp_path):
 
 
 def test_the_summary(tmp_path):
-    save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_0"})
+    save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_1"})
     result = run("convert", tmp_path / "m.gguf", "-o", tmp_path / "model.bin", "-v")
     assert (result.returncode, result.stderr) == (0, "")
     for text in (
-        "2 tensors of type Q5_0 dequantised and stored as q8_0",
+        "2 tensors of type Q5_1 dequantised and stored as q8_0",
         "bits",
         "checksums match",
         "MB",

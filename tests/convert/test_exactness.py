@@ -73,7 +73,7 @@ def test_gguf_types_are_kept_exactly(tmp_path):
         "attn_output": "F16",
         "ffn_gate": "BF16",
         "ffn_up": "F32",
-        "ffn_down": "Q4_0",
+        "ffn_down": "Q5_0",
         "token_embd": "Q8_0",
     }
     stored = save_gguf(tmp_path / "m.gguf", types)
@@ -85,10 +85,10 @@ def test_gguf_types_are_kept_exactly(tmp_path):
             stored[name] = straight(stored[name], 4 if "attn_q" in name else 2)
     assert_same_bits(found, stored, stored)
     kinds = {name: w.type for name, w in result.model.weights.items() if name.startswith("layers.0")}
-    assert list(kinds.values()) == ["q4_0", "q4_1", "q8_0", "f16", "bf16", "f32", "q4_0"]
+    assert list(kinds.values()) == ["q4_0", "q4_1", "q8_0", "f16", "bf16", "f32", "q5_0"]
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q8_0"])
 def test_gguf_asked_type_is_kept_exactly_and_others_change(tmp_path, kind):
     stored = save_gguf(tmp_path / "m.gguf", {"blk.0": kind, "blk.1": "F16", "token_embd": kind})
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin", kind)
@@ -101,10 +101,10 @@ def test_gguf_asked_type_is_kept_exactly_and_others_change(tmp_path, kind):
 
 
 def test_other_gguf_types_are_dequantised_with_a_note(tmp_path):
-    stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_0", "ffn_gate": "Q5_1"})
+    stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_1", "ffn_gate": "IQ4_NL"})
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
     assert result.notes == [
-        "2 tensors of type Q5_0 dequantised and stored as q8_0",
+        "2 tensors of type IQ4_NL dequantised and stored as q8_0",
         "2 tensors of type Q5_1 dequantised and stored as q8_0",
     ]
     found, _ = read_named(tmp_path / "model.bin", GGUF)

@@ -48,6 +48,7 @@ def test_the_sizes(cols):
         "f16": 32 * even,
         "bf16": 32 * even,
         "q8_0": 64 * pairs + 512 * blocks,
+        "q5_0": 64 * pairs + 320 * blocks,
         "q4_0": 64 * pairs + 256 * blocks,
         "q4_1": 128 * pairs + 256 * blocks,
     }

@@ -14,7 +14,7 @@ from kvrun.errors import ConvertError
 
 @pytest.fixture
 def path(tmp_path):
-    save_gguf(tmp_path / "m.gguf", {"attn_v": "Q8_0", "ffn_up": "Q5_0"})
+    save_gguf(tmp_path / "m.gguf", {"attn_v": "Q8_0", "ffn_up": "Q5_0", "ffn_down": "Q5_1"})
     return tmp_path / "m.gguf"
 
 

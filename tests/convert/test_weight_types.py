@@ -23,7 +23,7 @@ MIXED = {
     "ffn_gate": "Q5_K",
     "ffn_up": "IQ4_NL",
     "ffn_down": "Q5_1",
-    "token_embd": "Q5_0",
+    "token_embd": "Q5_1",
 }
 
 
@@ -53,8 +53,7 @@ def test_every_type_of_gguf_keeps_its_quality(tmp_path):
         "2 tensors of type IQ4_NL dequantised and stored as q8_0",
         "2 tensors of type Q2_K dequantised and stored as q6_k",
         "2 tensors of type Q3_K dequantised and stored as q6_k",
-        "1 tensor of type Q5_0 dequantised and stored as q8_0",
-        "2 tensors of type Q5_1 dequantised and stored as q8_0",
+        "3 tensors of type Q5_1 dequantised and stored as q8_0",
         "2 tensors of type Q5_K dequantised and stored as q8_0",
     ]
     for name, expected in stored.items():
@@ -98,6 +97,18 @@ def test_columns_that_are_no_whole_super_blocks(tmp_path, kind, instead):
         "14 tensors stored as q8_0: q6_k takes a multiple of 256 columns",
     )
     assert result.notes[1:] == ["2 tensors stored as q8_0: q6_k takes a multiple of 256 columns"] * (kind == "q4_k")
+
+
+@pytest.mark.parametrize(
+    "kind, finer",
+    [("q4_0", "q8_0"), ("q4_1", "q8_0"), ("q5_0", "q8_0"), ("q4_k", "q6_k"), ("q6_k", "q6_k"), ("bf16", "bf16")],
+)
+def test_embedding_and_output_head_are_finer(kind, finer):
+    tensor = SimpleNamespace(type="f32", shape=(512, 256))
+    for name in ("embed.weight", "head.weight"):
+        assert target_type(name, tensor, kind, None) == finer
+        assert target_type(name, SimpleNamespace(type=kind, shape=(512, 256)), kind, None) == kind
+    assert target_type("layers.0.attn.q.weight", tensor, kind, None) == kind
 
 
 def kind_in_mix(name, n_layers, tied=False, kv_heads=8, cols=4096, experts=None):

@@ -12,7 +12,7 @@ import numpy as np
 from host_device import compiled
 
 from kvrun import _core
-from kvrun.cuda import abi, attention
+from kvrun.cuda import abi, launch as launches
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))  # its texts and references
 
@@ -122,16 +122,16 @@ class KernelCache:
         step["first"], step["packed_ever"], step["n"] = self.kv.n_tokens, self.packed_ever, n
         step = step.view(np.uint8)
         ropes = abi.struct(abi.ROPES, n=1, inv_freq=inv_freq.ctypes.data)
-        rows = attention.sink_rows(n)
+        rows = launches.cache.sink_rows(n)
         tables = [np.full(shape, np.nan, np.float32) for shape in [(n, half)] * 2 + [(rows, g["n_sinks"], half)] * 2]
         launch("step_angles", (3,), 32, 0, step, ropes, self.layout, np.int64(g["n_slots"]), np.int32(rows), *tables)
         staged, most = (NULL, NULL), 0
         if n > 1:
-            staged, most = [aligned(size) for size in attention.staged_bytes(g, n)], attention.max_tiles(g, n)
+            staged, most = [aligned(size) for size in launches.cache.staged_bytes(g, n)], launches.cache.max_tiles(g, n)
         launch(
             "append",
-            attention.append_grid(g, n),
-            attention.APPEND_THREADS,
+            launches.cache.append_grid(g, n),
+            launches.cache.THREADS,
             0,
             step,
             self.layout,
@@ -148,8 +148,8 @@ class KernelCache:
         if n > 1:
             launch(
                 "commit",
-                attention.commit_grid(g, n),
-                attention.APPEND_THREADS,
+                launches.cache.commit_grid(g, n),
+                launches.cache.THREADS,
                 0,
                 step,
                 self.layout,
@@ -165,11 +165,11 @@ class KernelCache:
         out = np.full((n, width), np.nan, np.float32)
         scale, cap = (np.float32(x * np.log2(np.e)) for x in (self.scale, self.softcap))
         if n > 1:
-            grid, shared = attention.chunk_grid(g, group, n), attention.chunk_shared(g)
+            grid, shared = launches.attention_chunk.grid(g, group, n), launches.attention_chunk.shared_bytes(g)
             launch(
                 "attend_chunk",
                 grid,
-                attention.ATTEND_THREADS,
+                launches.attention.THREADS,
                 shared,
                 step,
                 self.layout,
@@ -187,13 +187,13 @@ class KernelCache:
             )
             return out
         grid = self.spans, g["n_kv_heads"], -(-group // 8)
-        partial = np.full(attention.partial_floats(g, grid), np.nan, np.float32)
+        partial = np.full(launches.attention.partial_floats(g, grid), np.nan, np.float32)
         counters = np.zeros(grid[1] * grid[2], np.int32)
         launch(
             "attend",
             grid,
-            attention.ATTEND_THREADS,
-            attention.attend_shared(g),
+            launches.attention.THREADS,
+            launches.attention.attend_shared(g),
             step,
             self.layout,
             q,

@@ -10,7 +10,7 @@ from host_device import compiled
 
 from kvrun import _core
 from kvrun.cuda import abi
-from kvrun.cuda.weights import PANEL, TYPE_IDS
+from kvrun.cuda.abi import PANEL, TYPE_IDS
 
 JUNK = 0xFF  # NaN as a float, -1 as a number
 SUPER_TYPES = ("q4_k", "q6_k")

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from kvrun.cuda import abi, attention
-from kvrun.cuda.weights import TYPE_IDS
+from kvrun.cuda import abi, launch as launches
+from kvrun.cuda.abi import TYPE_IDS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 WEIGHT_TYPES = (0b00000111, 0b00111000, 0b11000000)  # bits of enum kv_weight_type that products are compiled for
@@ -90,7 +90,7 @@ def variants(module: str) -> list[tuple[str, ...]]:
         return [(f"-DKV_WEIGHT_TYPES={mask}",) for mask in WEIGHT_TYPES]
     if module in ("attention", "attention_chunk"):
         names = ("head_dim", "k_format", "v_format")
-        return [attention.defines(dict(zip(names, values, strict=True))) for values in CACHES]
+        return [launches.attention.defines(dict(zip(names, values, strict=True))) for values in CACHES]
     return [()]
 
 

@@ -23,7 +23,7 @@ from test_attention import (
 from test_ring import ListCache
 
 from kvrun._core import probe
-from kvrun.cuda import attention
+from kvrun.cuda import launch as launches
 
 FORMATS = [
     ("f32", "f32"),
@@ -203,7 +203,7 @@ def test_compiled_for_one_head_size_and_formats():
     """As a GPU has them: the same to the bit."""
     text, ctx = ordinary(128, 400), 260
     caches = [KernelCache("q4", "q2", 128, scale=SCALE, ctx=ctx, sinks=4, window=64) for _ in range(2)]
-    caches[1].defines = attention.defines(caches[1].geometry)
+    caches[1].defines = launches.attention.defines(caches[1].geometry)
     for n in (1, 70, 71, 200, 201, 330, 331):
         np.testing.assert_array_equal(*(feed(cache, text, n, 3) for cache in caches), f"{n} tokens")
 

@@ -5,7 +5,7 @@ import pytest
 from kernel_cache import BY_VALUE, KernelCache, launch
 
 from kvrun._core import probe
-from kvrun.cuda import abi, attention
+from kvrun.cuda import abi, launch as launches
 
 FORMATS = [
     ("f32", "f32"),
@@ -115,7 +115,7 @@ def test_angles(first, n):
     """Of tokens at any position, and of sinks where they were and where they are moved to; two rotary embeddings."""
     options = dict(ctx=200, sinks=3, window=64)
     cache, rng = KernelCache("q4", "q4", 64, **options), np.random.default_rng(4)
-    half, rows = 32, attention.sink_rows(n)
+    half, rows = 32, launches.cache.sink_rows(n)
     inv_freq, amplitude = np.stack([frequencies(64), frequencies(64) / 8]), rng.random((2, half)) + 0.5
     step = np.zeros(1, abi.STEP)
     step["first"], step["n"] = first, n

@@ -7,7 +7,7 @@ from launching import Matrices, array, at, close, empty, norm_of
 
 from kvrun import _core
 from kvrun._core import probe
-from kvrun.cuda import abi, matrix
+from kvrun.cuda import abi, launch as launches
 from kvrun.cuda.weights import slices
 
 NONE = abi.struct(abi.MATRIX)
@@ -32,7 +32,7 @@ def half_rows(n, cols):
 def test_dequantize(kind, rows, cols, rng):
     m = Matrices([(kind, rng.standard_normal((rows, cols)).astype(np.float32))])
     out = empty(m.width, cols, dtype=np.float16)
-    run(matrix.dequantize(m.struct, at(out)))
+    run(launches.chunk.dequantize(m.struct, at(out)))
     np.testing.assert_array_equal(out[:rows], m.values[0].astype(np.float16))
     assert not out[rows:].any()
 
@@ -48,7 +48,7 @@ def test_dequantize_parts(rng):
     parts = slices(m.struct, 2 * 2 * 16 * 96)
     assert len(parts) == 3 + 1 + 2
     for part, first, outputs in parts:
-        run(matrix.dequantize(part, at(out[first:])))
+        run(launches.chunk.dequantize(part, at(out[first:])))
         assert first + outputs <= m.width
     for i, values in enumerate(m.values):
         start = int(m.struct["segments"][0, i]["offset"])
@@ -66,7 +66,7 @@ def test_embed(kind, rows, cols, rng):
     for learned in (None, positions):
         x = empty(n, ld)
         struct = NONE if learned is None else learned.struct
-        run(matrix.embed_chunk(at(step), at(ids), embed.struct, struct, 1.5, cols, at(x), ld, n))
+        run(launches.chunk.embed_chunk(at(step), at(ids), embed.struct, struct, 1.5, cols, at(x), ld, n))
         expected = embed.values[0][ids] * np.float32(1.5)
         if learned is not None:
             expected = expected + learned.values[0][first : first + n]
@@ -81,7 +81,7 @@ def test_norm_to_half(kind, cols, rng):
     n, ld = 6, cols + 3
     x = array(rng.normal(0.1, 1, (n, ld)) * np.array([1, 1e-3, 1e10, 1e-10, 1e15, 0])[:, None])
     half, scale = half_rows(n, cols)
-    run(matrix.norm_to_half(norm, at(x), ld, cols, at(half), at(scale), n))
+    run(launches.chunk.norm_to_half(norm, at(x), ld, cols, at(half), at(scale), n))
     assert (np.frexp(scale)[0] == 0.5).all()
     expected = reference(x[:, :cols])
     tops = np.maximum(np.abs(expected).max(1, keepdims=True), 1e-30)
@@ -94,7 +94,7 @@ def test_rows_with_what_is_not_a_number_stay_so(value):
     x = np.ones((2, 40), np.float32)
     x[1, 17] = value
     x, (half, scale) = array(x), half_rows(2, 40)
-    run(matrix.norm_to_half(abi.struct(abi.NORM), at(x), 40, 40, at(half), at(scale), 2))
+    run(launches.chunk.norm_to_half(abi.struct(abi.NORM), at(x), 40, 40, at(half), at(scale), 2))
     np.testing.assert_array_equal(half.astype(np.float32) * scale[:, None], x)
 
 
@@ -105,7 +105,7 @@ def test_scale_bias(rng):
     n, ld = 3, m.width + 2
     products, scale = rng.standard_normal((n, ld)).astype(np.float32), array([0.5, 1, 4])
     out = array(products)
-    run(matrix.scale_bias(m.struct, at(scale), at(out), ld, n))
+    run(launches.chunk.scale_bias(m.struct, at(scale), at(out), ld, n))
     expected = products[:, : m.width] * scale[:, None]
     for i, bias in enumerate(biases):
         start = int(m.struct["segments"][0, i]["offset"])
@@ -128,7 +128,7 @@ def test_activate_to_half(name, gated, scaled, rng):
     if scaled:
         out_scale[:] = scale  # may be the same
     run(
-        matrix.activate_to_half(
+        launches.chunk.activate_to_half(
             gate.struct if gated else NONE,
             up.struct,
             name,
@@ -150,9 +150,9 @@ def test_activate_to_half(name, gated, scaled, rng):
 def test_activations_of_extremes():
     x = array([[-1e30, -100, -10, -5, 0, 5, 10, 100, 1e4]])
     up = Matrices([("f32", np.zeros((9, 4), np.float32))])
-    for name in matrix.ACTIVATIONS:
+    for name in abi.ACTIVATIONS:
         half, scale = half_rows(1, 9)
-        run(matrix.activate_to_half(NONE, up.struct, name, 0, at(x), 16, 0, at(half), at(scale), 1))
+        run(launches.chunk.activate_to_half(NONE, up.struct, name, 0, at(x), 16, 0, at(half), at(scale), 1))
         close(half[0].astype(np.float32) * scale, probe.activate(name, x[0]), 1e-3)
         assert half[0, 4] == 0
 
@@ -168,7 +168,7 @@ def test_add(kind, rng):
     for products in (True, False):
         x, struct = array(before), m.struct if products else NONE
         run(
-            matrix.add_chunk(
+            launches.chunk.add_chunk(
                 struct, norm, at(scale) if products else 0, at(branch), m.width, hidden, 0.3, at(x), hidden + 4, n
             )
         )
@@ -182,7 +182,7 @@ def test_logits(cap, rng):
     n, ld = 2, 1040
     products, scale = rng.standard_normal((n, ld)).astype(np.float32) * 50, array([0.5, 2])
     logits = array(products)
-    run(matrix.logits_chunk(at(scale), 0.7, cap, at(logits), ld, n))
+    run(launches.chunk.logits_chunk(at(scale), 0.7, cap, at(logits), ld, n))
     expected = np.float32(0.7) * products * scale[:, None]
     for t in range(n):
         close(logits[t], probe.soft_cap(expected[t], cap) if cap else expected[t], 1e-6)

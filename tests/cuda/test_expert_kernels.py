@@ -6,7 +6,7 @@ import pytest
 from launching import SUPER_TYPES, Matrices, array, at, close, empty, norm_of
 
 from kvrun import _core
-from kvrun.cuda import abi, matrix
+from kvrun.cuda import abi, launch as launches
 
 NONE = abi.struct(abi.MATRIX)
 
@@ -58,7 +58,7 @@ def test_choose(n_experts, used, normalize, rng):
     scores[:, n_experts:] = 1e9  # no experts
     scores = array(scores)
     chosen, share = empty(n, used, dtype=np.int32), empty(n, used)
-    run(matrix.choose(at(scores), ld, n_experts, used, normalize, at(chosen), at(share), n))
+    run(launches.experts.choose(at(scores), ld, n_experts, used, normalize, at(chosen), at(share), n))
     expected, shares = choice(scores[:, :n_experts], used, normalize)
     np.testing.assert_array_equal(chosen, expected)
     close(share, shares, 1e-6)
@@ -66,7 +66,7 @@ def test_choose(n_experts, used, normalize, rng):
 
 def test_scores_that_are_not_numbers_choose_experts_that_exist():
     scores, chosen, share = array(np.full((1, 16), np.nan)), empty(1, 3, dtype=np.int32), empty(1, 3)
-    run(matrix.choose(at(scores), 16, 4, 3, True, at(chosen), at(share), 1))
+    run(launches.experts.choose(at(scores), 16, 4, 3, True, at(chosen), at(share), 1))
     assert ((chosen >= 0) & (chosen < 4)).all()
     assert np.isnan(share).all()
 
@@ -77,7 +77,7 @@ def test_route(kind, rng):
     router = Matrices([(kind, rng.standard_normal((n_experts, hidden)).astype(np.float32))])
     norm, reference, _kept = norm_of("rms", hidden, rng)
     x, scores = array(rng.standard_normal((n, hidden + 4))), empty(n, router.width)
-    run(matrix.route(router.struct, norm, at(x), hidden + 4, at(scores), n))
+    run(launches.experts.route(router.struct, norm, at(x), hidden + 4, at(scores), n))
     close(scores[:, :n_experts], reference(x[:, :hidden]) @ router.values[0].astype(np.float64).T, 1e-5)
 
 
@@ -104,12 +104,12 @@ def test_one_token(kinds, hidden, size, add, rng):
     before = out.copy()
     tables = {part: at(table) for part, table in experts.table.items()}
     run(
-        matrix.experts_gated(
+        launches.experts.experts_gated(
             tables["gate"], tables["up"], experts.one("up"), norm, at(x), at(chosen), used, "silu", at(inner)
         )
     )
     run(
-        matrix.experts_down(
+        launches.experts.experts_down(
             tables["down"], experts.one("down"), at(inner), width, at(chosen), at(share), used, at(out), add
         )
     )
@@ -129,17 +129,17 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
     before = x.copy()
     half, row_scale = empty(n, hidden, dtype=np.float16), empty(n)
     scores, chosen, share = empty(n, router.width), empty(n, used, dtype=np.int32), empty(n, used)
-    order = empty(matrix.slot_ints(n, used, 5), dtype=np.int32)
+    order = empty(launches.experts.slot_ints(n, used, 5), dtype=np.int32)
     inner = {"gate": empty(slots, width), "up": empty(slots, width)}
     inner_half, inner_scale = empty(slots, size, dtype=np.float16), empty(slots)
     out = empty(slots, int(experts.one("down")["width"][0]))
-    run(matrix.norm_to_half(norm, at(x), ld, hidden, at(half), at(row_scale), n))
-    run(matrix.route(router.struct, norm, at(x), ld, at(scores), n))
-    run(matrix.choose(at(scores), router.width, 5, used, True, at(chosen), at(share), n))
-    run(matrix.sort_slots(at(chosen), n, used, 5, at(order)))
+    run(launches.chunk.norm_to_half(norm, at(x), ld, hidden, at(half), at(row_scale), n))
+    run(launches.experts.route(router.struct, norm, at(x), ld, at(scores), n))
+    run(launches.experts.choose(at(scores), router.width, 5, used, True, at(chosen), at(share), n))
+    run(launches.experts.sort_slots(at(chosen), n, used, 5, at(order)))
     for part, to in inner.items():
         run(
-            matrix.experts_matmul(
+            launches.experts.experts_matmul(
                 at(experts.table[part]),
                 experts.one(part),
                 at(order),
@@ -154,7 +154,7 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
             )
         )
     run(
-        matrix.activate_to_half(
+        launches.chunk.activate_to_half(
             experts.one("gate"),
             experts.one("up"),
             "silu",
@@ -168,7 +168,7 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
         )
     )
     run(
-        matrix.experts_matmul(
+        launches.experts.experts_matmul(
             at(experts.table["down"]),
             experts.one("down"),
             at(order),
@@ -182,7 +182,7 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
             out.shape[1],
         )
     )
-    run(matrix.experts_add(post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld))
+    run(launches.experts.experts_add(post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld))
     normed = reference(before[:, :hidden])
     wanted, shares = choice((normed @ router.values[0].T).astype(np.float32), used, True)
     np.testing.assert_array_equal(chosen, wanted)

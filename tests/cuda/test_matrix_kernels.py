@@ -8,9 +8,9 @@ from launching import SUPER_TYPES, Matrices, aligned, array, at, close, empty, n
 
 from kvrun import _core
 from kvrun._core import probe
-from kvrun.cuda import abi, matrix, products
+from kvrun.cuda import abi, launch as launches
 
-NONE, NO_NORM = matrix.NO_MATRIX, matrix.NO_NORM
+NONE, NO_NORM = launches.NO_MATRIX, launches.NO_NORM
 SHAPES = [(40, 576), (33, 100), (1, 1), (20, 1100), (7, 31), (70, 65)]
 SUPER_SHAPES = [(40, 256), (17, 1280)]
 KINDS = list(_core.WEIGHT_TYPES)
@@ -53,7 +53,7 @@ def test_matvec(kind, rows, cols, rng):
     values = expected(m, x)
     for multiprocessors in (1, 3):
         out = empty(m.width)
-        run(products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=multiprocessors))
+        run(launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=multiprocessors))
         check(out, values, EXACT)
 
 
@@ -61,8 +61,8 @@ def test_matvec(kind, rows, cols, rng):
 @pytest.mark.parametrize("kind", _core.WEIGHT_TYPES)
 def test_warps_may_share_a_panel_in_any_number(kind, split, rng, monkeypatch):
     m, x, out = Matrices([(kind, weights(rng, 100, 768))]), array(rng.normal(0, 1, 768)), empty(112)
-    monkeypatch.setattr(products, "split", lambda *_: split)
-    run(products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
+    monkeypatch.setattr(launches.matrix, "split", lambda *_: split)
+    run(launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
     check(out, expected(m, x), EXACT)
 
 
@@ -71,7 +71,7 @@ def test_compiled_for_its_types(kinds, rng, monkeypatch):
     """As a GPU's kernels are: a launch's options leave the other types out."""
     m = Matrices([(kind, weights(rng, 40, 512)) for kind in kinds])
     x, out = array(rng.normal(0, 1, 512)), empty(m.width)
-    launch = products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=2)
+    launch = launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=2)
     name, types = launch.options[0].removeprefix("-D").split("=")
     text = f"#define {name} {types}\n{abi.source('matrix')}"
     library = compiled("matrix", text)
@@ -90,7 +90,7 @@ def test_segments_of_several_types(kinds, kind_of_norm, rng):
     m = Matrices([(kind, weights(rng, n, 512)) for kind, n in zip(kinds, rows, strict=True)], biases)
     norm, reference, _kept = norm_of(kind_of_norm, 512, rng)
     x, out = array(rng.normal(0.5, 3, 512)), empty(m.width)
-    run(products.matvec(m.struct, norm, at(x), at(out), n_multiprocessors=2))
+    run(launches.matrix.matvec(m.struct, norm, at(x), at(out), n_multiprocessors=2))
     check(out, expected(m, reference(x).astype(np.float32), biases), NORMED if kind_of_norm else EXACT)
 
 
@@ -99,11 +99,11 @@ def test_adding_scale_and_cap(rng):
     m, x = Matrices([("q4_0", weights(rng, 40, 320) * 30)], biases), array(rng.normal(0, 1, 320))
     values, before = expected(m, x, biases), rng.standard_normal(m.width).astype(np.float32)
     out = array(before)
-    run(products.matvec(m.struct, NO_NORM, at(x), at(out), add=True, n_multiprocessors=1))
+    run(launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), add=True, n_multiprocessors=1))
     close(out[:40], before[:40] + values[:40], EXACT)
     np.testing.assert_array_equal(out[40:], before[40:])
     out = empty(m.width)
-    run(products.matvec(m.struct, NO_NORM, at(x), at(out), scale=0.25, softcap=5.0, n_multiprocessors=1))
+    run(launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), scale=0.25, softcap=5.0, n_multiprocessors=1))
     capped = probe.soft_cap(values[:40] * np.float32(0.25), 5.0, level="scalar")
     close(out[:40], capped, 1e-5)
     assert np.abs(values[:40]).max() > 25  # the cap has something to do
@@ -117,7 +117,7 @@ def test_inputs_of_any_size(value, rng):
     x[32:64] *= value
     for kind in ("q8_0", "q4_1", "f16"):
         m, out = Matrices([(kind, w)]), empty(16)
-        run(products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
+        run(launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
         if np.isnan(value):
             assert not np.isfinite(out).any()
         else:
@@ -125,7 +125,7 @@ def test_inputs_of_any_size(value, rng):
 
 
 @pytest.mark.parametrize("kinds", [("q4_0", "q4_0"), (None, "q4_k"), ("q6_k", "f16"), ("f32", "f32"), ("bf16", "q8_0")])
-@pytest.mark.parametrize("activation", matrix.ACTIVATIONS)
+@pytest.mark.parametrize("activation", abi.ACTIVATIONS)
 def test_gated(kinds, activation, rng):
     rows, cols = 90, 256
     biases = [[rng.standard_normal(rows).astype(np.float32)] for _ in kinds]
@@ -141,7 +141,7 @@ def test_gated(kinds, activation, rng):
     else:
         values = probe.activate(activation, u, level="scalar")
     run(
-        products.matvec_gated(
+        launches.matrix.matvec_gated(
             gate.struct if gate else NONE, up.struct, norm, at(x), activation, at(out), n_multiprocessors=2
         )
     )
@@ -158,7 +158,7 @@ def test_weights_are_read_within_their_memory(rng):
         room[256 : 256 + packed.nbytes] = packed
         m.struct["segments"]["data"][0, 0] = at(room) + 256
         x, out = array(rng.normal(0, 1, cols)), empty(m.width)
-        run(products.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
+        run(launches.matrix.matvec(m.struct, NO_NORM, at(x), at(out), n_multiprocessors=1))
         assert np.isfinite(out[:rows]).all()
 
 
@@ -166,13 +166,13 @@ def test_what_a_launch_is():
     """As many blocks as run at once, warps as columns, and only the types that a matrix has."""
     m = Matrices([("q4_0", np.zeros((1000, 512), np.float32)), ("f16", np.zeros((20, 512), np.float32))]).struct
     down = Matrices([("q6_k", np.zeros((16, 1024), np.float32))]).struct
-    launch = products.matvec(m, NO_NORM, 0, 0, n_multiprocessors=10, then=down)
+    launch = launches.matrix.matvec(m, NO_NORM, 0, 0, n_multiprocessors=10, then=down)
     assert (launch.grid, launch.block) == ((10, 1, 1), (512, 1, 1))
     assert launch.options == (f"-DKV_WEIGHT_TYPES={1 << 5 | 1 << 1}",)
     assert launch.shared == 72 * 16 + 4 * 512
     warps, address, n_bytes = (int(a[0]) for a in launch.args[-3:])
     assert (warps, address, n_bytes) == (4, int(down["segments"][0, 0]["data"]), 2 * (64 + 2 * 3328))
-    launch = products.matvec(down, NO_NORM, 0, 0, n_multiprocessors=10)
+    launch = launches.matrix.matvec(down, NO_NORM, 0, 0, n_multiprocessors=10)
     assert launch.grid == (1, 1, 1) and launch.options == (f"-DKV_WEIGHT_TYPES={1 << 7}",)
     assert [int(a[0]) for a in launch.args[-3:]] == [8, 0, 0]
 
@@ -192,5 +192,5 @@ def test_what_a_launch_is():
 def test_blocks_and_warps(kind, rows, cols, blocks, warps):
     m = abi.struct(abi.MATRIX, n_segments=1, cols=cols, panels=-(-rows // 16))
     m["segments"]["type"][0, 0] = KINDS.index(kind)
-    launch = products.matvec(m, NO_NORM, 0, 0, n_multiprocessors=132)
+    launch = launches.matrix.matvec(m, NO_NORM, 0, 0, n_multiprocessors=132)
     assert (launch.grid, int(launch.args[-3][0])) == ((blocks, 1, 1), warps)

@@ -6,7 +6,7 @@ import pytest
 from launching import Matrices, array, at, close, empty
 from test_chunk_kernels import CASES
 
-from kvrun.cuda import abi, matrix
+from kvrun.cuda import abi, launch as launches
 
 DIM, ROPES, SINKS, SLOTS, WINDOW = 16, 2, 4, 3, 128
 
@@ -29,7 +29,7 @@ def begin(embed, token, x, scale=1.0, positions=None, first=0, packed_ever=0):
     none = abi.struct(abi.MATRIX)
     ids = array([token], np.int32)
     run(
-        matrix.begin_step(
+        launches.step.begin_step(
             at(step),
             at(ids),
             embed.struct,
@@ -86,7 +86,7 @@ def test_norms_of_heads(all_heads, n_heads, n_kv_heads, head_dim, n, rng):
     qkv = array(before)
     weights = [array(1 + rng.normal(0, 0.3, size if all_heads else head_dim)) for size in (q, k)]
     run(
-        matrix.norm_heads(
+        launches.step.norm_heads(
             at(qkv), ld, k_offset, at(weights[0]), at(weights[1]), n_heads, n_kv_heads, head_dim, 1e-5, all_heads, n
         )
     )

@@ -57,8 +57,8 @@
             }                                                                                                          \
     }                                                                                                                  \
                                                                                                                        \
-    static void NAME(int64_t rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b, int64_t depth,           \
-                     int64_t lanes, float *c, int64_t ld_c, int add)                                                   \
+    __attribute__((unused)) static void NAME(int64_t rows, const float *a, int64_t ld_a, const TYPE *b, int64_t ld_b,  \
+                                             int64_t depth, int64_t lanes, float *c, int64_t ld_c, int add)            \
     {                                                                                                                  \
         int64_t r = rows / KV_ROWS * KV_ROWS;                                                                          \
         for (int64_t n = 0; n < lanes && r; n += 16)                                                                   \

@@ -1,8 +1,8 @@
 /* Super-blocks of sixteen blocks of 16: (code - 32) * (d * s), codes 0 ... 63, s of the block in 8 bits with sign.
  *
  * Raw: 128 bytes of low nibbles, 64 bytes of high bit pairs, sixteen s, d (float16). Packed, 16 rows, in pairs of
- * super-blocks: 1 line d [2 super-blocks][16 rows], then for each 4 lines [16 rows][4], s + 128, and 64 lines in 48, four
- * to a block of 16, line l: [16 rows][4 columns]. */
+ * super-blocks: 1 line d [2 super-blocks][16 rows], then for each 4 lines [16 rows][4], s + 128, and 64 lines in 48,
+ * four to a block of 16, line l: [16 rows][4 columns]. */
 #include "weights/supers.h"
 
 enum { RAW = 210, PACKED = 256 + 3072 }; /* PACKED: without d */

@@ -58,9 +58,9 @@ DEVICE int first_of(const CacheLayout &c, const Item &item) { return both_coded(
 DEVICE void score(const Warp &w, const Item &item, Square *s)
 {
     const int format = k_format(w.c, item);
-    if (format == FORMAT_F32)
+    if (format == KV_FORMAT_F32)
         score_floats(w.c, (const float *)item.k + item.first, TILE, item.tokens / 16, w.q, s, w.lane);
-    else if (format == FORMAT_F16)
+    else if (format == KV_FORMAT_F16)
         score_halves(w.c, w.keys, window_tokens(w.c) / 16, w.q, s, w.lane);
     else
         score_codes(bits_of(k_format_of(w.c)), w.c, w.keys, first_of(w.c, item), ring_tokens(w.c) / 16, w.q, s, w.lane);
@@ -78,7 +78,7 @@ DEVICE void weigh_and_add(const Warp &w, const Item &item, Square *s, Running &r
     count_in_codes(r, steps, coded);
     if (coded)
         add_codes(bits, w.c, w.values, first, ring_tokens(w.c) / 16, s, r, w.lane);
-    else if (format == FORMAT_F16)
+    else if (format == KV_FORMAT_F16)
         add_halves(w.c, w.values, window_tokens(w.c) / 16, s, r, w.lane);
     else
         add_floats(w.c, (const float *)item.v + (int64_t)item.first * head_pad_of(w.c), item.seen.to, s,
@@ -188,7 +188,7 @@ DEVICE void combine(const CacheLayout &c, const float *parts, int spans, int row
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 4 : 2) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, MAX_PAD <= 128 ? 4 : 2) attend(
     const Step *step, CacheLayout c, const float *q, int group, float scale, float softcap, const float *cosines,
     const float *sines, const float *sink_cosines, const float *sink_sines, float *partial, int *counters, float *out)
 {

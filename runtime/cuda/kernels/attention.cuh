@@ -8,7 +8,7 @@
 enum { MAX_PAD = (KV_HEAD_DIM + 15) / 16 * 16 };
 DEVICE int head_dim_of(const CacheLayout &) { return KV_HEAD_DIM; }
 #else
-enum { MAX_PAD = 256 };
+enum { MAX_PAD = MAX_HEAD_DIM };
 DEVICE int head_dim_of(const CacheLayout &c) { return c.head_dim; }
 #endif
 #ifdef KV_K_FORMAT

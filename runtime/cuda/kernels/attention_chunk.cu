@@ -57,7 +57,7 @@ DEVICE void copy_tile(int format, const uint8_t *from, int rows, int real, int p
     for (int at = threadIdx.x; at < rows * pieces; at += THREADS) {
         const int row = at / pieces, piece = at % pieces;
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (row < real && format == FORMAT_F16) {
+        if (row < real && format == KV_FORMAT_F16) {
             x = ((const uint4 *)from)[at];
         } else if (row < real) {
             const float *f = (const float *)from + 8 * (int64_t)at;
@@ -109,8 +109,8 @@ DEVICE void load_keys(const CacheLayout &c, const uint8_t *tile, bool packed, co
     if (packed && is_quantised(format))
         unpack_panels(bits, tile, TILE / LANES, pad, tile + TILE * pad * bits / 8, TILE / LANES, s.k, K_PITCH);
     else
-        copy_tile(format == FORMAT_F32 ? FORMAT_F32 : FORMAT_F16, tile, head_dim_of(c), head_dim_of(c), TILE / 8, s.k,
-                  K_PITCH);
+        copy_tile(format == KV_FORMAT_F32 ? KV_FORMAT_F32 : KV_FORMAT_F16, tile, head_dim_of(c), head_dim_of(c),
+                  TILE / 8, s.k, K_PITCH);
 }
 
 // Values of the first `tokens`; zeros for the others, which nobody has written.
@@ -120,7 +120,8 @@ DEVICE void load_values(const CacheLayout &c, const uint8_t *tile, bool packed, 
     if (packed && is_quantised(format))
         unpack_panels(bits, tile, pad / LANES, TILE, tile + TILE * pad * bits / 8, GROUP / LANES, s.v, v_pitch(c));
     else
-        copy_tile(format == FORMAT_F32 ? FORMAT_F32 : FORMAT_F16, tile, TILE, tokens, pad / 8, s.v, v_pitch(c));
+        copy_tile(format == KV_FORMAT_F32 ? KV_FORMAT_F32 : KV_FORMAT_F16, tile, TILE, tokens, pad / 8, s.v,
+                  v_pitch(c));
 }
 
 // Sinks [start, start + tokens) in the place of a tile.
@@ -134,7 +135,7 @@ DEVICE void load_sinks(const CacheLayout &c, int head, int start, int tokens, co
         *(uint16_t *)(s.k + piece_at(K_PITCH, i, token / 8) + in_piece) = float_to_half(bounded(turned.x));
         *(uint16_t *)(s.k + piece_at(K_PITCH, i + half, token / 8) + in_piece) = float_to_half(bounded(turned.y));
     }
-    copy_tile(FORMAT_F32, (const uint8_t *)(sink_values(c, head) + (int64_t)start * head_pad_of(c)), TILE, tokens,
+    copy_tile(KV_FORMAT_F32, (const uint8_t *)(sink_values(c, head) + (int64_t)start * head_pad_of(c)), TILE, tokens,
               head_pad_of(c) / 8, s.v, v_pitch(c));
 }
 
@@ -302,7 +303,7 @@ DEVICE void store_rows(const CacheLayout &c, const Assigned &a, Rows &r, float *
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, MAX_PAD <= 128 ? 3 : 1) attend_chunk(
+extern "C" __global__ void __launch_bounds__(THREADS, MAX_PAD <= 128 ? 3 : 1) attend_chunk(
     const Step *step, CacheLayout c, const float *q, int64_t ld, int group, float scale, float softcap,
     const float *cosines, const float *sines, const float *sink_cosines, const float *sink_sines,
     uint8_t *staged_windows, uint8_t *staged_tiles, int64_t max_tiles, float *out, int64_t ld_out)

@@ -18,7 +18,7 @@ DEVICE int coded_bytes(int format, int pad, int params) { return TILE * pad * bi
 DEVICE int k_room(const CacheLayout &c)
 {
     int format = k_format_of(c), sinks = 4 * SINK_ITEM * head_dim_of(c);
-    int half = format == FORMAT_F32 ? 0 : head_dim_of(c) * k_pitch(c);
+    int half = format == KV_FORMAT_F32 ? 0 : head_dim_of(c) * k_pitch(c);
     int coded = is_quantised(format) ? coded_bytes(format, head_pad_of(c), 4 * head_pad_of(c)) : 0;
     half = half > coded ? half : coded;
     return half > sinks ? half : sinks;
@@ -27,7 +27,7 @@ DEVICE int k_room(const CacheLayout &c)
 DEVICE int v_room(const CacheLayout &c)
 {
     int format = v_format_of(c), weights = 32 * ROWS * 4;
-    int half = format == FORMAT_F32 ? 0 : window_tokens(c) * v_pitch(c);
+    int half = format == KV_FORMAT_F32 ? 0 : window_tokens(c) * v_pitch(c);
     int coded = is_quantised(format) ? coded_bytes(format, head_pad_of(c), 4 * TILE * n_groups(head_dim_of(c))) : 0;
     half = half > coded ? half : coded;
     return half > weights ? half : weights;
@@ -100,12 +100,12 @@ DEVICE Item item_at(const CacheLayout &c, const Items &s, int head, int number)
 
 DEVICE int k_format(const CacheLayout &c, const Item &item)
 {
-    return k_format_of(c) == FORMAT_F32 ? FORMAT_F32 : item.packed ? k_format_of(c) : FORMAT_F16;
+    return k_format_of(c) == KV_FORMAT_F32 ? KV_FORMAT_F32 : item.packed ? k_format_of(c) : KV_FORMAT_F16;
 }
 
 DEVICE int v_format(const CacheLayout &c, const Item &item)
 {
-    return v_format_of(c) == FORMAT_F32 ? FORMAT_F32 : item.packed ? v_format_of(c) : FORMAT_F16;
+    return v_format_of(c) == KV_FORMAT_F32 ? KV_FORMAT_F32 : item.packed ? v_format_of(c) : KV_FORMAT_F16;
 }
 
 // Where a piece of codes lies in shared memory, so that no two lanes meet in a bank: halves of lines 2, 3, 6, 7 ...
@@ -125,13 +125,13 @@ DEVICE void fetch_codes(int bits, uint8_t *to, const uint8_t *from, int codes, i
 DEVICE void fetch_keys(const CacheLayout &c, const Item &item, uint8_t *to, int lane)
 {
     const int format = k_format(c, item), pieces = window_tokens(c) / 8; // of float16 an item has as many anywhere
-    if (format == FORMAT_F16) {
+    if (format == KV_FORMAT_F16) {
         for (int at = lane; at < head_dim_of(c) * pieces; at += 32) {
             int channel = at / pieces, piece = at % pieces;
             copy_16(to + channel * k_pitch(c) + 16 * piece, item.k + 2 * (channel * TILE + item.first + 8 * piece),
                     true);
         }
-    } else if (format != FORMAT_F32) {
+    } else if (format != KV_FORMAT_F32) {
         const int pad = head_pad_of(c), bits = bits_of(k_format_of(c));
         fetch_codes(bits, to, item.k, TILE * pad * bits / 8, 4 * pad, lane);
     }
@@ -140,13 +140,13 @@ DEVICE void fetch_keys(const CacheLayout &c, const Item &item, uint8_t *to, int 
 DEVICE void fetch_values(const CacheLayout &c, const Item &item, uint8_t *to, int lane)
 {
     const int format = v_format(c, item), pad = head_pad_of(c), pieces = pad / 8;
-    if (format == FORMAT_F16) {
+    if (format == KV_FORMAT_F16) {
         for (int at = lane; at < window_tokens(c) * pieces; at += 32) {
             int token = at / pieces, piece = at % pieces;
             copy_16(to + token * v_pitch(c) + 16 * piece, item.v + 2 * ((item.first + token) * pad + 8 * piece),
                     token < item.seen.to);
         }
-    } else if (format != FORMAT_F32) {
+    } else if (format != KV_FORMAT_F32) {
         const int bits = bits_of(v_format_of(c));
         fetch_codes(bits, to, item.v, TILE * pad * bits / 8, 4 * TILE * n_groups(head_dim_of(c)), lane);
     }

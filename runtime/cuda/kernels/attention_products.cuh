@@ -19,7 +19,10 @@ struct Queries {
 };
 
 // So that queries times scales stay within float16: scales are at most 131008 / (2^bits - 1).
-DEVICE float coded_factor(int format) { return format == FORMAT_Q8 ? 32.f : format == FORMAT_Q4 ? 1 / 8.f : 1 / 32.f; }
+DEVICE float coded_factor(int format)
+{
+    return format == KV_FORMAT_Q8 ? 32.f : format == KV_FORMAT_Q4 ? 1 / 8.f : 1 / 32.f;
+}
 
 DEVICE void prepare_queries(const CacheLayout &c, const Queries &s, const float *q, int rows, float scale,
                             const float *cosines, const float *sines)
@@ -34,7 +37,7 @@ DEVICE void prepare_queries(const CacheLayout &c, const Queries &s, const float 
         s.q[(i + half) * ROWS + row] = add(mul(b, cosines[i]), mul(a, sines[i]));
     }
     __syncthreads();
-    if (k_format_of(c) == FORMAT_F32)
+    if (k_format_of(c) == KV_FORMAT_F32)
         return;
     for (int row = warp; row < ROWS; row += WARPS) {
         float most = 0;
@@ -59,7 +62,7 @@ DEVICE void prepare_queries(const CacheLayout &c, const Queries &s, const float 
         s.high[at].x = half2_pack(x[0], x[2]), s.high[at].y = half2_pack(x[1], x[3]);
         s.low[at].x = half2_pack(rest[0], rest[2]), s.low[at].y = half2_pack(rest[1], rest[3]);
         if (coded) {
-            float by = s.factor * (k_format_of(c) != FORMAT_Q8 && step % 2 == 0 ? 16 : 1);
+            float by = s.factor * (k_format_of(c) != KV_FORMAT_Q8 && step % 2 == 0 ? 16 : 1);
             s.coded[at].x = half2_pack(x[0] * by, x[2] * by), s.coded[at].y = half2_pack(x[1] * by, x[3] * by);
         }
     }

@@ -11,7 +11,7 @@
 #include "common.cuh"
 #include "cache.cuh"
 
-enum { APPEND_THREADS = 256, MOST_CHANNELS = 256 };
+enum { APPEND_THREADS = 256 };
 
 extern "C" __global__ void step_angles(
     const Step *step, Ropes ropes, CacheLayout any, int64_t cache_n_slots, int sink_rows, float *cosines, float *sines,
@@ -23,7 +23,7 @@ extern "C" __global__ void step_angles(
 
 DEVICE void store(uint8_t *tile, int format, int64_t at, float x)
 {
-    if (format == FORMAT_F32)
+    if (format == KV_FORMAT_F32)
         ((float *)tile)[at] = x;
     else
         ((uint16_t *)tile)[at] = float_to_half(x);
@@ -58,7 +58,7 @@ DEVICE void put_values(const CacheLayout &c, uint8_t *tile, int first_lane, cons
                        int64_t to, float *rows)
 {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *row = rows + warp * MOST_CHANNELS;
+    float *row = rows + warp * MAX_HEAD_DIM;
     for (int64_t t = from + warp; t < to; t += APPEND_THREADS / 32) {
         read_value(c, v + t * ld, row, lane);
         int64_t at = (first_lane + t - from) * c.head_pad;
@@ -130,7 +130,7 @@ DEVICE void append_sinks(const Step *step, const CacheLayout &c, int head, const
         return;
     }
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *row = rows + warp * MOST_CHANNELS;
+    float *row = rows + warp * MAX_HEAD_DIM;
     for (int64_t t = warp; t < n; t += APPEND_THREADS / 32) {
         read_value(c, v + t * ld, row, lane);
         for (int i = lane; i < c.head_dim; i += 32)
@@ -141,11 +141,11 @@ DEVICE void append_sinks(const Step *step, const CacheLayout &c, int head, const
 
 // Puts the chunk's tokens of one tile into its window copy and packs the tile if it leaves the window: keys in blocks
 // with z 0, values in the others. Block x 0 keeps the sinks.
-extern "C" __global__ void __launch_bounds__(256) append(
+extern "C" __global__ void __launch_bounds__(APPEND_THREADS) append(
     const Step *step, CacheLayout c, const float *k, const float *v, int64_t ld, const float *cosines,
     const float *sines, uint8_t *staged_windows, uint8_t *staged_tiles, int64_t max_tiles)
 {
-    __shared__ uint4 scratch[MOST_CHANNELS * TILE / 16];
+    __shared__ uint4 scratch[MAX_HEAD_DIM * TILE / 16];
     int head = blockIdx.y;
     int64_t first = step->first, end = first + step->n, packed_after = tiles_packed(c, end);
     Staged s = {staged_windows, staged_tiles, max_tiles, tiles_packed(c, first)};

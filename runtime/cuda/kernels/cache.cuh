@@ -3,12 +3,10 @@
 #pragma once
 #include "common.cuh"
 
-// Formats: enum kv_format_id of kernels.h.
-enum { FORMAT_F32, FORMAT_F16, FORMAT_Q8, FORMAT_Q4, FORMAT_Q2 };
-enum { TILE = 64, LANES = 16, GROUP = 64, CODE_BLOCK = 32 };
+enum { LANES = 16, GROUP = 64, CODE_BLOCK = 32 };
 
-DEVICE int bits_of(int format) { return format == FORMAT_Q8 ? 8 : format == FORMAT_Q4 ? 4 : 2; }
-DEVICE bool is_quantised(int format) { return format >= FORMAT_Q8; }
+DEVICE int bits_of(int format) { return format == KV_FORMAT_Q8 ? 8 : format == KV_FORMAT_Q4 ? 4 : 2; }
+DEVICE bool is_quantised(int format) { return format != KV_FORMAT_F32 && format != KV_FORMAT_F16; }
 DEVICE int n_groups(int head_dim) { return (head_dim + GROUP - 1) / GROUP; }
 
 // Layout ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@
 
 enum { CHUNK_THREADS = 256, ROW_THREADS = 512, DEQUANTIZE_COLUMNS = 512, OUTPUTS_OF_BLOCK = 1024 };
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
     embed_chunk(const Step *step, const int *ids, Matrix embed, Matrix positions, float embedding_scale, int hidden,
                 float *x, int64_t ld)
 {
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // x [n][ld], out [n][cols]
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2)
     norm_to_half(Norm norm, const float *x, int64_t ld, int cols, uint16_t *out, float *row_scale)
 {
     __shared__ float scratch[ROW_THREADS / WARP];
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 }
 
 // Through shared memory, so that both what is read and what is written is contiguous.
-extern "C" __global__ void __launch_bounds__(256) dequantize(Matrix part, uint16_t *out)
+extern "C" __global__ void __launch_bounds__(CHUNK_THREADS) dequantize(Matrix part, uint16_t *out)
 {
     enum { STRIDE = DEQUANTIZE_COLUMNS / 4 + 2 }; // of a row of the tile, in fours
     __shared__ uint4 space[PANEL * STRIDE / 2];
@@ -77,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(Matrix part, uint16
 }
 
 // out [n][ld], products of m
-extern "C" __global__ void __launch_bounds__(256) scale_bias(Matrix m, const float *row_scale, float *out, int64_t ld)
+extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
+    scale_bias(Matrix m, const float *row_scale, float *out, int64_t ld)
 {
     const float scale = row_scale[blockIdx.y];
     const bool biased = has_bias(m);
@@ -93,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_bias(Matrix m, const flo
 
 // gate_out, up_out [n][ld]: products of gate and up; out [n][rows of up]. Without a gate: activation(up). row_scale 0:
 // they are scaled already. out_scale may be row_scale.
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2)
     activate_to_half(Matrix gate, Matrix up, int activation, const float *gate_out, const float *up_out, int64_t ld,
                      const float *row_scale, uint16_t *out, float *out_scale)
 {
@@ -115,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 }
 
 // branch [n][ld_branch]: products of m, or with row_scale 0 and no segments in m what is added as it is; x [n][ld].
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2)
     add_chunk(Matrix m, Norm norm, const float *row_scale, const float *branch, int64_t ld_branch, int hidden,
               float residual_scale, float *x, int64_t ld)
 {
@@ -130,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 }
 
 // logits [n][ld]; softcap 0: none
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(CHUNK_THREADS)
     logits_chunk(const float *row_scale, float scale, float softcap, float *logits, int64_t ld)
 {
     scale *= row_scale[blockIdx.y];

@@ -22,55 +22,7 @@ typedef unsigned long long uint64_t;
 #define SHARED(name) extern __shared__ uint4 name[] // the dynamic shared memory
 #endif
 
-enum { WARP = 32, PANEL = 16, BLOCK = 32, SUPER = 256 };
-
-// As kv_weight_type and kv_activation of kernels.h, which describes the panels of each type.
-enum { WEIGHT_F32, WEIGHT_F16, WEIGHT_BF16, WEIGHT_Q8_0, WEIGHT_Q4_1, WEIGHT_Q4_0, WEIGHT_Q4_K, WEIGHT_Q6_K };
-enum { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH };
-
-// Structures: as in runtime/cuda/abi.py -------------------------------------------------------------------------------
-
-struct Segment {
-    const uint8_t *data; // [panels][panel_bytes]
-    const float *bias;   // [rows], or 0
-    int64_t panel_bytes;
-    int type, rows, panels, offset; // offset: of its first row in the output
-};
-
-// Matrices that share an input. Outputs [width]: each segment's rows, padded to panels.
-struct Matrix {
-    Segment segments[3];
-    int n_segments, cols, panels, width;
-};
-
-struct Norm {
-    const float *weight; // [cols]; 0: no norm
-    const float *bias;   // of a layer norm
-    float eps;
-    int layer_norm;
-};
-
-// Where a layer's cache is, as _core/cache.pxd has it; lengths in bytes.
-struct CacheLayout {
-    uint8_t *base;
-    int64_t start, head_bytes, sight, n_slots, sink_v, windows, ring, k_bytes, v_bytes, window_k_bytes, window_v_bytes;
-    int head_dim, head_pad, n_kv_heads, n_sinks, sink_lanes, window, n_window_tiles;
-    int k_format, v_format, wk_format, wv_format;
-};
-
-// What a call is about. In the device's memory, so that a captured graph serves every call.
-struct Step {
-    int64_t first; // position of the first new token
-    int64_t packed_ever;
-    int n, first_logit;
-};
-
-struct Ropes {
-    int64_t n;
-    const double *inv_freq;  // [n][half]
-    const double *amplitude; // [n][half], or 0
-    const int64_t *of_layer;
-};
+#include "abi.cuh"
 
 // Numbers -------------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@
 #include "rows.cuh"
 #include "unpack.cuh"
 
-enum { ROUTE_THREADS = 256, EXPERT_THREADS = 128, TILE_SLOTS = 64, TILE_PANELS = 4, TILE_COLUMNS = 64 };
+enum { ROUTE_THREADS = 256, CHOOSE_THREADS = WARP, SORT_THREADS = 256, EXPERT_THREADS = 128, ADD_THREADS = 512 };
+enum { TILE_SLOTS = 64, TILE_PANELS = 4, TILE_COLUMNS = 64 };
 
 DEVICE int padded_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -62,7 +63,7 @@ DEVICE void put_normed(const Norm &norm, const float *x, int cols, float *to, fl
 }
 
 // Shared memory: the input, padded to a multiple of 32. scores [n][ld_scores]
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(ROUTE_THREADS)
     route(Matrix router, Norm norm, const float *x, int64_t ld, float *scores, int64_t ld_scores)
 {
     SHARED(space);
@@ -83,7 +84,7 @@ DEVICE bool before(float score, int index, float other, int other_index)
 }
 
 // scores [n][ld], chosen and share [n][used]: the largest of the softmax of all scores. Blocks of one warp.
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS)
     choose(const float *scores, int64_t ld, int n_experts, int used, int normalize, int *chosen, float *share)
 {
     const int lane = threadIdx.x;
@@ -132,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(32)
 // -------------------------------------------------------------------------------------------------------------------
 
 // Shared memory: the input, padded to a multiple of 32.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(EXPERT_THREADS)
     experts_gated(const Matrix *gate, const Matrix *up, Norm norm, const float *x, const int *chosen, int activation,
                   float *out)
 {
@@ -149,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 // in [used][ld_in]. Shared memory: a row of it, padded to a multiple of 32.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(EXPERT_THREADS)
     experts_down(const Matrix *down, const float *in, int64_t ld_in, const int *chosen, const float *share, int used,
                  float *out, int add)
 {
@@ -188,7 +189,7 @@ DEVICE Slots slots_in(int *memory, int n_slots, int n_experts)
 }
 
 // slots: int [2 * n * used + 1 + 3 * tiles], tiles = n * used / 64 + n_experts. Shared memory: int [2 * n_experts + 1].
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(SORT_THREADS)
     sort_slots(const int *chosen, int n, int used, int n_experts, int *slots)
 {
     SHARED(space);
@@ -268,7 +269,7 @@ DEVICE void multiply(const uint16_t *weights, const uint16_t *x, int count, floa
 
 // out [n * used][ld] = each slot's expert's matrix times its input: that of its token in x [n][cols], or (by_slot) its
 // own in x [n * used][cols], times the row scale. A warp has a panel.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(EXPERT_THREADS)
     experts_matmul(const Matrix *matrices, const int *slots, int n, int used, int n_experts, const uint16_t *x,
                    const float *row_scale, int by_slot, float *out, int64_t ld)
 {
@@ -313,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 // slot_out [n * used][ld_slots], share [n][used], x [n][ld]
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(ADD_THREADS, 2)
     experts_add(Norm norm, const int *slots, const float *share, int used, const float *slot_out, int64_t ld_slots,
                 int hidden, float residual_scale, int n, int n_experts, float *x, int64_t ld)
 {

@@ -20,7 +20,8 @@ struct Input {
     int blocks;
 };
 
-DEVICE bool takes_codes(int type) { return type >= WEIGHT_Q8_0; }
+enum { FLOAT_TYPES = 1 << KV_F32 | 1 << KV_F16 | 1 << KV_BF16 }; // sets of types: a bit for each
+DEVICE bool takes_codes(int type) { return !(FLOAT_TYPES >> type & 1); }
 DEVICE int n_blocks(int cols) { return (cols + BLOCK - 1) / BLOCK; }
 
 DEVICE Input input_in(uint4 *shared, int cols, bool codes)

@@ -28,7 +28,7 @@ DEVICE void fetch_next(const uint8_t *next, int64_t bytes)
 DEVICE bool any_type(const Matrix &m, bool codes)
 {
 #ifdef KV_WEIGHT_TYPES
-    return codes ? KV_WEIGHT_TYPES >> WEIGHT_Q8_0 : KV_WEIGHT_TYPES & ((1 << WEIGHT_Q8_0) - 1);
+    return KV_WEIGHT_TYPES & (codes ? ~FLOAT_TYPES : FLOAT_TYPES);
 #else
     bool any = false;
     for (int k = 0; k < m.n_segments; k++)
@@ -105,7 +105,7 @@ DEVICE void products(const Matrix &first, const Matrix &second, int n_matrices, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) matvec(
+extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 1) matvec(
     const __grid_constant__ Matrix m, const __grid_constant__ Norm norm, const float *x, float *out, int add,
     float scale, float softcap, int split, const uint8_t *next, int64_t next_bytes)
 {
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) matvec(
              });
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) matvec_gated(
+extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 1) matvec_gated(
     const __grid_constant__ Matrix gate, const __grid_constant__ Matrix up, const __grid_constant__ Norm norm,
     const float *x, int activation, float *out, int split, const uint8_t *next, int64_t next_bytes)
 {

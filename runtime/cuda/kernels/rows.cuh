@@ -96,9 +96,9 @@ DEVICE float4 normed(const Norm &norm, const Normal &normal, int i, int n, float
 
 DEVICE float activated(int activation, float x)
 {
-    if (activation == ACTIVATION_SILU)
+    if (activation == KV_SILU)
         return x / (1 + expf(-x));
-    if (activation == ACTIVATION_GELU)
+    if (activation == KV_GELU)
         return 0.5f * x * erfcf(-0.707106781f * x);
     float u = x * (0.797884561f + 0.0356774081f * x * x);
     return x / (1 + expf(-2 * u));

@@ -9,7 +9,9 @@
 #include "unpack.cuh"
 #include "cache.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) begin_step(
+enum { STEP_THREADS = 256 };
+
+extern "C" __global__ void __launch_bounds__(STEP_THREADS) begin_step(
     const Step *step, const int *ids, Matrix embed, Matrix positions, float embedding_scale, int hidden, float *x,
     Ropes ropes, CacheLayout any, int64_t cache_n_slots, int sink_rows, float *cosines, float *sines,
     float *sink_cosines, float *sink_sines)
@@ -39,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256) begin_step(
 }
 
 // Queries and keys of a token in place, each head by itself or all at once.
-extern "C" __global__ void __launch_bounds__(256) norm_heads(
+extern "C" __global__ void __launch_bounds__(STEP_THREADS) norm_heads(
     float *qkv, int64_t ld, int k_offset, const float *q_norm, const float *k_norm, int n_heads, int n_kv_heads,
     int head_dim, float eps, int all)
 {

@@ -112,6 +112,37 @@ DEVICE uint32_t fourth_six(uint32_t a, uint32_t b, uint32_t c)
     return (a >> 6 & 0x03030303u) | (b >> 4 & 0x0c0c0c0cu) | (c >> 2 & 0x30303030u);
 }
 
+// Line l of eight of five-bit numbers, out of the five that are stored.
+DEVICE uint32_t five_of(const uint32_t *stored, int l)
+{
+    if (l < 5)
+        return stored[l] & 0x1f1f1f1fu;
+    if (l == 7)
+        return (stored[4] >> 5 & 0x07070707u) | (stored[1] >> 2 & 0x08080808u) | (stored[3] >> 1 & 0x10101010u);
+    return (stored[2 * l - 10] >> 5 & 0x07070707u) | (stored[2 * l - 9] >> 3 & 0x18181818u);
+}
+
+// An item is a block of 32.
+template <class F> DEVICE void unpack_q5_0(const uint8_t *panel, int cols, int item, int quad, F put)
+{
+    if (item * BLOCK >= cols)
+        return;
+    const uint8_t *pair = panel + item / 2 * (int64_t)(64 + 2 * 320), *from = pair + 64 + item % 2 * 320 + 16 * quad;
+    uint4 line[5];
+    KV_UNROLL
+    for (int l = 0; l < 5; l++)
+        line[l] = load_16(from + 64 * l);
+    uint2 scales = load_8(pair + item % 2 * 32 + 8 * quad);
+    KV_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const uint32_t stored[5] = {word_of(line[0], i), word_of(line[1], i), word_of(line[2], i), word_of(line[3], i),
+                                    word_of(line[4], i)};
+        KV_UNROLL
+        for (int l = 0; l < 8; l++)
+            put(i, item * BLOCK + 4 * l, scaled(less(bytes_to_floats(five_of(stored, l)), 16), half_of(scales, i), 0));
+    }
+}
+
 // An item is a line of a block of 32.
 template <class F> DEVICE void unpack_q4_k(const uint8_t *panel, int cols, int item, int quad, F put)
 {
@@ -165,35 +196,39 @@ DEVICE void unpack(const Segment &s, int cols, int panel, int column, int count,
     const uint8_t *data = s.data + panel * s.panel_bytes;
     int quad = thread % 4, from = thread / 4, by = threads / 4;
     switch (s.type) {
-    case WEIGHT_F32:
+    case KV_F32:
         for (int i = from; i < count / 4; i += by)
             unpack_f32(data, cols, column / 4 + i, quad, put);
         break;
-    case WEIGHT_F16:
+    case KV_F16:
         for (int i = from; i < count / 4; i += by)
             unpack_f16(data, cols, column / 4 + i, quad, put);
         break;
-    case WEIGHT_BF16:
+    case KV_BF16:
         for (int i = from; i < count / 4; i += by)
             unpack_bf16(data, cols, column / 4 + i, quad, put);
         break;
-    case WEIGHT_Q8_0:
+    case KV_Q8_0:
         for (int i = from; i < count / 4; i += by)
             unpack_blocks<8, false>(data, cols, column / 4 + i, quad, put);
         break;
-    case WEIGHT_Q4_1:
+    case KV_Q5_0:
+        for (int i = from; i < count / 32; i += by)
+            unpack_q5_0(data, cols, column / 32 + i, quad, put);
+        break;
+    case KV_Q4_1:
         for (int i = from; i < count / 8; i += by)
             unpack_blocks<4, true>(data, cols, column / 8 + i, quad, put);
         break;
-    case WEIGHT_Q4_0:
+    case KV_Q4_0:
         for (int i = from; i < count / 8; i += by)
             unpack_blocks<4, false>(data, cols, column / 8 + i, quad, put);
         break;
-    case WEIGHT_Q4_K:
+    case KV_Q4_K:
         for (int i = from; i < count / 8; i += by)
             unpack_q4_k(data, cols, column / 8 + i, quad, put);
         break;
-    case WEIGHT_Q6_K:
+    case KV_Q6_K:
         for (int i = from; i < count / 16; i += by)
             unpack_q6_k(data, cols, column / 16 + i, quad, put);
         break;
