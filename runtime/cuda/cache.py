@@ -59,7 +59,7 @@ class CudaKVCache:
         """For each layer its abi.LAYOUT."""
         geometry = self.host.geometry()
         layers = geometry.pop("layers")
-        shared = {name: value for name, value in geometry.items() if name in abi.LAYOUT.names}
+        shared = {name: value for name, value in geometry.items() if name in (abi.LAYOUT.names or ())}
         return [abi.struct(abi.LAYOUT, base=self.memory.ptr, **{**shared, **layer}) for layer in layers]
 
     def reset(self) -> None:
@@ -136,13 +136,12 @@ class CudaKVCache:
         self.host.count(mirror.n_tokens, mirror.packed_ever)
 
 
-def no_room(cache: Any, error: abi.DeviceMemoryError) -> str:
+def no_room(cache: CudaKVCache, error: abi.DeviceMemoryError) -> str:
     """What was needed, what is free, and what would fit in it: a smaller ctx, or formats of fewer bits."""
-    sizes = {"sinks": cache.n_sinks, "window": cache.window}
-    room = error.free - max(0, error.needed - cache.nbytes)  # less what a cache needs besides
+    room: int = error.free - max(0, error.needed - cache.nbytes)  # less what a cache needs besides
 
     def fits(k: str, v: str, ctx: int) -> bool:
-        return _core.kv_bytes(cache.description, k, v, ctx, **sizes) <= room
+        return _core.kv_bytes(cache.description, k, v, ctx, cache.n_sinks, cache.window) <= room
 
     low, high = cache.n_sinks + cache.window + 64, cache.ctx
     advice = []

@@ -139,7 +139,7 @@ class CudaDevice:
 
     def free_bytes(self) -> int:
         """Bytes that `alloc` can still give out."""
-        free = runtime.memGetInfo()[0] + self._pool.free_bytes()
+        free: int = runtime.memGetInfo()[0] + self._pool.free_bytes()
         return free if self._limit is None else max(0, min(free, self._limit - self._pool.used_bytes()))
 
     def alloc(self, n_bytes: int) -> Any:

@@ -51,7 +51,7 @@ class CudaEngine:
             )
         self.sliding_windows, self.threads = engine.sliding_windows, engine.threads
         self._lock = threading.Lock()  # chunks share the workspace
-        self._ropes: dict[int, Any] = {}
+        self._ropes: dict[int, tuple[np.ndarray, np.ndarray, Any]] = {}
         try:
             self.weights = DeviceWeights(self.description, weights, vectors, device)
             self.workspace = Workspace(self)

@@ -188,7 +188,8 @@ class OneToken:
 
     def operations(self) -> list[abi.Operation]:
         """From a token's id to its logits, both in pinned memory."""
-        d, w, at, operations = self.d, self.w, self.at, []
+        d, w, at = self.d, self.w, self.at
+        operations: list[abi.Operation] = []
         operations.append(abi.Copy(self.b.pinned, at["step"], True))
         operations.append(
             launch.step.begin_step(
@@ -416,7 +417,8 @@ class Chunk:
 
     def _product(self, m: np.ndarray, out: int, n: int) -> list[abi.Operation]:
         """out [n][width] = m times what is in `half`."""
-        at, ld, cols, operations = self.at, width(m), int(m["cols"][0]), []
+        at, ld, cols = self.at, width(m), int(m["cols"][0])
+        operations: list[abi.Operation] = []
         for part, first, outputs in slices(m, HALF_BYTES):
             operations.append(launch.chunk.dequantize(part, at["weights"]))
             operations.append(abi.Gemm(at["weights"], at["half"], out + 4 * first, outputs, cols, n, ld))

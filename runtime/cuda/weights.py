@@ -39,7 +39,8 @@ class Arena:
 
     def __getitem__(self, name: str) -> int:
         """The address of a piece."""
-        return self._memory.ptr + self._starts[name]
+        address: int = self._memory.ptr + self._starts[name]
+        return address
 
 
 @dataclass

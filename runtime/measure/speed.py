@@ -203,7 +203,7 @@ class Bench:
     def _attention_at(self, shape: Shape, n_layers: int, depth: int) -> Iterator[dict[str, Any]]:
         """Measured with more layers than n_layers, reported for these."""
         small = {name: self._cache(name, depth, self._stand_in(shape, n_layers)) for name in self.plan.formats}
-        times = min(
+        times: int = min(
             math.ceil(COLD_BYTES / min(core.bytes_read(kv, depth + 1) for kv in small.values())),
             max(1, MAX_BYTES // max(kv.nbytes for kv in small.values())),
         )
@@ -215,8 +215,7 @@ class Bench:
         repeat = max(1, min(MAX_REPEAT, int(SAMPLE_SECONDS / slowest)))
 
         def run(kv: _core.KVCache) -> float:
-            seconds, _ = core.attention(engine, kv, repeat)
-            return seconds / times
+            return core.attention(engine, kv, repeat)[0] / times
 
         samples = self._alternate(f"attention at depth {depth}", caches, run)
         for name, kv in small.items():
