@@ -47,12 +47,9 @@ LEVEL_SOURCES = [
         "vector",
         "weights/matmul",
         "weights/kquants",
-        "cache/float",
-        "cache/quantized_pack",
-        "cache/quantized",
         "table",
     )
-]
+] + sorted(str(p) for p in Path(KERNELS, "cache").glob("*.c"))
 BASE_SOURCES = [f"{KERNELS}/{name}.c" for name in ("weights/pack", "weights/kpack", "team", "levels")]
 
 

@@ -4,8 +4,8 @@
 void KV_NAME(kv_fill_vector)(kv_kernels *table);
 void KV_NAME(kv_fill_matmul)(kv_kernels *table);
 void KV_NAME(kv_fill_kquants)(kv_kernels *table);
-void KV_NAME(kv_fill_attention)(kv_kernels *table);
-void KV_NAME(kv_fill_quantized)(kv_kernels *table);
+void KV_NAME(kv_fill_formats)(kv_kernels *table);
+void KV_NAME(kv_fill_softmax)(kv_kernels *table);
 void KV_NAME(kv_fill)(kv_kernels *table);
 
 void KV_NAME(kv_fill)(kv_kernels *table)
@@ -14,6 +14,6 @@ void KV_NAME(kv_fill)(kv_kernels *table)
     KV_NAME(kv_fill_vector)(table);
     KV_NAME(kv_fill_matmul)(table);
     KV_NAME(kv_fill_kquants)(table);
-    KV_NAME(kv_fill_attention)(table);
-    KV_NAME(kv_fill_quantized)(table);
+    KV_NAME(kv_fill_formats)(table);
+    KV_NAME(kv_fill_softmax)(table);
 }

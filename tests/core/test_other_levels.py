@@ -19,10 +19,8 @@ SOURCES = (
     "vector",
     "weights/matmul",
     "weights/kquants",
-    "cache/float",
-    "cache/quantized_pack",
-    "cache/quantized",
     "table",
+    *(f"cache/{source.stem}" for source in sorted(KERNELS.glob("cache/*.c"))),
 )
 X86 = platform.machine() in ("x86_64", "AMD64")
 

@@ -5,6 +5,7 @@
  * bits for q8, so as not to lose what it kept. */
 #include "simd/dot.h"
 #include "f16.h"
+#include "cache/formats.h"
 #include "cache/quantized.h"
 
 enum { MAX_DEPTH = KV_MAX_HEAD_DIM, PLANES_8 = 2 };
@@ -369,19 +370,11 @@ static void v_accumulate(const products *by, const uint8_t *tile, int64_t head_d
         (void)tokens;                                                                                                  \
         v_accumulate(&products_##BITS, tile, head_dim, p, rows, acc);                                                  \
     }                                                                                                                  \
-    static const kv_format NAME = {                                                                                    \
-        #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,   \
+    const kv_format KV_CACHE_FORMAT(NAME) = {                                                                          \
+        #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,           \
         NAME##_unpack_v, NULL, NULL, NAME##_k_dot, NAME##_v_accumulate,                                                \
     };
 
 KV_QUANTIZED(q8, 8)
 KV_QUANTIZED(q4, 4)
 KV_QUANTIZED(q2, 2)
-
-void KV_NAME(kv_fill_quantized)(kv_kernels *table);
-void KV_NAME(kv_fill_quantized)(kv_kernels *table)
-{
-    table->format[KV_FORMAT_Q8] = q8;
-    table->format[KV_FORMAT_Q4] = q4;
-    table->format[KV_FORMAT_Q2] = q2;
-}
