@@ -313,9 +313,9 @@ cdef class KVCache:
         return np.frombuffer(self.memory, np.uint8)[:self.nbytes]
 
     def geometry(self):
-        """The layout for kernels that are not the core's: numbers of cache.pxd by name, formats as in enum kv_format_id,
-        and `layers`, for each its start, head_bytes, sight, n_slots, offsets, sizes and formats. The last three are
-        beside `layers`, too: the first layer's."""
+        """The layout for kernels that are not the core's: numbers of cache.pxd by name, formats as in enum
+        kv_format_id, and `layers`, for each its start, head_bytes, sight, n_slots, offsets, sizes and formats. The last
+        three are beside `layers`, too: the first layer's."""
         cdef const Cache* c = &self.c
         layers = [_layer_geometry(&c.layers[i]) for i in range(c.n_layers)]
         places = ("start", "head_bytes", "sight", "n_slots")

@@ -8,8 +8,14 @@ static int64_t f32_k_bytes(int64_t head_dim) { return head_dim * KV_TILE * 4; }
 static int64_t f32_v_bytes(int64_t head_dim) { return kv_head_pad(head_dim) * KV_TILE * 4; }
 static void f32_pack_k(const float *k, int64_t head_dim, void *tile) { memcpy(tile, k, (size_t)f32_k_bytes(head_dim)); }
 static void f32_pack_v(const float *v, int64_t head_dim, void *tile) { memcpy(tile, v, (size_t)f32_v_bytes(head_dim)); }
-static void f32_unpack_k(const void *tile, int64_t head_dim, float *k) { memcpy(k, tile, (size_t)f32_k_bytes(head_dim)); }
-static void f32_unpack_v(const void *tile, int64_t head_dim, float *v) { memcpy(v, tile, (size_t)f32_v_bytes(head_dim)); }
+static void f32_unpack_k(const void *tile, int64_t head_dim, float *k)
+{
+    memcpy(k, tile, (size_t)f32_k_bytes(head_dim));
+}
+static void f32_unpack_v(const void *tile, int64_t head_dim, float *v)
+{
+    memcpy(v, tile, (size_t)f32_v_bytes(head_dim));
+}
 
 static void f32_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k)
 {
@@ -31,7 +37,8 @@ static void f32_k_dot(const void *tile, int64_t stride, int64_t head_dim, const 
     gemm_f32(rows, q, ld_q, tile, stride, head_dim, lanes, scores, KV_TILE, 0);
 }
 
-static void f32_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens, float *acc)
+static void f32_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens,
+                             float *acc)
 {
     int64_t width = kv_head_pad(head_dim);
     gemm_f32(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);
@@ -54,9 +61,15 @@ static void from_f16(const uint16_t *h, int64_t n, float *x)
 }
 
 static void f16_pack_k(const float *k, int64_t head_dim, void *tile) { to_f16(k, head_dim * KV_TILE, tile); }
-static void f16_pack_v(const float *v, int64_t head_dim, void *tile) { to_f16(v, kv_head_pad(head_dim) * KV_TILE, tile); }
+static void f16_pack_v(const float *v, int64_t head_dim, void *tile)
+{
+    to_f16(v, kv_head_pad(head_dim) * KV_TILE, tile);
+}
 static void f16_unpack_k(const void *tile, int64_t head_dim, float *k) { from_f16(tile, head_dim * KV_TILE, k); }
-static void f16_unpack_v(const void *tile, int64_t head_dim, float *v) { from_f16(tile, kv_head_pad(head_dim) * KV_TILE, v); }
+static void f16_unpack_v(const void *tile, int64_t head_dim, float *v)
+{
+    from_f16(tile, kv_head_pad(head_dim) * KV_TILE, v);
+}
 
 static void f16_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k)
 {
@@ -82,7 +95,8 @@ static void f16_k_dot(const void *tile, int64_t stride, int64_t head_dim, const 
     gemm_f16(rows, q, ld_q, tile, stride, head_dim, lanes, scores, KV_TILE, 0);
 }
 
-static void f16_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens, float *acc)
+static void f16_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens,
+                             float *acc)
 {
     int64_t width = kv_head_pad(head_dim);
     gemm_f16(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);

@@ -1,6 +1,6 @@
-/* The cache formats, in the order of their numbers (enum kv_format_id). A new one takes a line here and a file beside this
- * one, which defines its row of the table, KV_CACHE_FORMAT(name), for the level that it is compiled for. Names that users
- * give, sizes and everything else follow from the row. */
+/* The cache formats, in the order of their numbers (enum kv_format_id). A new one takes a line here and a file beside
+ * this one, which defines its row of the table, KV_CACHE_FORMAT(name), for the level that it is compiled for. Names
+ * that users give, sizes and everything else follow from the row. */
 #ifndef KVRUN_CACHE_FORMATS_H
 #define KVRUN_CACHE_FORMATS_H
 
