@@ -52,9 +52,8 @@ LEVELS = {
 }
 # Every file of a weight type is compiled for each level, and once more, without one, for what is portable.
 WEIGHT_SOURCES = sorted(str(p) for p in Path(KERNELS, "weights").glob("*.c"))
-LEVEL_SOURCES = WEIGHT_SOURCES + [
-    f"{KERNELS}/{name}.c" for name in ("vector", "cache/float", "cache/quantized_pack", "cache/quantized", "table")
-]
+CACHE_SOURCES = sorted(str(p) for p in Path(KERNELS, "cache").glob("*.c"))
+LEVEL_SOURCES = [*WEIGHT_SOURCES, *CACHE_SOURCES, f"{KERNELS}/vector.c", f"{KERNELS}/table.c"]
 BASE_SOURCES = WEIGHT_SOURCES + [f"{KERNELS}/{name}.c" for name in ("weights", "team", "levels")]
 
 
