@@ -15,7 +15,7 @@ from kvrun import _core
 from kvrun.cuda import abi, attention
 from kvrun.cuda.cache import CudaKVCache
 from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, write_step
-from kvrun.cuda.weights import DeviceWeights
+from kvrun.cuda.weights import TYPE_IDS, DeviceWeights
 from kvrun.errors import OptionError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class CudaEngine:
     """As `_core.Engine`: a model's weights on a device, for any number of caches, each used by one thread at a time.
 
     engine: that of the core with the same tensors, which has checked them. OptionError if the device has no room for
-    them, or the kernels not for the model's heads.
+    them, or the kernels not for the model's heads
+    or weight types.
     """
 
     max_chunk = MAX_CHUNK
@@ -47,6 +48,8 @@ class CudaEngine:
                 f"device: the GPU's kernels take heads of at most {attention.MAX_HEAD_DIM} channels, and this model's "
                 f"have {self.description.head_dim}"
             )
+        if missing := sorted({tensor.type for tensor in weights.values()}.difference(TYPE_IDS)):
+            raise OptionError(f"device: the GPU's kernels do not have this model's weight type {missing[0]} yet")
         self.sliding_windows, self.threads = engine.sliding_windows, engine.threads
         self._lock = threading.Lock()  # chunks share the workspace
         self._ropes: dict[int, Any] = {}

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 256
 PANEL = 16
-TYPE_IDS = {name: number for number, name in enumerate(_core.WEIGHT_TYPES)}
+TYPE_IDS = {
+    kind: _core.WEIGHT_TYPES[kind].number for kind in ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q6_k")
+}
+"""The weight types that the kernels have, and their numbers."""
 
 
 def padded(n: int, multiple: int = PANEL) -> int:

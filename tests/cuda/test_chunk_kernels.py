@@ -5,19 +5,14 @@ import numpy as np
 import pytest
 from launching import Matrices, array, at, close, empty, norm_of
 
-from kvrun import _core
 from kvrun._core import probe
 from kvrun.cuda import abi, matrix
-from kvrun.cuda.weights import slices
+from kvrun.cuda.weights import TYPE_IDS, slices
 
 NONE = abi.struct(abi.MATRIX)
 SHAPES = [(40, 576), (33, 100), (16, 577), (1, 1), (20, 1100), (7, 31)]
 SUPER_SHAPES = [(40, 256), (16, 768), (17, 1280)]
-CASES = [
-    (kind, *shape)
-    for kind in _core.WEIGHT_TYPES
-    for shape in (SUPER_SHAPES if kind in launching.SUPER_TYPES else SHAPES)
-]
+CASES = [(kind, *shape) for kind in TYPE_IDS for shape in (SUPER_SHAPES if kind in launching.SUPER_TYPES else SHAPES)]
 
 
 def run(launch):

@@ -15,9 +15,9 @@ from test_families import NAMES, cache_of, expected_of, family  # noqa: F401
 
 import kvrun
 import kvrun.cuda
-from kvrun import _core
 from kvrun._core import bench as core
 from kvrun.commands import main as cli
+from kvrun.cuda.weights import TYPE_IDS
 from kvrun.files.model_file import read_model_file
 from kvrun.measure import speed
 from kvrun.model import Model, load
@@ -29,7 +29,7 @@ EXACT, CHUNK = 3e-5, 8e-3
 SIXTEEN_BITS = 5e-4  # inputs of block types: one that is on the border may be rounded to the one side or the other
 ROUNDED = {"f32": EXACT, "f16": 2e-3, "q8": 1e-2, "q4": 0.1, "q2": 0.5}
 HALF_OF_ALL = 0.5
-TYPES = list(_core.WEIGHT_TYPES)
+TYPES = list(TYPE_IDS)
 OPTIONS = dict(ctx=256, sinks=4, window=64)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -53,6 +53,11 @@ def test_weight_types(weight_type, device):
     model = tiny(weight_type)
     assert difference(*both(model, device, 8, (1,))) <= (EXACT if weight_type in TYPES[:3] else SIXTEEN_BITS)
     assert difference(*both(model, device, 40, (33, 7))) <= CHUNK
+
+
+def test_a_weight_type_that_the_kernels_lack_is_refused(device):
+    with pytest.raises(kvrun.OptionError, match="weight type q5_0"):
+        engines(tiny("q5_0"), device)
 
 
 def test_every_matrix_of_another_type(device):

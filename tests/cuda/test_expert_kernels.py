@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from launching import SUPER_TYPES, Matrices, array, at, close, empty, norm_of
 
-from kvrun import _core
 from kvrun.cuda import abi, matrix
+from kvrun.cuda.weights import TYPE_IDS
 
 NONE = abi.struct(abi.MATRIX)
 
@@ -71,7 +71,7 @@ def test_scores_that_are_not_numbers_choose_experts_that_exist():
     assert np.isnan(share).all()
 
 
-@pytest.mark.parametrize("kind", _core.WEIGHT_TYPES)
+@pytest.mark.parametrize("kind", TYPE_IDS)
 def test_route(kind, rng):
     hidden, n, n_experts = 256 if kind in SUPER_TYPES else 100, 3, 20
     router = Matrices([(kind, rng.standard_normal((n_experts, hidden)).astype(np.float32))])

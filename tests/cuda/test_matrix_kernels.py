@@ -9,12 +9,13 @@ from launching import SUPER_TYPES, Matrices, aligned, array, at, close, empty, n
 from kvrun import _core
 from kvrun._core import probe
 from kvrun.cuda import abi, matrix, products
+from kvrun.cuda.weights import TYPE_IDS
 
 NONE, NO_NORM = matrix.NO_MATRIX, matrix.NO_NORM
 SHAPES = [(40, 576), (33, 100), (1, 1), (20, 1100), (7, 31), (70, 65)]
 SUPER_SHAPES = [(40, 256), (17, 1280)]
-KINDS = list(_core.WEIGHT_TYPES)
-CASES = [(kind, *shape) for kind in _core.WEIGHT_TYPES for shape in (SUPER_SHAPES if kind in SUPER_TYPES else SHAPES)]
+KINDS = list(TYPE_IDS)
+CASES = [(kind, *shape) for kind in TYPE_IDS for shape in (SUPER_SHAPES if kind in SUPER_TYPES else SHAPES)]
 EXACT = 1e-5  # sums in another order
 NORMED = 1e-4  # a norm in another order may round to another code
 
@@ -58,7 +59,7 @@ def test_matvec(kind, rows, cols, rng):
 
 
 @pytest.mark.parametrize("split", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("kind", _core.WEIGHT_TYPES)
+@pytest.mark.parametrize("kind", TYPE_IDS)
 def test_warps_may_share_a_panel_in_any_number(kind, split, rng, monkeypatch):
     m, x, out = Matrices([(kind, weights(rng, 100, 768))]), array(rng.normal(0, 1, 768)), empty(112)
     monkeypatch.setattr(products, "split", lambda *_: split)
