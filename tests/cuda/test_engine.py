@@ -18,6 +18,7 @@ import kvrun.cuda
 from kvrun import _core
 from kvrun._core import bench as core
 from kvrun.commands import main as cli
+from kvrun.cuda.launch.matrix import UNITS
 from kvrun.files.model_file import read_model_file
 from kvrun.measure import speed
 from kvrun.model import Model, load
@@ -53,6 +54,12 @@ def test_weight_types(weight_type, device):
     model = tiny(weight_type)
     assert difference(*both(model, device, 8, (1,))) <= (EXACT if weight_type in TYPES[:3] else SIXTEEN_BITS)
     assert difference(*both(model, device, 40, (33, 7))) <= CHUNK
+
+
+def test_a_weight_type_that_the_kernels_lack_is_refused(device, monkeypatch):
+    monkeypatch.delitem(UNITS, "q4_1")
+    with pytest.raises(kvrun.OptionError, match="weight type q4_1, .* convert it with another --type"):
+        engines(tiny("q4_1"), device)
 
 
 def test_every_matrix_of_another_type(device):
