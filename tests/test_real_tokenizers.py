@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from strings import varied_strings
-from test_reference_tokenizer import library_from_gguf
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.text.tokenizer import Tokenizer
+from support.library_tokenizers import library_from_gguf
+from support.strings import varied_strings
 
 SPACE = "\u2581"
 COUNT = 10_000

@@ -12,7 +12,12 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
-from make_checkpoint import (
+
+from kvrun import _core
+from kvrun.commands import main as cli
+from kvrun.files import model_writer
+from kvrun.files.model_file import read_model_file
+from support.make_checkpoint import (
     CONFIG,
     hf_folder,
     hf_shapes,
@@ -21,11 +26,6 @@ from make_checkpoint import (
     save_safetensors,
     write_json,
 )
-
-from kvrun import _core
-from kvrun.commands import main as cli
-from kvrun.files import model_writer
-from kvrun.files.model_file import read_model_file
 
 
 def run(command, *args, process=False, **options):

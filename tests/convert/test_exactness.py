@@ -6,9 +6,14 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy_reader
 import pytest
-from make_checkpoint import (
+
+from kvrun import _core
+from kvrun.convert import convert
+from kvrun.convert.families import FAMILIES, GGUF, HF
+from kvrun.files.description import ModelDescription
+from support import numpy_reader
+from support.make_checkpoint import (
     CONFIG,
     hf_folder,
     hf_shapes,
@@ -18,11 +23,6 @@ from make_checkpoint import (
     straight,
     to_bf16,
 )
-
-from kvrun import _core
-from kvrun.convert import convert
-from kvrun.convert.families import FAMILIES, GGUF, HF
-from kvrun.files.description import ModelDescription
 
 LLAMA = FAMILIES[0]
 
@@ -177,7 +177,7 @@ def test_slabs_do_not_change_the_result(tmp_path, monkeypatch):
 
 
 def test_rows_of_biases_are_put_back_too(tmp_path):
-    import make_checkpoint
+    from support import make_checkpoint
 
     shapes = make_checkpoint.gguf_shapes()
     for name in [n for n in shapes if "attn_" in n and "norm" not in n]:

@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from numpy_llama import hadamard
 
 from kvrun import _core
 from kvrun._core import probe
+from support.numpy_llama import hadamard
+
+pytestmark = pytest.mark.crossed
 
 LEVELS = _core.isa_available()
 SHAPES = [(16, 32, 1), (48, 96, 3), (40, 576, 1), (33, 100, 5), (16, 577, 9), (7, 31, 17), (1, 1, 1)]

@@ -5,8 +5,10 @@ from itertools import cycle
 
 import numpy as np
 import pytest
-from kernel_cache import KernelCache
-from test_attention import (
+
+from kvrun._core import probe
+from kvrun.cuda import attention
+from support.attention import (
     CODE_BITS,
     CTX,
     OPTIONS,
@@ -20,10 +22,10 @@ from test_attention import (
     ordinary,
     rms,
 )
-from test_ring import ListCache
+from support.cuda.kernel_cache import KernelCache
+from support.ring import ListCache
 
-from kvrun._core import probe
-from kvrun.cuda import attention
+pytestmark = pytest.mark.crossed
 
 FORMATS = [
     ("f32", "f32"),

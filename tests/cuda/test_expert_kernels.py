@@ -1,12 +1,14 @@
 """Kernels of mixtures of experts, on the host, against NumPy: one token, and chunks."""
 
-import launching
 import numpy as np
 import pytest
-from launching import SUPER_TYPES, Matrices, array, at, close, empty, norm_of
 
 from kvrun import _core
 from kvrun.cuda import abi, matrix
+from support.cuda import launching
+from support.cuda.launching import SUPER_TYPES, Matrices, array, at, close, empty, norm_of
+
+pytestmark = pytest.mark.crossed
 
 NONE = abi.struct(abi.MATRIX)
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from host_device import RecordingDevice, view
-from tiny_models import engines, tiny, tokens
 
 from kvrun.cuda import abi, steps
 from kvrun.errors import OptionError
+from support.cuda.host_device import RecordingDevice, view
+from support.cuda.tiny_models import engines, tiny, tokens
 
 DENSE = ["matvec", "append", "attend", "matvec", "matvec_gated", "matvec"]
 EXPERTS = ["matvec", "append", "attend", "matvec", "matvec", "choose", "experts_gated", "experts_down"]

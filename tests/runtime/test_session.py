@@ -5,10 +5,10 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import CHATML, END, FakeModel
 
 from kvrun import _core
 from kvrun.errors import KvrunError, OptionError
+from support.fakes import CHATML, END, FakeModel
 
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_session_state import GO_ON, talked, text
 
 from kvrun.commands.inspect import inspect
 from kvrun.errors import KvrunError, OptionError
 from kvrun.files.model_file import read_model_file
 from kvrun.model import Model
+from support.sessions import GO_ON, talked, text
 
 ONE = "Once upon a time there was a cat who lived in a hat, and that was all there is to say."
 

@@ -8,15 +8,14 @@ import re
 
 import numpy as np
 import pytest
-from fakes import END, FakeModel
 from safetensors import safe_open
 
 import kvrun
 from kvrun import _core
 from kvrun.commands import main as cli
 from kvrun.errors import KvrunError, ModelFileError, OptionError
-
-GO_ON = dict(max_tokens=30, seed=3, ignore_eos=True)
+from support.fakes import END, FakeModel
+from support.sessions import GO_ON, talked, text
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +24,12 @@ def model(converted):
     return kvrun.load(converted("grouped-tied"))
 
 
-def text(stream):
-    return "".join(stream)
-
-
 def twins(make):
     """Two sessions with the same past: one to be saved, forked or cut, one to compare with."""
     return make(), make()
 
 
 # --- save and restore -----------------------------------------------------------------------------
-
-
-def talked(model, **cache):
-    session = model.session(**cache)
-    text(session.stream("Hello there", **GO_ON))
-    text(session.stream("And then?", **GO_ON))
-    return session
 
 
 @pytest.mark.parametrize("kv", list(_core.KV_FORMATS))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from host_device import compiled
 
 from kvrun import _core
 from kvrun.cuda import abi, attention
-
-sys.path.append(str(Path(__file__).parents[1] / "core"))  # its texts and references
+from support.cuda.host_device import compiled
 
 JUNK = 0xFF  # NaN as a float
 MODULES = ("cache", "attention", "attention_chunk")
