@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from kvrun.files.model_file import read_model_file
 from kvrun.text.tokenizer import Tokenizer
+from support import FIXTURES
 from support.library_tokenizers import library_from_gguf
 from support.strings import varied_strings
 
-CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
+CHECKPOINTS = FIXTURES / "checkpoints"
 # Fixture and the checkpoint whose tokenizer.json it has; the GGUF files hold theirs as metadata only.
 JSON_CASES = {
     "grouped-tied": "grouped-tied",
