@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests" / "cuda"), str(ROOT / "benchmarks")]
 
 from kvrun import _core
-from kvrun.cuda import abi, launch as launches, open_device
+from kvrun.cuda import abi, open_device
+from kvrun.cuda import launch as launches
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q6_k")
 FORMATS = ("f32", "f16", "q8", "q4", "q2", "q4/q2")
@@ -382,7 +383,7 @@ def stage_peers(device: Any) -> None:
         torch.set_default_dtype(torch.float32)
         say("  the model is there")
         ids = torch.randint(0, 32000, (1, 4096))
-        for name in ("warm", "measured"):
+        for _name in ("warm", "measured"):
             torch.cuda.synchronize()
             began = time.perf_counter()
             out = model(ids, use_cache=True, logits_to_keep=1)

@@ -24,6 +24,7 @@ import kvrun
 from kvrun.measure.caches import cache_options
 from kvrun.measure.quality import log_softmax
 from kvrun.session import new_cache
+import itertools
 
 PIECE = 128
 QUARTERS = 4
@@ -47,7 +48,7 @@ def run(engine, cache, tokens: np.ndarray, restart: int | None = None) -> dict[s
     bounds = [n * i // QUARTERS for i in range(QUARTERS + 1)]
     found: dict[str, list[float]] = {"perplexity": [], "resident_mb": []}
     cache.reset()
-    for first, last in zip(bounds, bounds[1:]):
+    for first, last in itertools.pairwise(bounds):
         nll, start = 0.0, first
         while start < last:
             if restart and cache.n_tokens >= restart:

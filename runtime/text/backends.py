@@ -152,11 +152,12 @@ class JsonBackend(_Backend):
         return self._main.decode(ids, skip_special_tokens=skip_special)
 
     def piece(self, token: int, first: bool) -> bytes:
-        texts = self._texts
-        if texts is None:
+        if self._texts is None:
             text = self._main.id_to_token(token)
+        elif token < len(self._texts):
+            text = self._texts[token]
         else:
-            text = texts[token] if token < len(texts) else None
+            text = None
         return b"" if text is None else self._decoder.piece(text, first)
 
 

@@ -106,7 +106,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """{% generation %}: marks answers for training; here it has no effect."""
 
-        tags = {"generation"}
+        tags = frozenset(("generation",))
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -1,17 +1,9 @@
 """Whole models with the kernels on the host: logits are the CPU's, sessions change sides, and go on."""
 
 import json
-import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from host_device import HostDevice
-from tiny_models import difference, engines, feed, tiny, tokens
-
-sys.path.append(str(Path(__file__).parents[1]))
-from test_families import NAMES, cache_of, expected_of, family  # noqa: F401
 
 import kvrun
 import kvrun.cuda
@@ -22,18 +14,21 @@ from kvrun.cuda.launch.matrix import UNITS
 from kvrun.files.model_file import read_model_file
 from kvrun.measure import speed
 from kvrun.model import Model, load
+from support.cuda.host_device import HostDevice
+from support.cuda.tiny_models import difference, engines, feed, tiny, tokens
+from support.families import NAMES, cache_of, expected_of
+
+pytestmark = pytest.mark.crossed
 
 # Of the largest logit. A token by itself is as exact as on the CPU, where the cache does not round: there a value that
-# is on the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that a
-# router chooses another expert for a token now and then, which later ones see: half of the tokens are looked at.
+# is on the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that
+# a router chooses another expert for a token now and then, which later ones see: half of the tokens are looked at.
 EXACT, CHUNK = 3e-5, 8e-3
 SIXTEEN_BITS = 5e-4  # inputs of block types: one that is on the border may be rounded to the one side or the other
 ROUNDED = {"f32": EXACT, "f16": 2e-3, "q8": 1e-2, "q4": 0.1, "q2": 0.5}
 HALF_OF_ALL = 0.5
 TYPES = list(_core.WEIGHT_TYPES)
 OPTIONS = dict(ctx=256, sinks=4, window=64)
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +97,7 @@ def test_past_turns_of_the_ring(options, device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_families(name, device, family):  # noqa: F811
+def test_families(name, device, family):
     """The models that transformers made, beside its own logits."""
     expected, file = expected_of(name), read_model_file(family(name))
     cpu, gpu = engines(file, device)

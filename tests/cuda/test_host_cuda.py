@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host_device import compiled
 
 from kvrun.cuda import abi
+from support.cuda.host_device import compiled
 
 SOURCE = (
     (abi.KERNELS / "common.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
