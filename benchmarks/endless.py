@@ -12,6 +12,7 @@ the same (let it be several times --ctx, and a quarter of --tokens a multiple of
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,6 @@ import kvrun
 from kvrun.measure.caches import cache_options
 from kvrun.measure.quality import log_softmax
 from kvrun.session import new_cache
-import itertools
 
 PIECE = 128
 QUARTERS = 4

@@ -129,9 +129,10 @@ def _vector(tensor: StoredTensor | None) -> list[float] | None:
 def _drop_copied_head(available: dict[str, StoredTensor]) -> None:
     """Some files of models with a tied head, GPT-2's among them, store the embedding again as the head: remove that."""
     embed, head = available.get("token_embd.weight"), available.get("output.weight")
-    if embed is not None and head is not None and (embed.type, embed.shape) == (head.type, head.shape):
-        if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
-            del available["output.weight"]
+    if embed is None or head is None or (embed.type, embed.shape) != (head.type, head.shape):
+        return
+    if all(np.array_equal(embed.raw(*rows), head.raw(*rows)) for rows in embed.slabs()):
+        del available["output.weight"]
 
 
 def _of_one_expert(ours: str, theirs: str) -> str:

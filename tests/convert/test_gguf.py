@@ -1,5 +1,7 @@
 """GGUF files: the reader against the gguf package, descriptions, parts, and damage."""
 
+import contextlib
+
 import gguf
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 from support import cases
 from support.make_checkpoint import gguf_shapes, random_tensors, save_gguf
-import contextlib
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 where something changes.
 
 Two kinds of text. An ordinary one, of which every format keeps what it can: the reference attends to the very entries
-that the cache holds, read from its state by the layouts that cache.pxd, kernels.h, cache/quantized.h and dot.h describe.
-And one that no format and no product has to round, so that a token too many or too few, or a wrong lane, shows in every
+that the cache holds, read from its state by the layouts that cache.pxd, kernels.h, quantized.h and dot.h describe. And
+one that no format and no product has to round, so that a token too many or too few, or a wrong lane, shows in every
 format alike.
 """
 

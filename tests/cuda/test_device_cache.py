@@ -1,5 +1,6 @@
 """A cache on a device holds, keeps and gives away the same bytes as one of the core."""
 
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -11,7 +12,6 @@ from kvrun._core import bench as core
 from kvrun.cuda.cache import CudaKVCache
 from kvrun.errors import OptionError
 from support.cuda.host_device import HostMemoryDevice
-import itertools
 
 OPTIONS = [dict(ctx=132, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1)]
 FORMATS = [("f32", "f32"), ("f16", "q4"), ("q8", "q2"), ("q4", "f16")]

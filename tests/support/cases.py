@@ -1,8 +1,8 @@
 """Which cases the quick run has, and which only a run with --all has.
 
 Two markers tell: a `thorough` test or case is left out of the quick run; of a `crossed` test, parametrized more
-than once, the quick run has every value of every parameter in some case, not all combinations. A test named by its id runs in
-any case (conftest.py).
+than once, the quick run has every value of every parameter in some case, not all combinations. A test named by its id
+runs in any case (conftest.py).
 """
 
 from __future__ import annotations
