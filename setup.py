@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -52,9 +53,8 @@ LEVELS = {
 }
 # Every file of a weight type is compiled for each level, and once more, without one, for what is portable.
 WEIGHT_SOURCES = sorted(str(p) for p in Path(KERNELS, "weights").glob("*.c"))
-LEVEL_SOURCES = WEIGHT_SOURCES + [
-    f"{KERNELS}/{name}.c" for name in ("vector", "cache/float", "cache/quantized_pack", "cache/quantized", "table")
-]
+CACHE_SOURCES = sorted(str(p) for p in Path(KERNELS, "cache").glob("*.c"))
+LEVEL_SOURCES = [*WEIGHT_SOURCES, *CACHE_SOURCES, f"{KERNELS}/vector.c", f"{KERNELS}/table.c"]
 BASE_SOURCES = WEIGHT_SOURCES + [f"{KERNELS}/{name}.c" for name in ("weights", "team", "levels")]
 
 
@@ -101,20 +101,35 @@ class build_extensions(build_ext):
         openmp, levels = capabilities(self.compiler)
         openmp_flags = ["-fopenmp"] * openmp
         have = [f"-DKV_HAVE_{level.upper()}" for level in levels]
-        base = self.kernel_library("base", BASE_SOURCES, ["-ffp-contract=off"] + openmp_flags + have)
-        kernels = [self.kernel_library(level, LEVEL_SOURCES, level_flags(level)) for level in levels]
+        libraries = {"base": (BASE_SOURCES, ["-ffp-contract=off"] + openmp_flags + have)}
+        libraries |= {level: (LEVEL_SOURCES, level_flags(level)) for level in levels}
+        base, *kernels = self.kernel_libraries(libraries)
         for extension in self.extensions:
             extension.extra_objects = [base] + (kernels if extension.name.endswith(".kernels") else [])
             extension.extra_link_args = openmp_flags
+        self.parallel = self.parallel or os.cpu_count()
         super().build_extensions()
 
-    def kernel_library(self, name, sources, flags):
-        folder = os.path.join(self.build_temp, "kernels", name)
-        objects = self.compiler.compile(
-            sources, output_dir=folder, extra_postargs=COMMON_FLAGS + flags, depends=KERNEL_FILES
-        )
-        self.compiler.create_static_lib(objects, f"kvrun_{name}", output_dir=folder)
-        return self.compiler.library_filename(f"kvrun_{name}", output_dir=folder)
+    def kernel_libraries(self, libraries):
+        """Paths of the static libraries that {name: (sources, flags)} describes; a compiler runs on each CPU."""
+        folders = {name: os.path.join(self.build_temp, "kernels", name) for name in libraries}
+
+        def compiled(name, source, flags):
+            options = {"extra_postargs": COMMON_FLAGS + flags, "depends": KERNEL_FILES}
+            return self.compiler.compile([source], output_dir=folders[name], **options)
+
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            objects = {
+                name: [pool.submit(compiled, name, source, flags) for source in sources]
+                for name, (sources, flags) in libraries.items()
+            }
+            for name, parts in objects.items():
+                parts = [path for part in parts for path in part.result()]
+                self.compiler.create_static_lib(parts, f"kvrun_{name}", output_dir=folders[name])
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error nothing more is compiled
+        return [self.compiler.library_filename(f"kvrun_{name}", output_dir=folders[name]) for name in libraries]
 
 
 def extension(name):

@@ -32,7 +32,7 @@ ctypedef struct Plan:
     QueryBlock* blocks
     float* cos                                   # [ropes.n][n][head_dim/2] of the new tokens
     float* sin
-    float* sink_cos                              # [ropes.n][n_shifts + 1][n_sinks][head_dim/2], the last: where they were
+    float* sink_cos                              # [ropes.n][n_shifts + 1][n_sinks][head_dim/2], last: where they were
     float* sink_sin
     float* sinks                                 # [n_kv_heads][n_shifts] rotated keys [head_dim][sink_lanes]
     uint8_t* staged_windows                      # [n_kv_heads] window tiles beyond the window, max_tiles each

@@ -11,7 +11,8 @@ from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
 from .team cimport kv_team_size, kv_team_take
-from .cache cimport first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed, window_tile
+from .cache cimport (CacheLayer, first_tile, ring_tile, sink_keys, sink_values, tile_bytes, tile_of, tiles_evicted,
+                     tiles_packed, window_bytes, window_tile)
 
 cdef extern from "<math.h>" nogil:
     float exp2f(float)
@@ -84,15 +85,17 @@ cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil:
     """Places the buffers in a block on a 64-byte boundary, which needs as many bytes as are returned; NULL: only
     counts them."""
     cdef const Cache* c = p.cache
-    cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads
+    cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads, tile = 0, window = 0
+    for i in range(c.n_layers):
+        tile, window = max(tile, tile_bytes(&c.layers[i])), max(window, window_bytes(&c.layers[i]))
     p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
     p.cos = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
     p.sin = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
     p.sink_cos = <float*>_take(block, &used, 4 * p.ropes.n * (p.n_shifts + 1) * c.n_sinks * half)
     p.sink_sin = <float*>_take(block, &used, 4 * p.ropes.n * (p.n_shifts + 1) * c.n_sinks * half)
     p.sinks = <float*>_take(block, &used, 4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
-    p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.window_k_bytes + c.window_v_bytes))
-    p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * (c.k_bytes + c.v_bytes))
+    p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * window)
+    p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * tile)
     p.scratch = <float*>_take(block, &used, 4 * p.threads * p.scratch_floats)
     p.acc = <float*>_take(block, &used, 4 * outputs * c.head_pad)
     p.top = <float*>_take(block, &used, 4 * outputs)
@@ -144,7 +147,7 @@ cdef inline uint8_t* _unpacked(const Plan* plan, int64_t layer, int64_t head, in
     cdef int64_t beyond = tile - plan.packed_before - c.n_window_tiles
     if beyond < 0:
         return window_tile(c, layer, head, tile)
-    return plan.staged_windows + (head * plan.max_tiles + beyond) * (c.window_k_bytes + c.window_v_bytes)
+    return plan.staged_windows + (head * plan.max_tiles + beyond) * window_bytes(&c.layers[layer])
 
 
 cdef inline uint8_t* _packed(const Plan* plan, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
@@ -153,7 +156,7 @@ cdef inline uint8_t* _packed(const Plan* plan, int64_t layer, int64_t head, int6
     cdef int64_t fresh = tile - plan.packed_before
     if fresh < 0:
         return ring_tile(c, layer, head, tile)
-    return plan.staged_tiles + (head * plan.max_tiles + fresh) * (c.k_bytes + c.v_bytes)
+    return plan.staged_tiles + (head * plan.max_tiles + fresh) * tile_bytes(&c.layers[layer])
 
 
 # Append -------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ cdef void _append_sinks(const Added* added, int64_t head) noexcept nogil:
     cdef const Plan* plan = added.plan
     cdef const Cache* c = plan.cache
     cdef int64_t t, i, s, at, lanes = c.sink_lanes, set = c.head_dim * c.sink_lanes
-    cdef int64_t sight = c.layers[added.layer].sight
+    cdef const CacheLayer* of = &c.layers[added.layer]
     cdef float* keys = sink_keys(c, added.layer, head)
     cdef float* values = sink_values(c, added.layer, head)
     cdef float* out = plan.sinks + head * plan.n_shifts * set
@@ -182,12 +185,12 @@ cdef void _append_sinks(const Added* added, int64_t head) noexcept nogil:
         for i in range(c.head_dim):
             keys[i * lanes + plan.first + t] = added.k[at + i]
         memcpy(values + (plan.first + t) * c.head_pad, added.v + at, c.head_dim * sizeof(float))
-        if c.v.hadamard:
+        if of.v.hadamard:
             plan.kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
-    if not sight:
+    if not of.sight:
         for s in range(plan.n_shifts):
             _rotate_sinks(plan, _rope(plan, added.layer), s, keys, out + s * set)
-    elif plan.first - sight + 1 < c.n_sinks:
+    elif plan.first - of.sight + 1 < c.n_sinks:
         _rotate_sinks(plan, _rope(plan, added.layer), plan.n_shifts, keys, out)
 
 
@@ -207,6 +210,7 @@ cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* sc
     """Puts the chunk's tokens of one tile into its window copy; packs the tile if it leaves the window."""
     cdef const Plan* plan = added.plan
     cdef const Cache* c = plan.cache
+    cdef const CacheLayer* of = &c.layers[added.layer]
     cdef int64_t start = c.n_sinks + tile * KV_TILE, half = c.head_dim // 2, position, t, at
     cdef int64_t angles = _rope(plan, added.layer) * plan.n * half
     cdef uint8_t* window = _unpacked(plan, added.layer, head, tile)
@@ -215,17 +219,17 @@ cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* sc
         t = position - plan.first
         at = t * added.ld + head * c.head_dim
         plan.kern.rope(added.k + at, plan.cos + angles + t * half, plan.sin + angles + t * half, c.head_dim, 1, scratch)
-        c.wk.put_k(window, c.head_dim, position - start, scratch)
+        of.wk.put_k(window, c.head_dim, position - start, scratch)
         memcpy(scratch, added.v + at, c.head_dim * sizeof(float))
-        if c.v.hadamard:
+        if of.v.hadamard:
             plan.kern.hadamard(scratch, c.head_dim)
-        c.wv.put_v(window + c.window_k_bytes, c.head_dim, position - start, scratch)
-    if tile < plan.packed_after and c.layers[added.layer].n_slots:
+        of.wv.put_v(window + of.window_k_bytes, c.head_dim, position - start, scratch)
+    if tile < plan.packed_after and of.n_slots:
         packed = _packed(plan, added.layer, head, tile)
-        c.wk.unpack_k(window, c.head_dim, scratch)
-        c.k.pack_k(scratch, c.head_dim, packed)
-        c.wv.unpack_v(window + c.window_k_bytes, c.head_dim, scratch)
-        c.v.pack_v(scratch, c.head_dim, packed + c.k_bytes)
+        of.wk.unpack_k(window, c.head_dim, scratch)
+        of.k.pack_k(scratch, c.head_dim, packed)
+        of.wv.unpack_v(window + of.window_k_bytes, c.head_dim, scratch)
+        of.v.pack_v(scratch, c.head_dim, packed + of.k_bytes)
 
 
 cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld, kv_team* team,
@@ -257,16 +261,16 @@ cdef bint commit_needed(const Plan* plan) noexcept nogil:
 cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
     """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
     cdef const Cache* c = plan.cache
-    cdef int64_t tile, head = 0, end = 0, bytes = c.k_bytes + c.v_bytes, n_slots = c.layers[layer].n_slots
-    cdef int64_t window_bytes = c.window_k_bytes + c.window_v_bytes
+    cdef const CacheLayer* of = &c.layers[layer]
+    cdef int64_t tile, head = 0, end = 0
     while True:
         head = kv_team_take(team, c.n_kv_heads, 1, &end)
         if head < 0:
             break
-        for tile in range(max(plan.packed_before, plan.packed_after - n_slots), plan.packed_after):
-            memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), bytes)
+        for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
+            memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
         for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
-            memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes)
+            memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes(of))
 
 
 # Attend -------------------------------------------------------------------------------------------------------------
@@ -348,10 +352,11 @@ cdef inline const uint8_t* _tile_at(const Rows* rows, int64_t tile) noexcept nog
 
 cdef void _attend_tile(Rows* rows, int64_t tile) noexcept nogil:
     cdef const Cache* c = rows.plan.cache
+    cdef const CacheLayer* of = &c.layers[rows.layer]
     cdef bint packed = tile < rows.block.packed
-    cdef const kv_format* k = c.k if packed else c.wk
-    cdef const kv_format* v = c.v if packed else c.wv
-    cdef int64_t start = c.n_sinks + tile * KV_TILE, k_bytes = c.k_bytes if packed else c.window_k_bytes, tokens
+    cdef const kv_format* k = of.k if packed else of.wk
+    cdef const kv_format* v = of.v if packed else of.wv
+    cdef int64_t start = c.n_sinks + tile * KV_TILE, k_bytes = of.k_bytes if packed else of.window_k_bytes, tokens
     cdef const uint8_t* data = _tile_at(rows, tile)
     tokens = _see(rows, start, KV_TILE)
     k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
@@ -404,7 +409,7 @@ cdef void _attend(const Plan* plan, int64_t layer, int64_t head, int64_t block, 
     first = max(first, start + span * tiles // spans)
     last = min(last, start + (span + 1) * tiles // spans - 1)
     if first <= last:
-        kv_prefetch(_tile_at(&rows, first), c.k_bytes + c.v_bytes)
+        kv_prefetch(_tile_at(&rows, first), tile_bytes(&c.layers[layer]))
     _prepare_rows(&rows, q, ld)
     if span == 0 and c.n_sinks:
         _attend_sinks(&rows)
@@ -457,5 +462,5 @@ cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) no
                 to[i] += weight * plan.acc[at * c.head_pad + i]
         for i in range(c.head_dim):
             to[i] /= total
-        if c.v.hadamard:
+        if c.layers[layer].v.hadamard:
             plan.kern.hadamard(to, c.head_dim)

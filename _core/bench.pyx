@@ -19,8 +19,8 @@ from .kernels import require_level
 from .memory import advise_huge, anonymous
 from .cache import sliding_windows
 from .team cimport kv_team, kv_team_barrier, kv_team_grab, kv_team_run, kv_team_take
-from .cache cimport (Cache, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_of, tiles_evicted, tiles_packed,
-                  window_tile)
+from .cache cimport (Cache, CacheLayer, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_bytes, tile_of,
+                     tiles_evicted, tiles_packed, window_bytes, window_tile)
 from .weights import pack, packed_size, type_id
 
 cdef extern from "stream.h":
@@ -183,17 +183,17 @@ def bytes_read(KVCache kv not None, n_tokens=None):
     default: those that are): visible tiles, the tokens of the window, and the sinks."""
     cdef const Cache* c = &kv.c
     cdef int64_t n = kv.c.n_tokens if n_tokens is None else n_tokens, packed, tiles, window, sinks
-    cdef int64_t layer, first, sight, total = 0
+    cdef const CacheLayer* of
+    cdef int64_t layer, first, total = 0
     if n < 0:
         raise ValueError(f"n_tokens cannot be negative: {n}")
     packed = tiles_packed(c, n)
     for layer in range(c.n_layers):
-        first, sight = first_tile(c, layer, n - 1, packed), c.layers[layer].sight
+        first, of = first_tile(c, layer, n - 1, packed), &c.layers[layer]
         tiles = max(packed - first, <int64_t>0)
         window = max(<int64_t>0, n - c.n_sinks - KV_TILE * max(packed, first))
-        sinks = 0 if sight and n - sight >= c.n_sinks else min(n, c.n_sinks)
-        total += c.n_kv_heads * (tiles * (c.k_bytes + c.v_bytes)
-                                 + window * (c.window_k_bytes + c.window_v_bytes) // KV_TILE
+        sinks = 0 if of.sight and n - of.sight >= c.n_sinks else min(n, c.n_sinks)
+        total += c.n_kv_heads * (tiles * tile_bytes(of) + window * window_bytes(of) // KV_TILE
                                  + 4 * sinks * (c.head_dim + c.head_pad))
     return int(total)
 
@@ -221,37 +221,42 @@ def fill(KVCache kv not None, n_tokens, seed=0):
     RuntimeError when another thread is using the cache."""
     if not 0 <= n_tokens < 1 << 32:
         raise ValueError(f"n_tokens must be at least 0, and less than {1 << 32}: not {n_tokens}")
-    rng = np.random.default_rng(seed)
-    ring = _tiles(&kv.c, kv.c.k, kv.c.v, rng)
-    window = _tiles(&kv.c, kv.c.wk, kv.c.wv, rng)
+    cdef const CacheLayer* of
+    cdef int64_t layer
+    rng, made = np.random.default_rng(seed), {}      # layers of the same formats get the same tiles
+    for layer in range(kv.c.n_layers):
+        of = &kv.c.layers[layer]
+        if (<size_t>of.k, <size_t>of.v) not in made:
+            made[<size_t>of.k, <size_t>of.v] = _tiles(&kv.c, of.k, of.v, rng), _tiles(&kv.c, of.wk, of.wv, rng)
     sinks = rng.standard_normal(kv.c.n_sinks * kv.c.head_dim, np.float32)
     if not kv.lock.acquire(blocking=False):
         raise RuntimeError("this cache is in use by another thread")
     try:
         kv.c.n_tokens, kv.c.packed_ever = n_tokens, 0
-        _copy(&kv.c, ring, window, sinks, n_tokens)
+        for layer in range(kv.c.n_layers):
+            of = &kv.c.layers[layer]
+            ring, window = made[<size_t>of.k, <size_t>of.v]
+            _copy(&kv.c, layer, ring, window, sinks, n_tokens)
     finally:
         kv.lock.release()
 
 
-cdef _copy(const Cache* c, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] window, const float[::1] sinks,
-           int64_t n_tokens):
-    """Every tile that is left, in every layer and head, from the variants in turn."""
-    cdef int64_t layer, head, tile, i, j, packed = tiles_packed(c, n_tokens)
-    cdef int64_t last = tile_of(c, n_tokens - 1)
+cdef _copy(const Cache* c, int64_t layer, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] window,
+           const float[::1] sinks, int64_t n_tokens):
+    """Every tile that is left, in every head of a layer, from the variants in turn."""
+    cdef int64_t head, tile, i, j, packed = tiles_packed(c, n_tokens), last = tile_of(c, n_tokens - 1)
     with nogil:
-        for layer in range(c.n_layers):
-            for head in range(c.n_kv_heads):
-                for tile in range(tiles_evicted(c, c.layers[layer].n_slots, packed), packed):
-                    i = (tile + head) % VARIANTS
-                    memcpy(ring_tile(c, layer, head, tile), &ring[i, 0], ring.shape[1])
-                for tile in range(packed, last + 1):
-                    i = (tile + head) % VARIANTS
-                    memcpy(window_tile(c, layer, head, tile), &window[i, 0], window.shape[1])
-                for j in range(min(n_tokens, c.n_sinks)):
-                    for i in range(c.head_dim):
-                        sink_keys(c, layer, head)[i * c.sink_lanes + j] = sinks[j * c.head_dim + i]
-                        sink_values(c, layer, head)[j * c.head_pad + i] = -sinks[j * c.head_dim + i]
+        for head in range(c.n_kv_heads):
+            for tile in range(tiles_evicted(c, c.layers[layer].n_slots, packed), packed):
+                i = (tile + head) % VARIANTS
+                memcpy(ring_tile(c, layer, head, tile), &ring[i, 0], ring.shape[1])
+            for tile in range(packed, last + 1):
+                i = (tile + head) % VARIANTS
+                memcpy(window_tile(c, layer, head, tile), &window[i, 0], window.shape[1])
+            for j in range(min(n_tokens, c.n_sinks)):
+                for i in range(c.head_dim):
+                    sink_keys(c, layer, head)[i * c.sink_lanes + j] = sinks[j * c.head_dim + i]
+                    sink_values(c, layer, head)[j * c.head_pad + i] = -sinks[j * c.head_dim + i]
 
 
 # Attention --------------------------------------------------------------------------------------------------

@@ -2,34 +2,46 @@ from libc.stdint cimport int64_t, uint8_t
 
 from .kernels cimport KV_TILE, kv_format
 
-# A layer of a cache. One with a sliding window has only the ring that its queries can see, which is exact at any
-# length: a query at position p sees the tokens after p - sight, the first ones like any other.
+# A layer of a cache: its formats, and where its parts are. For each KV head, one after the other:
+#   sink keys, before RoPE  float32 [head_dim][sink_lanes]
+#   sink values             float32 [n_sinks][head_pad]
+#   window                  n_window_tiles tiles of the window's formats; tile i is in slot i mod n_window_tiles
+#   ring                    n_slots tiles of the chosen formats; tile i is in slot i mod n_slots
+# Tile i holds tokens n_sinks + 64 i to n_sinks + 64 i + 63. Everything starts on a 64-byte boundary.
+#
+# A layer with a sliding window has only the ring that its queries can see, which is exact at any length: a query at
+# position p sees the tokens after p - sight, the first ones like any other.
 ctypedef struct CacheLayer:
     int64_t sight               # newest tokens that a query sees, itself included; 0: all that the cache has left
     int64_t n_slots
     int64_t start, head_bytes   # offset of its first head, and the size of each
+    int64_t sink_v, windows, ring                           # offsets of the parts of a head
+    int64_t k_bytes, v_bytes, window_k_bytes, window_v_bytes                # of a tile
+    const kv_format* k                                      # of the ring
+    const kv_format* v
+    const kv_format* wk                                     # of the window
+    const kv_format* wv
 
 
-# Geometry and memory of one cache. For each layer and KV head, one after the other:
-#   sink keys, before RoPE  float32 [head_dim][sink_lanes]
-#   sink values             float32 [n_sinks][head_pad]
-#   window                  n_window_tiles tiles of the window's format; tile i is in slot i mod n_window_tiles
-#   ring                    n_slots tiles of the chosen formats; tile i is in slot i mod n_slots (the layer's n_slots)
-# Tile i holds tokens n_sinks + 64 i to n_sinks + 64 i + 63. Everything starts on a 64-byte boundary.
+# What the layers of a cache have in common, and its memory.
 ctypedef struct Cache:
     int64_t n_layers, n_kv_heads, head_dim, head_pad
     int64_t n_sinks, sink_lanes, window, n_window_tiles
     int64_t n_slots, min_slots, n_sliding                   # ring of a layer without sight; smallest ring; layers with
-    int64_t sink_v, windows, ring                           # offsets of the parts of a head
-    int64_t k_bytes, v_bytes, window_k_bytes, window_v_bytes
     int64_t n_tokens
     int64_t packed_ever                                     # tiles packed before a truncation, 0 if no ring lost any
     CacheLayer* layers
-    const kv_format* k
-    const kv_format* v
-    const kv_format* wk                                      # formats of the window
-    const kv_format* wv
     uint8_t* base
+
+
+cdef inline int64_t tile_bytes(const CacheLayer* layer) noexcept nogil:
+    """Bytes of a tile in the ring: its keys, then its values."""
+    return layer.k_bytes + layer.v_bytes
+
+
+cdef inline int64_t window_bytes(const CacheLayer* layer) noexcept nogil:
+    """Bytes of a tile in the window."""
+    return layer.window_k_bytes + layer.window_v_bytes
 
 
 cdef inline uint8_t* head_at(const Cache* c, int64_t layer, int64_t head) noexcept nogil:
@@ -41,17 +53,19 @@ cdef inline float* sink_keys(const Cache* c, int64_t layer, int64_t head) noexce
 
 
 cdef inline float* sink_values(const Cache* c, int64_t layer, int64_t head) noexcept nogil:
-    return <float*>(head_at(c, layer, head) + c.sink_v)
+    return <float*>(head_at(c, layer, head) + c.layers[layer].sink_v)
 
 
 cdef inline uint8_t* window_tile(const Cache* c, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
     """Keys of a window tile; its values follow window_k_bytes later."""
-    return head_at(c, layer, head) + c.windows + tile % c.n_window_tiles * (c.window_k_bytes + c.window_v_bytes)
+    cdef const CacheLayer* of = &c.layers[layer]
+    return head_at(c, layer, head) + of.windows + tile % c.n_window_tiles * window_bytes(of)
 
 
 cdef inline uint8_t* ring_tile(const Cache* c, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
     """Keys of a ring tile; its values follow k_bytes later. Never called for a ring without slots."""
-    return head_at(c, layer, head) + c.ring + tile % c.layers[layer].n_slots * (c.k_bytes + c.v_bytes)
+    cdef const CacheLayer* of = &c.layers[layer]
+    return head_at(c, layer, head) + of.ring + tile % of.n_slots * tile_bytes(of)
 
 
 cdef inline int64_t tile_of(const Cache* c, int64_t position) noexcept nogil:

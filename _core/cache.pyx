@@ -45,8 +45,8 @@ def sliding_windows(description):
     return windows
 
 
-cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:
-    """Fills the geometry but for the layers."""
+cdef int _lay_out(Cache* c, description, ctx, sinks, window) except -1:
+    """Fills what the layers have in common."""
     if sinks < 0 or window < 0:
         raise ValueError(f"sinks and window cannot be negative: {sinks}, {window}")
     if ctx < sinks + window + KV_TILE:
@@ -56,33 +56,37 @@ cdef int _lay_out(Cache* c, description, k, v, ctx, sinks, window) except -1:
         raise ValueError(f"head_dim {description.head_dim} is not between 1 and {KV_MAX_HEAD_DIM}")
     if ctx >= 1 << 32:
         raise ValueError(f"a context of {ctx} is out of range")
-    c.k, c.v = _format(k), _format(v)
-    c.wk = &kernels().format[KV_FORMAT_F32 if k == "f32" else KV_FORMAT_F16]
-    c.wv = &kernels().format[KV_FORMAT_F32 if v == "f32" else KV_FORMAT_F16]
     c.n_layers, c.n_kv_heads, c.head_dim = description.n_layers, description.n_kv_heads, description.head_dim
     c.head_pad = kv_head_pad(c.head_dim)
     c.n_sinks, c.window = sinks, window
     c.sink_lanes = (c.n_sinks + 15) // 16 * 16
     c.n_window_tiles = (window + 2 * KV_TILE - 1) // KV_TILE
     c.n_slots = (ctx - sinks - window + KV_TILE - 1) // KV_TILE
-    c.k_bytes, c.v_bytes = c.k.k_bytes(c.head_dim), c.v.v_bytes(c.head_dim)
-    c.window_k_bytes, c.window_v_bytes = c.wk.k_bytes(c.head_dim), c.wv.v_bytes(c.head_dim)
-    c.sink_v = 4 * c.head_dim * c.sink_lanes
-    c.windows = c.sink_v + 4 * c.n_sinks * c.head_pad
-    c.ring = c.windows + c.n_window_tiles * (c.window_k_bytes + c.window_v_bytes)
     return 0
 
 
-cdef CacheLayer _lay_out_layer(const Cache* c, int64_t sight) noexcept:
+cdef const kv_format* _in_window(const kv_format* ring) noexcept:
+    """The format that a tile has before it is packed into one of the ring's."""
+    cdef const kv_format* f32 = &kernels().format[KV_FORMAT_F32]
+    return f32 if ring == f32 else &kernels().format[KV_FORMAT_F16]
+
+
+cdef CacheLayer _lay_out_layer(const Cache* c, const kv_format* k, const kv_format* v, int64_t sight) noexcept:
     """A layer at offset 0. A sliding window that no token can reach beyond is none."""
     cdef CacheLayer layer
     cdef int64_t most = c.n_sinks + KV_TILE * c.n_slots + c.window + KV_TILE - 1   # tokens that such a layer shows
+    layer.k, layer.v, layer.wk, layer.wv = k, v, _in_window(k), _in_window(v)
+    layer.k_bytes, layer.v_bytes = layer.k.k_bytes(c.head_dim), layer.v.v_bytes(c.head_dim)
+    layer.window_k_bytes, layer.window_v_bytes = layer.wk.k_bytes(c.head_dim), layer.wv.v_bytes(c.head_dim)
+    layer.sink_v = 4 * c.head_dim * c.sink_lanes
+    layer.windows = layer.sink_v + 4 * c.n_sinks * c.head_pad
+    layer.ring = layer.windows + c.n_window_tiles * window_bytes(&layer)
     layer.start = 0
     layer.sight = sight if sight < most else 0
     layer.n_slots = c.n_slots
     if layer.sight:    # the oldest in sight are in the ring unless the window, which is no longer than this, has them
         layer.n_slots = (sight - c.window + KV_TILE - 1) // KV_TILE if sight > c.window else 0
-    layer.head_bytes = c.ring + layer.n_slots * (c.k_bytes + c.v_bytes)
+    layer.head_bytes = layer.ring + layer.n_slots * tile_bytes(&layer)
     return layer
 
 
@@ -93,9 +97,15 @@ def kv_bytes(description, k="f16", v="f16", ctx=2048, sinks=4, window=64):
     as KVCache does.
     """
     cdef Cache c
-    _lay_out(&c, description, k, v, ctx, sinks, window)
-    counts = Counter(min(w, MAX_TOKENS) for w in sliding_windows(description))
-    return sum(n * int(c.n_kv_heads) * int(_lay_out_layer(&c, w).head_bytes) for w, n in counts.items())
+    cdef CacheLayer layer
+    cdef const kv_format* keys
+    cdef const kv_format* values
+    _lay_out(&c, description, ctx, sinks, window)
+    keys, values, total = _format(k), _format(v), 0
+    for sight, n in Counter(min(w, MAX_TOKENS) for w in sliding_windows(description)).items():
+        layer = _lay_out_layer(&c, keys, values, sight)
+        total += n * int(c.n_kv_heads) * int(layer.head_bytes)
+    return total
 
 
 # Parts in use -------------------------------------------------------------------------------------------------------
@@ -124,11 +134,11 @@ cdef Tiles _tiles(const Cache* c, int64_t layer) noexcept nogil:
 
 cdef int64_t _state_bytes(const Cache* c) noexcept nogil:
     cdef Tiles t
+    cdef const CacheLayer* of
     cdef int64_t layer, bytes = 0
     for layer in range(c.n_layers):
-        t = _tiles(c, layer)
-        bytes += (c.windows + (t.packed - t.first) * (c.k_bytes + c.v_bytes)
-                  + (t.end - t.packed) * (c.window_k_bytes + c.window_v_bytes))
+        t, of = _tiles(c, layer), &c.layers[layer]
+        bytes += of.windows + (t.packed - t.first) * tile_bytes(of) + (t.end - t.packed) * window_bytes(of)
     return bytes * c.n_kv_heads
 
 
@@ -167,15 +177,15 @@ cdef void _move_parts(const Cache* c, uint8_t* other, Direction direction) noexc
     """Moves what is in use: for each layer and head its sinks, ring tiles and window tiles, oldest first."""
     cdef int64_t layer, head, tile
     cdef Tiles t
+    cdef const CacheLayer* of
     for layer in range(c.n_layers):
-        t = _tiles(c, layer)
+        t, of = _tiles(c, layer), &c.layers[layer]
         for head in range(c.n_kv_heads):
-            other = _move(c, head_at(c, layer, head), c.windows, other, direction)
+            other = _move(c, head_at(c, layer, head), of.windows, other, direction)
             for tile in range(t.first, t.packed):
-                other = _move(c, ring_tile(c, layer, head, tile), c.k_bytes + c.v_bytes, other, direction)
+                other = _move(c, ring_tile(c, layer, head, tile), tile_bytes(of), other, direction)
             for tile in range(t.packed, t.end):
-                other = _move(c, window_tile(c, layer, head, tile), c.window_k_bytes + c.window_v_bytes, other,
-                              direction)
+                other = _move(c, window_tile(c, layer, head, tile), window_bytes(of), other, direction)
 
 
 cdef void _clear_gap(const Cache* c) noexcept nogil:
@@ -184,17 +194,28 @@ cdef void _clear_gap(const Cache* c) noexcept nogil:
     for layer in range(c.n_layers):
         for head in range(c.n_kv_heads):
             for tile in range(tiles_packed(c, c.n_tokens), _tiles(c, layer).first):
-                memset(window_tile(c, layer, head, tile), 0, c.window_k_bytes + c.window_v_bytes)
+                memset(window_tile(c, layer, head, tile), 0, window_bytes(&c.layers[layer]))
 
 
 cdef void _back_to_window(const Cache* c, int64_t layer, int64_t head, int64_t tile, float* scratch) noexcept nogil:
     """Unpacks a ring tile into the window. scratch: [64][head_pad]."""
+    cdef const CacheLayer* of = &c.layers[layer]
     cdef const uint8_t* packed = ring_tile(c, layer, head, tile)
     cdef uint8_t* window = window_tile(c, layer, head, tile)
-    c.k.unpack_k(packed, c.head_dim, scratch)
-    c.wk.pack_k(scratch, c.head_dim, window)
-    c.v.unpack_v(packed + c.k_bytes, c.head_dim, scratch)
-    c.wv.pack_v(scratch, c.head_dim, window + c.window_k_bytes)
+    of.k.unpack_k(packed, c.head_dim, scratch)
+    of.wk.pack_k(scratch, c.head_dim, window)
+    of.v.unpack_v(packed + of.k_bytes, c.head_dim, scratch)
+    of.wv.pack_v(scratch, c.head_dim, window + of.window_k_bytes)
+
+
+cdef dict _layer_geometry(const CacheLayer* of):
+    cdef const kv_format* table = &kernels().format[0]
+    return {
+        "start": of.start, "head_bytes": of.head_bytes, "sight": of.sight, "n_slots": of.n_slots,
+        "sink_v": of.sink_v, "windows": of.windows, "ring": of.ring, "k_bytes": of.k_bytes, "v_bytes": of.v_bytes,
+        "window_k_bytes": of.window_k_bytes, "window_v_bytes": of.window_v_bytes, "k_format": of.k - table,
+        "v_format": of.v - table, "wk_format": of.wk - table, "wv_format": of.wv - table,
+    }
 
 
 cdef class KVCache:
@@ -208,7 +229,7 @@ cdef class KVCache:
     """
 
     def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64, prefault=False):
-        _lay_out(&self.c, engine.description, k, v, ctx, sinks, window)
+        _lay_out(&self.c, engine.description, ctx, sinks, window)
         self.k, self.v, self.ctx = k, v, ctx
         self.description = engine.description
         self.sliding_windows = sliding_windows(engine.description)
@@ -242,13 +263,15 @@ cdef class KVCache:
     cdef int _lay_out_layers(self) except -1:
         cdef Cache* c = &self.c
         cdef CacheLayer layer
+        cdef const kv_format* k = _format(self.k)
+        cdef const kv_format* v = _format(self.v)
         cdef int64_t i, at = 0
         c.layers = <CacheLayer*>calloc(max(c.n_layers, <int64_t>1), sizeof(CacheLayer))
         if c.layers == NULL:
             raise MemoryError
         c.min_slots = MAX_TOKENS
         for i in range(c.n_layers):
-            layer = _lay_out_layer(c, min(self.sliding_windows[i], MAX_TOKENS))
+            layer = _lay_out_layer(c, k, v, min(self.sliding_windows[i], MAX_TOKENS))
             layer.start = at
             at += c.n_kv_heads * layer.head_bytes
             c.layers[i], c.min_slots = layer, min(c.min_slots, layer.n_slots)
@@ -290,20 +313,17 @@ cdef class KVCache:
         return np.frombuffer(self.memory, np.uint8)[:self.nbytes]
 
     def geometry(self):
-        """The layout for kernels that are not the core's: numbers of cache.pxd by name, formats as in enum kv_format_id,
-        and `layers`, for each its start, head_bytes, sight and n_slots."""
+        """The layout for kernels that are not the core's: numbers of cache.pxd by name, formats as in enum
+        kv_format_id, and `layers`, for each its start, head_bytes, sight, n_slots, offsets, sizes and formats. The last
+        three are beside `layers`, too: the first layer's."""
         cdef const Cache* c = &self.c
-        names = list(KV_FORMATS)
-        exact = {name: KV_FORMAT_F32 if name == "f32" else KV_FORMAT_F16 for name in (self.k, self.v)}
+        layers = [_layer_geometry(&c.layers[i]) for i in range(c.n_layers)]
+        places = ("start", "head_bytes", "sight", "n_slots")
         return {
             "n_kv_heads": c.n_kv_heads, "head_dim": c.head_dim, "head_pad": c.head_pad, "n_sinks": c.n_sinks,
             "sink_lanes": c.sink_lanes, "window": c.window, "n_window_tiles": c.n_window_tiles, "n_slots": c.n_slots,
-            "n_sliding": c.n_sliding, "sink_v": c.sink_v, "windows": c.windows, "ring": c.ring, "k_bytes": c.k_bytes,
-            "v_bytes": c.v_bytes, "window_k_bytes": c.window_k_bytes, "window_v_bytes": c.window_v_bytes,
-            "k_format": names.index(self.k), "v_format": names.index(self.v), "wk_format": exact[self.k],
-            "wv_format": exact[self.v],
-            "layers": [{"start": c.layers[i].start, "head_bytes": c.layers[i].head_bytes, "sight": c.layers[i].sight,
-                        "n_slots": c.layers[i].n_slots} for i in range(c.n_layers)],
+            "n_sliding": c.n_sliding, **{name: n for name, n in layers[0].items() if name not in places},
+            "layers": layers,
         }
 
     def count(self, n_tokens, packed_ever):
@@ -318,25 +338,26 @@ cdef class KVCache:
         """int64 [m, 2]: offsets and sizes of what is in use, or of what `truncate(keep)` reads and writes; sinks and
         window always whole. Raises ValueError unless 0 <= keep <= n_tokens."""
         cdef const Cache* c = &self.c
-        cdef int64_t layer, head, first, end, slot, run, bytes = c.k_bytes + c.v_bytes
+        cdef const CacheLayer* of
+        cdef int64_t layer, head, first, end, slot, run, bytes
         cdef Tiles t
         if keep is not None and not 0 <= keep <= c.n_tokens:
             raise ValueError(f"cannot keep {keep} tokens: the cache has {c.n_tokens}")
         parts = []
         for layer in range(c.n_layers):
-            t = _tiles(c, layer)
-            first, end = t.first, t.packed
+            t, of = _tiles(c, layer), &c.layers[layer]
+            first, end, bytes = t.first, t.packed, tile_bytes(of)
             if keep is not None:
                 first, end = max(first, tiles_packed(c, keep)), min(end, tile_of(c, keep - 1) + 1)
             for head in range(c.n_kv_heads):
-                at = c.layers[layer].start + head * c.layers[layer].head_bytes
-                parts.append((at, c.ring))
-                slot = first % c.layers[layer].n_slots if first < end else 0
-                run = min(end - first, c.layers[layer].n_slots - slot)
+                at = of.start + head * of.head_bytes
+                parts.append((at, of.ring))
+                slot = first % of.n_slots if first < end else 0
+                run = min(end - first, of.n_slots - slot)
                 if first < end:
-                    parts.append((at + c.ring + slot * bytes, run * bytes))
+                    parts.append((at + of.ring + slot * bytes, run * bytes))
                 if first + run < end:
-                    parts.append((at + c.ring, (end - first - run) * bytes))
+                    parts.append((at + of.ring, (end - first - run) * bytes))
         return np.array(parts, np.int64).reshape(-1, 2)
 
     def reset(self):
@@ -428,6 +449,7 @@ cdef class KVCache:
     cdef int _clear_unused(self) except -1:
         """Zeros in lanes that no token has reached: what an earlier text left there is nobody's business."""
         cdef Cache* c = &self.c
+        cdef const CacheLayer* of
         cdef int64_t layer, head, lane, i, tile = tile_of(c, c.n_tokens - 1), used = min(c.n_tokens, c.n_sinks)
         cdef int64_t filled = KV_TILE
         cdef float* keys
@@ -436,6 +458,7 @@ cdef class KVCache:
         if tile >= tiles_packed(c, c.n_tokens):
             filled = c.n_tokens - c.n_sinks - tile * KV_TILE
         for layer in range(c.n_layers):
+            of = &c.layers[layer]
             for head in range(c.n_kv_heads):
                 keys = sink_keys(c, layer, head)
                 for i in range(c.head_dim):
@@ -444,6 +467,6 @@ cdef class KVCache:
                        (c.n_sinks - used) * c.head_pad * sizeof(float))
                 window = window_tile(c, layer, head, max(tile, <int64_t>0))
                 for lane in range(filled, KV_TILE):
-                    c.wk.put_k(window, c.head_dim, lane, &zeros[0])
-                    c.wv.put_v(window + c.window_k_bytes, c.head_dim, lane, &zeros[0])
+                    of.wk.put_k(window, c.head_dim, lane, &zeros[0])
+                    of.wv.put_v(window + of.window_k_bytes, c.head_dim, lane, &zeros[0])
         return 0

@@ -15,7 +15,7 @@ ctypedef struct Codes:
     int32_t* sum                # [rows][planes][blocks]
     int32_t* offset             # [rows][planes][2 blocks]
 
-# Buffers of one call; [rows] is the larger of tokens and threads, since each thread prepares its own input for one token.
+# Buffers of one call; [rows] is the larger of tokens and threads: of one token each thread prepares its own input.
 ctypedef struct RunState:
     float* x                    # [n][hidden_pad] residual stream
     float* branch               # [n][hidden_pad] what is to be added to it, where it is not added at once

@@ -366,7 +366,8 @@ cdef class Engine:
 
     cdef void _buffers(self, _Arena arena, Call* call) noexcept:
         cdef RunState* run = &call.run
-        cdef int64_t n = call.plan.n, rows = max(n, <int64_t>self.threads), gates = whole_panels(self.c.intermediate_size)
+        cdef int64_t n = call.plan.n, rows = max(n, <int64_t>self.threads)
+        cdef int64_t gates = whole_panels(self.c.intermediate_size)
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
         run.input_width = whole_panels(widest)
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)

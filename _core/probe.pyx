@@ -11,10 +11,9 @@ import numpy as np
 
 from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, plan_buffers,
                          plan_chunk, plan_queries)
-from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, KV_TILE, kernels,
-                       kernels_of, kv_format, kv_head_pad, kv_input, kv_kernels,
-                       kv_weight_of)
-from .cache cimport Cache, KVCache
+from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, KV_TILE, kernels, kernels_of,
+                       kv_format, kv_head_pad, kv_input, kv_kernels, kv_weight_of)
+from .cache cimport Cache, CacheLayer, KVCache
 from .team cimport kv_team, kv_team_barrier, kv_team_run, kv_team_take
 from .weights import packed_size, type_id
 
@@ -232,14 +231,14 @@ cdef void _chunk(void* arg, kv_team* team, int thread) noexcept nogil:
         combine(p, 0, t, s.out + t * width)
 
 
-cdef Cache _at_level(const Cache* c, const kv_kernels* kern) noexcept nogil:
-    """The same cache, its formats those of another level: the bytes of a tile are the same at each."""
-    cdef Cache other = c[0]
+cdef CacheLayer _at_level(const CacheLayer* layer, const kv_kernels* kern) noexcept nogil:
+    """The same layer, its formats those of another level: the bytes of a tile are the same at each."""
+    cdef CacheLayer other = layer[0]
     cdef const kv_format* used = &kernels().format[0]
-    other.k = &kern.format[c.k - used]
-    other.v = &kern.format[c.v - used]
-    other.wk = &kern.format[c.wk - used]
-    other.wv = &kern.format[c.wv - used]
+    other.k = &kern.format[layer.k - used]
+    other.v = &kern.format[layer.v - used]
+    other.wk = &kern.format[layer.wk - used]
+    other.wv = &kern.format[layer.wv - used]
     return other
 
 
@@ -275,11 +274,13 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
                 const kv_kernels* kern):
     cdef Chunk chunk
     cdef Ropes ropes
-    cdef Cache cache = _at_level(&kv.c, kern)
+    cdef Cache cache = kv.c
+    cdef CacheLayer layer = _at_level(&kv.c.layers[0], kern)
     cdef int64_t n = k.shape[0], n_heads = (k if q is None else q).shape[1] // cache.head_dim
     cdef uint8_t[::1] block
     cdef const float[:, ::1] queries
     cdef float[:, ::1] out
+    cache.layers = &layer
     memset(&chunk, 0, sizeof(Chunk))
     chunk.k, chunk.v = &k[0, 0], &v[0, 0]
     memset(&ropes, 0, sizeof(Ropes))

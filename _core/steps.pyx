@@ -51,8 +51,8 @@ cdef inline void _norm(const Call* call, const Norm* norm, const float* x, float
 
 # Inputs of matrices -------------------------------------------------------------------------------------------------
 #
-# A chunk's are prepared once for all threads. Of a single token each thread prepares a copy of its own, which costs less
-# than to wait for another's; so `_own` is where a thread's rows begin.
+# A chunk's are prepared once for all threads. Of a single token each thread prepares a copy of its own, which costs
+# less than to wait for another's; so `_own` is where a thread's rows begin.
 
 cdef inline int64_t _own(const Worker* w, int64_t n) noexcept nogil:
     return w.thread if n == 1 else 0

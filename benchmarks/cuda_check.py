@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests" / "cuda"), str(ROOT / "benchmarks")]
-
 from kvrun import _core
-from kvrun.cuda import abi, launch as launches, open_device
+from kvrun.cuda import abi, open_device
+from kvrun.cuda import launch as launches
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q6_k")
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))  # small models for comparisons are made as the tests make them
+
+TYPES = tuple(_core.WEIGHT_TYPES)
 FORMATS = ("f32", "f16", "q8", "q4", "q2", "q4/q2")
 DEEP = 32_768
 START = time.perf_counter()
@@ -78,7 +79,7 @@ def stage_compile(device: Any) -> None:
 
 def show(name: str, logits: np.ndarray, expected: np.ndarray) -> None:
     """Differences relative to the largest logit: of most and of half of the tokens; and how often both agree."""
-    from tiny_models import difference
+    from support.cuda.tiny_models import difference
 
     same = float((logits.argmax(1) == expected.argmax(1)).mean())
     most, half = difference(logits, expected), difference(logits, expected, 0.5)
@@ -87,7 +88,7 @@ def show(name: str, logits: np.ndarray, expected: np.ndarray) -> None:
 
 def stage_equal(device: Any) -> None:
     """Logits of tiny models beside the CPU's: weight types, caches, kinds of model; sessions that change sides."""
-    from tiny_models import engines, feed, tiny, tokens
+    from support.cuda.tiny_models import engines, feed, tiny, tokens
 
     def compare(
         name: str, model: Any, kv: str = "f16", chunks: tuple[int, ...] = (1,), n: int = 140, **options: Any
@@ -144,7 +145,7 @@ def stage_equal(device: Any) -> None:
 
 
 def _sides(device: Any) -> None:
-    from tiny_models import engines, feed, tiny, tokens
+    from support.cuda.tiny_models import engines, feed, tiny, tokens
 
     model = tiny("q4_0")
     ids = tokens(model.description, 500)
@@ -168,9 +169,8 @@ def _sides(device: Any) -> None:
 
 def _deep(device: Any) -> None:
     """Caches that are filled far beyond what other comparisons reach, by tokens and by a chunk."""
-    from tiny_models import engines, feed, tiny, tokens
-
     from kvrun._core import bench as core
+    from support.cuda.tiny_models import engines, feed, tiny, tokens
 
     for head_dim, n_heads, n_kv_heads in ((128, 4, 4), (64, 8, 1)):
         for kv in FORMATS:
@@ -382,7 +382,7 @@ def stage_peers(device: Any) -> None:
         torch.set_default_dtype(torch.float32)
         say("  the model is there")
         ids = torch.randint(0, 32000, (1, 4096))
-        for name in ("warm", "measured"):
+        for _name in ("warm", "measured"):
             torch.cuda.synchronize()
             began = time.perf_counter()
             out = model(ids, use_cache=True, logits_to_keep=1)

@@ -12,6 +12,7 @@ the same (let it be several times --ctx, and a quarter of --tokens a multiple of
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def run(engine, cache, tokens: np.ndarray, restart: int | None = None) -> dict[s
     bounds = [n * i // QUARTERS for i in range(QUARTERS + 1)]
     found: dict[str, list[float]] = {"perplexity": [], "resident_mb": []}
     cache.reset()
-    for first, last in zip(bounds, bounds[1:]):
+    for first, last in itertools.pairwise(bounds):
         nll, start = 0.0, first
         while start < last:
             if restart and cache.n_tokens >= restart:

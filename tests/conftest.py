@@ -4,43 +4,96 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
-FIXTURES = Path(__file__).parent / "fixtures"
+from support import FIXTURES, cases
+from support.logits import Reference, reference_of
+
+# Random numbers are the same in every run, so that a change alone decides whether a test fails. KVRUN_SEED=random draws
+# others for a search, KVRUN_SEED=NUMBER repeats such a run.
+SEED = "KVRUN_SEED"
+hypothesis.settings.register_profile("kvrun", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("kvrun")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What transformers makes of `tokens` in float32 (see fixtures/make_fixtures.py)."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the cases marked thorough too: everything")
 
-    tokens: np.ndarray  # int32 [n]
-    positions: np.ndarray  # int32 [p]
-    logits: np.ndarray  # float32 [p, vocab]: at these positions, whole
-    columns: np.ndarray  # int32 [c]
-    column_logits: np.ndarray  # float32 [n, c]: of these ids, at every position
 
-    def error(self, logits: np.ndarray) -> float:
-        """Largest difference of float32 [n, vocab] from the reference, relative to its largest logit."""
-        assert logits.shape == (len(self.tokens), self.logits.shape[1])
-        largest = max(np.abs(self.logits).max(), np.abs(self.column_logits).max())
-        differences = (
-            np.abs(logits[self.positions] - self.logits).max(),
-            np.abs(logits[:, self.columns] - self.column_logits).max(),
-        )
-        return float(max(differences) / largest)
+def pytest_configure(config: pytest.Config) -> None:
+    cases.set_run_all(config.getoption("--all"))
+    if os.environ.get(SEED) == "random":
+        os.environ[SEED] = str(secrets.randbits(32))  # for processes started from here too
+    base_seed()
+
+
+def pytest_report_header() -> str:
+    return f"{SEED}={base_seed()}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if base_seed() and hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            hypothesis.seed(base_seed())(item.obj)
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    quick = quick_run(items)
+    config.hook.pytest_deselected(items=[item for item in items if item not in quick])
+    items[:] = [item for item in items if item in quick]
+
+
+def quick_run(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Those that are neither thorough nor a combination that a crossed test can do without."""
+    quick, crossed = set(), {}
+    for item in items:
+        if item.get_closest_marker("thorough"):
+            continue
+        if item.get_closest_marker("crossed") and hasattr(item, "callspec"):
+            crossed.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        else:
+            quick.add(item)
+    for cases_of_test in crossed.values():
+        chosen = cases.covering([parameters(item) for item in cases_of_test])
+        quick.update(cases_of_test[i] for i in chosen)
+    return quick
+
+
+def parameters(item: pytest.Item) -> dict[str, str]:
+    """{argument names of a parametrize: their values} of a case."""
+    found = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].replace(",", " ").split() if isinstance(mark.args[0], str) else mark.args[0]
+        found[" ".join(names)] = repr([item.callspec.params[name] for name in names])
+    return found
+
+
+def base_seed() -> int:
+    """What the random numbers of all tests are drawn from."""
+    given = os.environ.get(SEED) or "0"
+    if not given.isdecimal():
+        raise pytest.UsageError(f"{SEED}={given}: neither a whole number nor random")
+    return int(given)
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    """Fresh random numbers each time."""
-    seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")  # shown when a test fails
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number below 2**32, of this test alone: neither the order of tests nor the folder they are in changes it."""
+    name = request.node.path.name + "::" + request.node.nodeid.partition("::")[2]
+    print(f"{SEED}={base_seed()}")  # shown when a test fails
+    return zlib.crc32(f"{base_seed()} {name}".encode())
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """Random numbers of this test alone."""
     return np.random.default_rng(seed)
 
 
@@ -48,6 +101,22 @@ def source_path(name: str) -> Path:
     """The checkpoint folder or GGUF file of a fixture."""
     folder = FIXTURES / "checkpoints" / name
     return folder if folder.is_dir() else FIXTURES / "gguf" / f"{name}.gguf"
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """family(name, type="f32"): the model file of a fixture in families/, written once in a session."""
+    from kvrun.convert import convert
+
+    folder = tmp_path_factory.mktemp("families")
+
+    def path(name: str, type: str = "f32") -> Path:
+        target = folder / f"{name}.{type}.bin"
+        if not target.exists():
+            convert(FIXTURES / "families" / name, target, type)
+        return target
+
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +129,7 @@ def source() -> Callable[[str], Path]:
 def reference() -> Callable[[str], Reference]:
     """reference(name): tokens and logits of a fixture."""
 
-    def load(name: str) -> Reference:
-        with np.load(FIXTURES / "logits" / f"{name}.npz") as data:
-            return Reference(**{key: data[key] for key in data.files})
-
-    return load
+    return reference_of
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,10 @@ fixtures/make_families.py made the checkpoints, with transformers, and says what
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Reference
-from kernel_level import errors_at_level
-from numpy_llama import NumpyLlama
-
-sys.path.append(str(Path(__file__).parent / "core"))
-from test_sliding import SlidingLlama
 
 from kvrun import _core
 from kvrun.commands.inspect import inspect, lines
@@ -23,50 +16,12 @@ from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError, KvrunError
 from kvrun.files.model_file import read_model_file
 from kvrun.model import load
+from support.families import CHUNKS, FAMILIES, LOGITS_OF_LENGTH, NAMES, TOLERANCE, cache_of, engine_of, expected_of, run
+from support.kernel_level import errors_at_level
+from support.numpy_llama import NumpyLlama
+from support.sliding import SlidingLlama
 
-FAMILIES = Path(__file__).parent / "fixtures" / "families"
-NAMES = sorted(p.name for p in FAMILIES.iterdir())
-CHUNKS = {"at once": [200], "ragged": [1, 2, 63, 64, 65, 5], "one by one": [1] * 200}
-TOLERANCE = 1e-4  # of the largest logit
-LOGITS_OF_LENGTH = {"dynamic-rope": 200}  # tokens that the cache must have room for, as in transformers' run
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """family(name, type): the model file of a fixture, written once."""
-    folder = tmp_path_factory.mktemp("families")
-
-    def path(name, type="f32"):
-        target = folder / f"{name}.{type}.bin"
-        if not target.exists():
-            convert(FAMILIES / name, target, type)
-        return target
-
-    return path
-
-
-def expected_of(name):
-    with np.load(FAMILIES / name / "logits.npz") as data:
-        return Reference(**{key: data[key] for key in data.files if key not in ("ring", "short")})
-
-
-def engine_of(path, threads=1):
-    file = read_model_file(path)
-    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, threads)
-
-
-def run(engine, tokens, chunks, kv="f32", **options):
-    """Logits float32 [n, vocab] of tokens fed in chunks of these sizes."""
-    cache = _core.KVCache(engine, k=kv, v=kv, **{"ctx": 256, "sinks": 4, "window": 64} | options)
-    rows, at = [], 0
-    for n in chunks:
-        rows.append(np.atleast_2d(engine.forward(tokens[at : at + n], cache, logits="all")))
-        at += n
-    return np.concatenate(rows)
-
-
-def cache_of(name):
-    return {"ctx": LOGITS_OF_LENGTH[name]} if name in LOGITS_OF_LENGTH else {}
+pytestmark = pytest.mark.crossed
 
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
@@ -132,7 +87,7 @@ def test_threads_do_not_change_a_bit(name, family):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
 @pytest.mark.parametrize("type", ["q8_0", "q4_1"])
 def test_quantised_experts(name, type, family):
-    """Block types with activations of 16 bits: the float64 model with the same weights, token by token and in chunks."""
+    """Block types with activations of 16 bits: the float64 model with the same weights, by tokens and in chunks."""
     file = read_model_file(family(name, type))
     d, tokens = file.description, expected_of(name).tokens
     assert file.weights["layers.0.mlp.experts.1.down.weight"].type == type
@@ -157,17 +112,8 @@ def test_cache_formats(name, kv, limit, family):
 @pytest.mark.parametrize("level", _core.isa_available())
 def test_every_kernel_level(level, family):
     paths = {name: str(family(name)) for name in ("gpt2", "gpt2-gelu", "gemma2", "phi3", "granite")}
-    errors = errors_at_level(level, "test_families", paths)
+    errors = errors_at_level(level, "support.families", paths)
     assert max(errors.values()) <= TOLERANCE, errors
-
-
-def errors_of(paths):
-    """{name: error} of model files; runs in a process of its own."""
-    errors = {}
-    for name, path in paths.items():
-        expected = expected_of(name)
-        errors[name] = expected.error(run(engine_of(path), expected.tokens, CHUNKS["ragged"]))
-    return errors
 
 
 # --- what the descriptions say --------------------------------------------------------------------

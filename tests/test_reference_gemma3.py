@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_checkpoint import write_checkpoint
-from test_reference_text import greedy
 
 import kvrun
 from kvrun import _core
 from kvrun.commands.inspect import inspect
 from kvrun.convert import convert
 from kvrun.files.model_file import read_model_file
+from support.gguf_checkpoint import write_checkpoint
+from support.greedy import greedy
 
 GREEDY = json.loads((Path(__file__).parent / "fixtures" / "gemma3.json").read_text("utf-8"))["greedy"]
 IDS = [r["user"][:20] for r in GREEDY]

@@ -1,43 +1,17 @@
 """Logits of every fixture against those that transformers computed in float32, however the tokens are fed."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from kernel_level import errors_at_level
-from numpy_llama import NumpyLlama, f16_cache
 
 from kvrun import _core
 from kvrun.files.model_file import read_model_file
+from support.kernel_level import errors_at_level
+from support.logits import CHUNKS, FIXTURES, TOLERANCE, engine_of, run
+from support.numpy_llama import NumpyLlama, f16_cache
 
-FIXTURES = Path(__file__).parent / "fixtures"
+pytestmark = pytest.mark.crossed
+
 NAMES = sorted(p.stem for p in (FIXTURES / "logits").glob("*.npz"))
-CHUNKS = {
-    "at once": [200],
-    "ragged": [1, 2, 63, 64, 65, 5],
-    "sevens": [7] * 28 + [4],
-    "after a tile": [133, 67],
-    "one by one": [1] * 200,
-    "all but one": [199, 1],
-}
-TOLERANCE = 1e-4  # of the largest logit
-
-
-def engine_of(path, threads=1):
-    file = read_model_file(path)
-    return _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, threads)
-
-
-def run(engine, tokens, chunks, kv="f32", **options):
-    """Logits float32 [n, vocab] of tokens fed in chunks of these sizes."""
-    cache = _core.KVCache(engine, k=kv, v=kv, **{"ctx": 256, "sinks": 4, "window": 64} | options)
-    assert sum(chunks) == len(tokens)
-    rows, at = [], 0
-    for n in chunks:
-        rows.append(np.atleast_2d(engine.forward(tokens[at : at + n], cache, logits="all")))
-        at += n
-    assert cache.n_tokens == len(tokens)
-    return np.concatenate(rows)
 
 
 def test_every_fixture_has_its_logits():
@@ -131,17 +105,5 @@ def test_last_all_and_none(name, converted, reference):
 @pytest.mark.parametrize("level", _core.isa_available())
 def test_every_kernel_level(level, converted):
     paths = {name: str(converted(name)) for name in ("grouped-tied", "odd-sizes", "biases", "gguf-q4_1")}
-    errors = errors_at_level(level, "test_reference_logits", paths)
+    errors = errors_at_level(level, "support.logits", paths)
     assert max(errors.values()) <= TOLERANCE, errors
-
-
-def errors_of(paths):
-    """{name: error} of model files; runs in a process of its own."""
-    from conftest import Reference
-
-    errors = {}
-    for name, path in paths.items():
-        with np.load(FIXTURES / "logits" / f"{name}.npz") as data:
-            expected = Reference(**{key: data[key] for key in data.files})
-        errors[name] = expected.error(run(engine_of(path), expected.tokens, CHUNKS["ragged"]))
-    return errors

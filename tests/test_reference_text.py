@@ -9,25 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_checkpoint import write_checkpoint
 
 import kvrun
 from kvrun import _core
 from kvrun.convert import convert
 from kvrun.files.model_file import read_model_file
+from support.gguf_checkpoint import write_checkpoint
+from support.greedy import greedy
+
+pytestmark = pytest.mark.crossed
 
 GREEDY = json.loads((Path(__file__).parent / "fixtures" / "smollm2.json").read_text("utf-8"))["greedy"]
 IDS = [f"{r['kind']}: {r['user'][:20]}" for r in GREEDY]
-
-
-def greedy(engine, prompt_ids: list[int], n: int, kv: str = "f32") -> list[int]:
-    """The n likeliest next ids, one after the other."""
-    cache = _core.KVCache(engine, k=kv, v=kv, ctx=512, sinks=4, window=64)
-    tokens, ids = prompt_ids, []
-    for _ in range(n):
-        tokens = [int(np.argmax(engine.forward(np.array(tokens, np.int32), cache)))]
-        ids += tokens
-    return ids
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,21 @@ EARLY = frozenset(
 the first of a step, which follows a copy, so that all of them find the step written."""
 
 
+TYPE_IDS = {name: row.number for name, row in _core.WEIGHT_TYPES.items()}
+"""Names of weight types, and their numbers in the kernels."""
+
+
 # What the sources say ------------------------------------------------------------------------------------------------
 
 
 def source(module: str) -> str:
-    """The CUDA C++ of a module, with the headers of `kernels/` and of the core put in where they are first included."""
-    return "".join(_inlined(f"{module}.cu", set()))
+    """The CUDA C++ of a module, in one piece."""
+    return with_headers(f"{module}.cu")
+
+
+def with_headers(file: str) -> str:
+    """A file of `kernels/`, with the headers there and of the core put in where they are first included."""
+    return "".join(_inlined(file, set()))
 
 
 def _inlined(name: str, seen: set[str]) -> Iterator[str]:
@@ -67,9 +76,10 @@ def module_of(kernel: str) -> str:
 def constants(file: str) -> dict[str, int]:
     """The whole numbers that a source, headers included, gives names to: by enumerations and #define at the margin.
 
-    Those that depend on what a module is compiled for are left out.
+    Those that depend on what a module is compiled for are left out. The numbers of weight types are the core's table's.
     """
-    text, found = _code("".join(_inlined(file, set()))), dict[str, int]()
+    text = _code(with_headers(file))
+    found = {f"KV_{name.upper()}": number for name, number in TYPE_IDS.items()}
     pattern = re.compile(r"^#define (\w+) +(\d+) *$|^enum(?: \w+)? \{([^}]*)\}", re.MULTILINE)
     for define, value, enumerators in pattern.findall(text):
         if define:
@@ -137,10 +147,11 @@ def structures() -> dict[str, np.dtype]:
 
 SEGMENT, MATRIX, NORM = (structures()[name] for name in ("Segment", "Matrix", "Norm"))
 LAYOUT, STEP, ROPES = (structures()[name] for name in ("CacheLayout", "Step", "Ropes"))
-MAX_SEGMENTS, PANEL, TILE, WARP = (constants("abi.cuh")[name] for name in ("MAX_SEGMENTS", "PANEL", "TILE", "WARP"))
-TYPE_IDS = {name: row.number for name, row in _core.WEIGHT_TYPES.items()}
+BLOCK, MAX_SEGMENTS, PANEL, TILE, WARP = (
+    constants("abi.cuh")[name] for name in ("BLOCK", "MAX_SEGMENTS", "PANEL", "TILE", "WARP")
+)
 ACTIVATIONS = {name: constants("abi.cuh")[f"KV_{name.upper()}"] for name in ("silu", "gelu", "gelu_tanh")}
-"""Names and numbers of weight types and activations, as kernels know them."""
+"""Names of activations, and their numbers in the kernels."""
 
 
 # What is asked of a device -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from kvrun import _core
 from kvrun.cuda import abi
 from kvrun.cuda.cache import CudaKVCache
 from kvrun.cuda.launch.attention import MAX_HEAD_DIM
+from kvrun.cuda.launch.matrix import UNITS
 from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, write_step
 from kvrun.cuda.weights import DeviceWeights
 from kvrun.errors import OptionError
@@ -31,7 +32,7 @@ class CudaEngine:
     """As `_core.Engine`: a model's weights on a device, for any number of caches, each used by one thread at a time.
 
     engine: that of the core with the same tensors, which has checked them. OptionError if the device has no room for
-    them, or the kernels not for the model's heads.
+    them, or its kernels lack the model's size of heads or one of its weight types.
     """
 
     max_chunk = MAX_CHUNK
@@ -48,6 +49,12 @@ class CudaEngine:
             raise OptionError(
                 f"device: the GPU's kernels take heads of at most {MAX_HEAD_DIM} channels, and this model's "
                 f"have {self.description.head_dim}"
+            )
+        unknown = sorted({tensor.type for tensor in weights.values()} - UNITS.keys())
+        if unknown:
+            raise OptionError(
+                f"device: the GPU's kernels do not have the weight type {unknown[0]}, which this model has; they have "
+                f"{', '.join(UNITS)}: convert it with another --type, or run it on the cpu"
             )
         self.sliding_windows, self.threads = engine.sliding_windows, engine.threads
         self._lock = threading.Lock()  # chunks share the workspace

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvrun import _core
-from kvrun.cuda import abi, launch
+from kvrun.cuda import abi
 from kvrun.cuda.abi import PANEL, TYPE_IDS
-from kvrun.errors import OptionError
 
 if TYPE_CHECKING:
     from kvrun.files.description import ModelDescription
@@ -129,11 +128,6 @@ class DeviceWeights:
         value, offset = abi.struct(abi.MATRIX, n_segments=len(names)), 0
         for i, name in enumerate(names):
             tensor = self._weights[f"{name}.weight"]
-            if tensor.type not in launch.matrix.UNITS:
-                raise OptionError(
-                    f"device: the GPU's kernels do not know the type {tensor.type} that {name}.weight has; convert the "
-                    f"model with another --type (they know {', '.join(launch.matrix.UNITS)}), or run it on the cpu"
-                )
             panels = -(-tensor.rows // PANEL)
             segment = value["segments"][0, i : i + 1]
             segment["data"], segment["type"] = self._arena[f"{name}.weight"], TYPE_IDS[tensor.type]

@@ -5,9 +5,6 @@ import json
 import shutil
 
 import pytest
-from test_families import FAMILIES, NAMES
-from test_family_gguf import NAMES as GGUF_NAMES
-from test_family_gguf import write
 
 from kvrun.convert import gguf_source
 from kvrun.convert.fields import Fields
@@ -15,6 +12,9 @@ from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from support.families import FAMILIES, NAMES
+from support.family_gguf import NAMES as GGUF_NAMES
+from support.family_gguf import write
 
 NUMBERS = (0, 1, -1, 2**40, 1e308, 1e-320, 0.5, float("nan"))
 OTHERS = (True, "", "x\ny" * 10_000, [], [[1]] * 6, [1e308] * 6)

@@ -12,7 +12,12 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
-from make_checkpoint import (
+
+from kvrun import _core
+from kvrun.commands import main as cli
+from kvrun.files import model_writer
+from kvrun.files.model_file import read_model_file
+from support.make_checkpoint import (
     CONFIG,
     hf_folder,
     hf_shapes,
@@ -21,11 +26,6 @@ from make_checkpoint import (
     save_safetensors,
     write_json,
 )
-
-from kvrun import _core
-from kvrun.commands import main as cli
-from kvrun.files import model_writer
-from kvrun.files.model_file import read_model_file
 
 
 def run(command, *args, process=False, **options):
@@ -289,7 +289,8 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     assert os.path.getsize(tmp_path / "hf" / "model.safetensors") > 230e6
     code = (
         "from kvrun.commands.main import main\n"
-        f"assert main(['convert', {str(tmp_path / 'hf')!r}, '-o', {str(tmp_path / 'm.bin')!r}, '--no-tokenizer']) == 0\n"
+        f"arguments = [{str(tmp_path / 'hf')!r}, '-o', {str(tmp_path / 'm.bin')!r}, '--no-tokenizer']\n"
+        "assert main(['convert', *arguments]) == 0\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peak = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

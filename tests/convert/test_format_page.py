@@ -5,14 +5,14 @@ import re
 from dataclasses import fields
 
 import numpy as np
-import numpy_reader
 import pytest
-from make_checkpoint import CONFIG, hf_folder
 
 from kvrun import _core
 from kvrun.convert import convert
 from kvrun.files import model_file
 from kvrun.files.description import ModelDescription
+from support import numpy_reader
+from support.make_checkpoint import CONFIG, hf_folder
 
 PAGE = numpy_reader.PAGE
 

@@ -5,14 +5,14 @@ import struct
 from dataclasses import replace
 
 import numpy as np
-import numpy_reader
 import pytest
-from make_checkpoint import CONFIG, hf_folder, hf_shapes, random_tensors, to_bf16, write_json
 
 from kvrun.convert import convert
 from kvrun.convert.fp8 import VALUES, Fp8Tensor
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from support import numpy_reader
+from support.make_checkpoint import CONFIG, hf_folder, hf_shapes, random_tensors, to_bf16, write_json
 
 CONFIG8 = {
     **CONFIG,

@@ -5,12 +5,12 @@ import struct
 
 import pytest
 import sentencepiece
-from strings import varied_strings
 
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.errors import ConvertError
 from kvrun.text.tokenizer import Tokenizer
+from support.strings import varied_strings
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, again and again. It isn't over; they've 1234 more.",

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from make_checkpoint import gguf_vocabulary, save_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
 from kvrun.convert.gguf_tokenizer import PRE_TOKENIZERS
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from support.make_checkpoint import gguf_vocabulary, save_gguf
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 

@@ -6,7 +6,11 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
-from make_checkpoint import (
+
+from kvrun.convert import hf_tokenizer
+from kvrun.convert.source import open_checkpoint
+from kvrun.errors import ConvertError
+from support.make_checkpoint import (
     CONFIG,
     hf_folder,
     hf_shapes,
@@ -15,10 +19,6 @@ from make_checkpoint import (
     tokenizer_json,
     write_json,
 )
-
-from kvrun.convert import hf_tokenizer
-from kvrun.convert.source import open_checkpoint
-from kvrun.errors import ConvertError
 
 CONFIG_NAMES = {
     "vocab_size": "vocab_size",

@@ -2,10 +2,10 @@
 
 import gguf
 import numpy as np
-import numpy_reader
 import pytest
 
 from kvrun import _core
+from support import numpy_reader
 
 SHAPES = [(1, 32), (16, 32), (17, 64), (48, 96), (5, 160), (33, 224)]
 SUPER_SHAPES = [(1, 256), (16, 512), (17, 768), (33, 1280)]

@@ -3,16 +3,16 @@
 from types import SimpleNamespace
 
 import numpy as np
-import numpy_reader
 import pytest
-from make_checkpoint import CONFIG, gguf_shapes, hf_folder, hf_shapes, random_tensors, save_gguf, straight
-from numpy_llama import NumpyLlama
 
 from kvrun import _core
 from kvrun.convert import TYPES, convert
 from kvrun.convert.families import FAMILIES, GGUF
 from kvrun.convert.weight_types import target_type
 from kvrun.files.description import ModelDescription
+from support import numpy_reader
+from support.make_checkpoint import CONFIG, gguf_shapes, hf_folder, hf_shapes, random_tensors, save_gguf, straight
+from support.numpy_llama import NumpyLlama
 
 SIZES = {"hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2}
 MIXED = {

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numpy_llama import rotate
 
 from kvrun import _core
 from kvrun._core import bench
 from kvrun.files.model_file import read_model_file
+from support.numpy_llama import rotate
 
 TILE, VARIANTS = 64, 4
 OPTIONS = dict(ctx=300, sinks=4, window=64)

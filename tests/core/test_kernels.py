@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from numpy_llama import hadamard
 
 from kvrun import _core
 from kvrun._core import probe
+from support.numpy_llama import hadamard
+
+pytestmark = pytest.mark.crossed
 
 LEVELS = _core.isa_available()
 SHAPES = [(16, 32, 1), (48, 96, 3), (40, 576, 1), (33, 100, 5), (16, 577, 9), (7, 31, 17), (1, 1, 1)]
@@ -154,16 +156,16 @@ def test_softmax_over_many_tiles(level, rng):
     visible[0, :4] = [64, 1, 0, 17]
     visible[1:, 4] = 0  # a row that sees one token of one tile
     visible[0, 4] = 1
-    m, l, acc = np.full(rows, -np.inf), np.zeros(rows), np.zeros((rows, 16))
+    m, total, acc = np.full(rows, -np.inf), np.zeros(rows), np.zeros((rows, 16))
     values = rng.standard_normal((tiles, 64, 16))
     for tile in range(tiles):
-        weights, m, l, acc = probe.softmax_step(scores[tile], visible[tile], m, l, acc, level)
+        weights, m, total, acc = probe.softmax_step(scores[tile], visible[tile], m, total, acc, level)
         acc = acc + weights @ values[tile]
     seen = np.arange(64) < visible[:, :, None]  # [tiles, rows, 64]
     exact = np.where(seen, scores.astype(np.float64), -np.inf)
     p = np.exp2(exact - exact.max((0, 2), keepdims=True))
     expected = np.einsum("trk,tkc->rc", p, values) / p.sum((0, 2))[:, None]
-    close(acc / l[:, None], expected, 1e-5)
+    close(acc / total[:, None], expected, 1e-5)
 
 
 # Queries and weights are rounded to 16 bits for q8, to 8 bits (in blocks of 32, scales folded in) for q4 and q2.

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from kvrun import _core
 from kvrun._core import probe
+from support import cases
+
+pytestmark = pytest.mark.crossed
 
 LEVELS = _core.isa_available()
 KINDS = {row.name: row.block_bytes for row in _core.WEIGHT_TYPES.values() if row.column_multiple > 1}
@@ -43,7 +46,7 @@ def as_quantized(x, planes, level):
     return np.array(rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases.examples(60), deadline=None)
 @given(
     st.sampled_from(sorted(KINDS)),
     st.integers(1, 40),
@@ -137,7 +140,7 @@ def test_values_that_have_the_type_come_back(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 6e4, -6e4, 1e-6, 1e-30, np.nan, np.inf, -np.inf])
 def test_one_value(kind, value):
-    """Constant rows, values that float16 scales cannot hold, and what is no number: no crash, and close where it can be."""
+    """Constant rows, values that float16 scales cannot hold, and not a number: no crash, and close where it can be."""
     x = np.full((3, 512), value, np.float32)
     got = _core.unpack(kind, _core.pack(kind, x), 3, 512)
     if value == 0 or 1e-6 < abs(value) < 65504:

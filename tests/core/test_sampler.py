@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrun._core import Sampler
+from support import cases
 
 MASK = 2**64 - 1
 
@@ -56,7 +57,7 @@ def random_logits(seed, n, scale=4.0, ties=False):
     return np.round(logits) if ties else logits
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases.examples(300), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     n=st.integers(1, 300),

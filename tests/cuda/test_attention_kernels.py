@@ -5,8 +5,10 @@ from itertools import cycle
 
 import numpy as np
 import pytest
-from kernel_cache import KernelCache
-from test_attention import (
+
+from kvrun._core import probe
+from kvrun.cuda import launch as launches
+from support.attention import (
     CODE_BITS,
     CTX,
     OPTIONS,
@@ -20,10 +22,10 @@ from test_attention import (
     ordinary,
     rms,
 )
-from test_ring import ListCache
+from support.cuda.kernel_cache import KernelCache
+from support.ring import ListCache
 
-from kvrun._core import probe
-from kvrun.cuda import launch as launches
+pytestmark = pytest.mark.crossed
 
 FORMATS = [
     ("f32", "f32"),
@@ -92,8 +94,8 @@ def worse(tolerance, k, v):
 @pytest.mark.parametrize("k, v", FORMATS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_one_token(head_dim, k, v):
-    """At every boundary (at others of them for each pair of formats where heads are large), for numbers of queries per KV
-    head in turn, and work split among blocks in different ways."""
+    """At every boundary (at others of them for each pair of formats where heads are large), for numbers of queries per
+    KV head in turn, and work split among blocks in different ways."""
     text, turn = ordinary(head_dim, LENGTHS[-1]), HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
     cache, shown = KernelCache(k, v, head_dim, scale=SCALE, **OPTIONS), ListCache(**OPTIONS)
     held = Held(cache.kv)

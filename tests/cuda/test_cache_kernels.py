@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
-from kernel_cache import BY_VALUE, KernelCache, launch
 
 from kvrun._core import probe
-from kvrun.cuda import abi, launch as launches
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
+from support.cuda.kernel_cache import BY_VALUE, KernelCache, launch
+
+pytestmark = pytest.mark.crossed
 
 FORMATS = [
     ("f32", "f32"),

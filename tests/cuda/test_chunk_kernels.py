@@ -1,23 +1,18 @@
 """Kernels for chunks of tokens, on the host, against the core and NumPy."""
 
-import launching
 import numpy as np
 import pytest
-from launching import Matrices, array, at, close, empty, norm_of
 
-from kvrun import _core
 from kvrun._core import probe
-from kvrun.cuda import abi, launch as launches
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
 from kvrun.cuda.weights import slices
+from support.cuda import launching
+from support.cuda.launching import CASES, Matrices, array, at, close, empty, norm_of
+
+pytestmark = pytest.mark.crossed
 
 NONE = abi.struct(abi.MATRIX)
-SHAPES = [(40, 576), (33, 100), (16, 577), (1, 1), (20, 1100), (7, 31)]
-SUPER_SHAPES = [(40, 256), (16, 768), (17, 1280)]
-CASES = [
-    (kind, *shape)
-    for kind in _core.WEIGHT_TYPES
-    for shape in (SUPER_SHAPES if kind in launching.SUPER_TYPES else SHAPES)
-]
 
 
 def run(launch):

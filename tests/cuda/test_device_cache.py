@@ -1,16 +1,17 @@
 """A cache on a device holds, keeps and gives away the same bytes as one of the core."""
 
+import itertools
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from host_device import HostMemoryDevice
 
 from kvrun import _core
 from kvrun._core import bench as core
 from kvrun.cuda.cache import CudaKVCache
 from kvrun.errors import OptionError
+from support.cuda.host_device import HostMemoryDevice
 
 OPTIONS = [dict(ctx=132, sinks=4, window=64), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1)]
 FORMATS = [("f32", "f32"), ("f16", "q4"), ("q8", "q2"), ("q4", "f16")]
@@ -83,7 +84,7 @@ def test_filled_for_measurements(n):
     layers = [layer["start"] for layer in gpu.host.geometry()["layers"]] + [gpu.nbytes]
     memory = np.empty(gpu.nbytes, np.uint8)
     gpu.device.read(memory, gpu.memory.ptr)
-    parts = [memory[a:b] for a, b in zip(layers, layers[1:])]
+    parts = [memory[a:b] for a, b in itertools.pairwise(layers)]
     assert np.array_equal(parts[0], parts[2]) and len(parts[0]) != len(parts[1]) and bool(parts[0].any()) == (n > 0)
 
 

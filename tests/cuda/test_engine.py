@@ -1,38 +1,34 @@
 """Whole models with the kernels on the host: logits are the CPU's, sessions change sides, and go on."""
 
 import json
-import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from host_device import HostDevice
-from tiny_models import difference, engines, feed, tiny, tokens
-
-sys.path.append(str(Path(__file__).parents[1]))
-from test_families import NAMES, cache_of, expected_of, family  # noqa: F401
 
 import kvrun
 import kvrun.cuda
 from kvrun import _core
 from kvrun._core import bench as core
 from kvrun.commands import main as cli
+from kvrun.cuda.launch.matrix import UNITS
 from kvrun.files.model_file import read_model_file
 from kvrun.measure import speed
 from kvrun.model import Model, load
+from support.cuda.host_device import HostDevice
+from support.cuda.tiny_models import difference, engines, feed, tiny, tokens
+from support.families import NAMES, cache_of, expected_of
+
+pytestmark = pytest.mark.crossed
 
 # Of the largest logit. A token by itself is as exact as on the CPU, where the cache does not round: there a value that
-# is on the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that a
-# router chooses another expert for a token now and then, which later ones see: half of the tokens are looked at.
+# is on the border between two codes may become the one or the other. Chunks have inputs and weights in float16, so that
+# a router chooses another expert for a token now and then, which later ones see: half of the tokens are looked at.
 EXACT, CHUNK = 3e-5, 8e-3
 SIXTEEN_BITS = 5e-4  # inputs of block types: one that is on the border may be rounded to the one side or the other
 ROUNDED = {"f32": EXACT, "f16": 2e-3, "q8": 1e-2, "q4": 0.1, "q2": 0.5}
 HALF_OF_ALL = 0.5
 TYPES = list(_core.WEIGHT_TYPES)
 OPTIONS = dict(ctx=256, sinks=4, window=64)
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +49,12 @@ def test_weight_types(weight_type, device):
     model = tiny(weight_type)
     assert difference(*both(model, device, 8, (1,))) <= (EXACT if weight_type in TYPES[:3] else SIXTEEN_BITS)
     assert difference(*both(model, device, 40, (33, 7))) <= CHUNK
+
+
+def test_a_weight_type_that_the_kernels_lack_is_refused(device, monkeypatch):
+    monkeypatch.delitem(UNITS, "q4_1")
+    with pytest.raises(kvrun.OptionError, match="weight type q4_1, .* convert it with another --type"):
+        engines(tiny("q4_1"), device)
 
 
 def test_every_matrix_of_another_type(device):
@@ -95,7 +97,7 @@ def test_past_turns_of_the_ring(options, device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_families(name, device, family):  # noqa: F811
+def test_families(name, device, family):
     """The models that transformers made, beside its own logits."""
     expected, file = expected_of(name), read_model_file(family(name))
     cpu, gpu = engines(file, device)

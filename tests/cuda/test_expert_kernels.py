@@ -1,12 +1,15 @@
 """Kernels of mixtures of experts, on the host, against NumPy: one token, and chunks."""
 
-import launching
 import numpy as np
 import pytest
-from launching import SUPER_TYPES, Matrices, array, at, close, empty, norm_of
 
 from kvrun import _core
-from kvrun.cuda import abi, launch as launches
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
+from support.cuda import launching
+from support.cuda.launching import SUPER_TYPES, Matrices, array, at, close, empty, norm_of
+
+pytestmark = pytest.mark.crossed
 
 NONE = abi.struct(abi.MATRIX)
 
@@ -182,7 +185,11 @@ def test_chunk(kinds, hidden, size, post_norm, rng):
             out.shape[1],
         )
     )
-    run(launches.experts.experts_add(post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld))
+    run(
+        launches.experts.experts_add(
+            post, at(order), at(share), used, at(out), out.shape[1], hidden, 0.5, n, 5, at(x), ld
+        )
+    )
     normed = reference(before[:, :hidden])
     wanted, shares = choice((normed @ router.values[0].T).astype(np.float32), used, True)
     np.testing.assert_array_equal(chosen, wanted)

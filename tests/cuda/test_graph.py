@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from host_device import RecordingDevice, view
-from tiny_models import engines, tiny, tokens
 
 from kvrun.cuda import abi, steps
 from kvrun.errors import OptionError
+from support.cuda.host_device import RecordingDevice, view
+from support.cuda.tiny_models import engines, tiny, tokens
 
 DENSE = ["matvec", "append", "attend", "matvec", "matvec_gated", "matvec"]
 EXPERTS = ["matvec", "append", "attend", "matvec", "matvec", "choose", "experts_gated", "experts_down"]
@@ -104,7 +104,7 @@ def test_one_token(kind):
 
 
 def test_layers_have_their_own_weights_and_caches():
-    model, engine, device = made(n_layers=3, sliding_windows=(40, None, 40))
+    _model, engine, device = made(n_layers=3, sliding_windows=(40, None, 40))
     kv = engine.new_cache()
     engine.forward([1], kv)
     launches = [o for o in device.graphs[0] if isinstance(o, abi.Launch)]
@@ -118,7 +118,7 @@ def test_layers_have_their_own_weights_and_caches():
 
 
 def test_caches_share_weights_alone():
-    model, engine, device = made()
+    _model, engine, device = made()
     one, two = engine.new_cache(), engine.new_cache(k="q4", v="q2", window=128)
     engine.forward([1], one), engine.forward([1], two), engine.forward([2], one)
     assert len(device.graphs) == 2 and device.done[-len(device.graphs[0]) :] == device.graphs[0]
@@ -198,7 +198,7 @@ def test_chunks_leave_room_for_every_cache():
 
 
 def test_what_engines_refuse():
-    model, engine, device = made(context_length=64, learned_positions=True, rope_theta=None)
+    _model, engine, device = made(context_length=64, learned_positions=True, rope_theta=None)
     kv = engine.new_cache()
     other = made(n_layers=1)[1].new_cache()
     for wrong in ([], [77], [-1], [0] * (engine.max_chunk + 1), [0] * 65):

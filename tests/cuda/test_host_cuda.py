@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host_device import compiled
 
 from kvrun.cuda import abi
+from support.cuda.host_device import compiled
 
 SOURCE = (
-    (abi.KERNELS / "common.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+    abi.with_headers("common.cuh")
     + r"""
 extern "C" __global__ void halves(const float *x, uint16_t *h, float *y)
 {
@@ -158,9 +158,34 @@ def test_a_missing_barrier_shows():
     ],
 )
 def test_mistakes_end_the_process(call, message):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
     code += "from test_host_cuda import launch, np\nlaunch('lanes', 1, (32, 1, 1), 0, np.zeros(160, np.uint32))\n"
     code += f"launch({call})"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode < 0  # by a signal
     assert re.search(message, ended.stderr)
+
+
+def test_structures_have_the_layout_that_python_reads():
+    """Sizes of the structures and offsets of their fields, as a C++ compiler sees them."""
+    structures = abi.structures()
+    values = []
+    for name, dtype in structures.items():
+        values += [f"sizeof({name})", *(f"__builtin_offsetof({name}, {field})" for field in dtype.names)]
+    text = f'{abi.with_headers("abi.cuh")}\nextern "C" __global__ void layout(int64_t *out)\n{{\n'
+    text += "\n".join(f"    out[{i}] = {value};" for i, value in enumerate(values)) + "\n}\n"
+    found = np.zeros(len(values), np.int64)
+    arguments = (ctypes.c_void_p * 1)(np.array([found.ctypes.data], np.uint64).ctypes.data)
+    one = (ctypes.c_uint(1),) * 6
+    compiled("layout", text).launch_layout(*one, ctypes.c_size_t(0), arguments)
+    expected = []
+    for dtype in structures.values():
+        expected += [dtype.itemsize, *(dtype.fields[field][1] for field in dtype.names)]
+    assert found.tolist() == expected and len(structures) == 6
+
+
+def test_what_is_not_understood_of_a_structure_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "abi.cuh").write_text("struct A {\n    double x;\n};\n")
+    monkeypatch.setattr(abi, "KERNELS", tmp_path)
+    with pytest.raises(ValueError, match="abi.cuh: A: 'double x'"):
+        abi.structures.__wrapped__()

@@ -1,14 +1,17 @@
 """Kernels of one token's products, on the host, against the core's scalar level."""
 
-import launching
 import numpy as np
 import pytest
-from host_device import compiled, view
-from launching import SUPER_TYPES, Matrices, aligned, array, at, close, empty, norm_of
 
 from kvrun import _core
 from kvrun._core import probe
-from kvrun.cuda import abi, launch as launches
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
+from support.cuda import launching
+from support.cuda.host_device import compiled, view
+from support.cuda.launching import SUPER_TYPES, Matrices, aligned, array, at, close, empty, norm_of
+
+pytestmark = pytest.mark.crossed
 
 NONE, NO_NORM = launches.NO_MATRIX, launches.NO_NORM
 SHAPES = [(40, 576), (33, 100), (1, 1), (20, 1100), (7, 31), (70, 65)]

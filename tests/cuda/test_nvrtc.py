@@ -1,13 +1,20 @@
 """Every kernel compiles for the architectures that NVRTC knows, and keeps what it works with in registers."""
 
-import nvrtc
 import pytest
 
 from kvrun.cuda import abi
+from support import cases, needs
+from support.cuda import nvrtc
 
-needs_nvrtc = pytest.mark.skipif(
-    nvrtc.library_path() is None, reason="the package nvidia-cuda-nvrtc 13 is not installed"
-)
+pytestmark = pytest.mark.crossed
+
+
+@pytest.fixture
+def needs_nvrtc():
+    if nvrtc.library_path() is None:
+        needs.missing("NVRTC 13 (pip install 'nvidia-cuda-nvrtc>=13,<14')")
+
+
 MOST_LOCAL = {"attention_chunk": 256}  # bytes of a thread in local memory; else:
 MOST_LOCAL_OF_OTHERS = 64
 
@@ -16,12 +23,12 @@ def test_every_file_is_a_module():
     assert sorted(path.stem for path in abi.KERNELS.glob("*.cu")) == sorted(abi.MODULES)
 
 
-@needs_nvrtc
+@pytest.mark.usefixtures("needs_nvrtc")
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 @pytest.mark.parametrize("module", abi.MODULES)
 def test_compiles(module, architecture):
     """`pytest -rP` shows the registers."""
-    for options in nvrtc.variants(module):
+    for options in nvrtc.variants(module)[: None if cases.run_all() else 2]:
         compiled, log = nvrtc.compile_module(module, architecture, options)
         assert compiled, log
         assert "warning" not in log, log
@@ -33,14 +40,14 @@ def test_compiles(module, architecture):
             assert max(usage.local, usage.spilled) <= most, (kernel, options, usage)
 
 
-@needs_nvrtc
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_an_error_is_reported(monkeypatch):
     monkeypatch.setattr(abi, "source", lambda module: 'extern "C" __global__ void k() { nothing(); }')
     compiled, log = nvrtc.compile_module("cache", "sm_90")
     assert not compiled and 'cache.cu(1): error: identifier "nothing" is undefined' in log
 
 
-@needs_nvrtc
+@pytest.mark.usefixtures("needs_nvrtc")
 def test_spills_are_seen(monkeypatch):
     """A kernel that has more values at once than the registers it is allowed."""
     text = (

@@ -1,12 +1,12 @@
 """The kernels around a token's products, on the host: its embedding and angles, norms of heads."""
 
-import launching
 import numpy as np
 import pytest
-from launching import Matrices, array, at, close, empty
-from test_chunk_kernels import CASES
 
-from kvrun.cuda import abi, launch as launches
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
+from support.cuda import launching
+from support.cuda.launching import CASES, Matrices, array, at, close, empty
 
 DIM, ROPES, SINKS, SLOTS, WINDOW = 16, 2, 4, 3, 128
 

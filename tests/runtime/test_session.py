@@ -6,12 +6,12 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import CHATML, END, FakeModel
 
 from kvrun import _core
 from kvrun import session as session_module
 from kvrun.errors import KvrunError, OptionError
 from kvrun.text import transcript as transcript_module
+from support.fakes import CHATML, END, FakeModel
 
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 

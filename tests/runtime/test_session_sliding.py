@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_session_state import GO_ON, saved_tokens, talked, text
 
 from kvrun.commands.inspect import inspect
 from kvrun.errors import KvrunError, OptionError
 from kvrun.files.model_file import read_model_file
 from kvrun.files.session_file import read_session_file
 from kvrun.model import Model
+from support.sessions import GO_ON, saved_tokens, talked, text
 
 ONE = "Once upon a time there was a cat who lived in a hat, and that was all there is to say."
 

@@ -8,32 +8,20 @@ import re
 
 import numpy as np
 import pytest
-from fakes import END, FakeModel
 from safetensors import safe_open
 
 import kvrun
 from kvrun import _core
 from kvrun.commands import main as cli
 from kvrun.errors import KvrunError, ModelFileError, OptionError
-
-GO_ON = dict(max_tokens=30, seed=3, ignore_eos=True)
+from support.fakes import END, FakeModel
+from support.sessions import GO_ON, saved_tokens, talked, text
 
 
 @pytest.fixture(scope="module")
 def model(converted):
     """Tiny, with a chat template; its answers are nonsense."""
     return kvrun.load(converted("grouped-tied"))
-
-
-def text(stream):
-    return "".join(stream)
-
-
-def saved_tokens(session, folder):
-    """The tokens that a saved session has of its text; None if some are no longer known."""
-    session.save(folder / "tokens.kv")
-    with safe_open(folder / "tokens.kv", "numpy") as file:
-        return file.get_tensor("tokens").tolist() if "tokens" in file.keys() else None  # noqa: SIM118
 
 
 def twins(make):
@@ -44,19 +32,12 @@ def twins(make):
 # --- save and restore -----------------------------------------------------------------------------
 
 
-def talked(model, **cache):
-    session = model.session(**cache)
-    text(session.stream("Hello there", **GO_ON))
-    text(session.stream("And then?", **GO_ON))
-    return session
-
-
 @pytest.mark.parametrize("kv", list(_core.KV_FORMATS))
 @pytest.mark.parametrize("ctx", [200, 2048])
 def test_a_restored_session_goes_on_as_if_nothing_had_been(model, kv, ctx, tmp_path):
     """Text, messages, logits and counts; also for one that has evicted tokens."""
     kept, saved = twins(lambda: talked(model, kv=kv, ctx=ctx))
-    for n in range(3):
+    for _n in range(3):
         saved.save(tmp_path / "s.kv")
         restored = model.restore(tmp_path / "s.kv")
         assert (restored.n_tokens, restored.messages, restored.cache, restored.kv_bytes) == (

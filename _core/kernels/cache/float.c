@@ -1,4 +1,5 @@
-/* Cache formats f32 and f16, and the softmax step of the attention driver. */
+/* Cache formats f32 and f16. */
+#include "cache/formats.h"
 #include "f16.h"
 #include "simd/gemm.h"
 
@@ -7,8 +8,14 @@ static int64_t f32_k_bytes(int64_t head_dim) { return head_dim * KV_TILE * 4; }
 static int64_t f32_v_bytes(int64_t head_dim) { return kv_head_pad(head_dim) * KV_TILE * 4; }
 static void f32_pack_k(const float *k, int64_t head_dim, void *tile) { memcpy(tile, k, (size_t)f32_k_bytes(head_dim)); }
 static void f32_pack_v(const float *v, int64_t head_dim, void *tile) { memcpy(tile, v, (size_t)f32_v_bytes(head_dim)); }
-static void f32_unpack_k(const void *tile, int64_t head_dim, float *k) { memcpy(k, tile, (size_t)f32_k_bytes(head_dim)); }
-static void f32_unpack_v(const void *tile, int64_t head_dim, float *v) { memcpy(v, tile, (size_t)f32_v_bytes(head_dim)); }
+static void f32_unpack_k(const void *tile, int64_t head_dim, float *k)
+{
+    memcpy(k, tile, (size_t)f32_k_bytes(head_dim));
+}
+static void f32_unpack_v(const void *tile, int64_t head_dim, float *v)
+{
+    memcpy(v, tile, (size_t)f32_v_bytes(head_dim));
+}
 
 static void f32_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k)
 {
@@ -30,7 +37,8 @@ static void f32_k_dot(const void *tile, int64_t stride, int64_t head_dim, const 
     gemm_f32(rows, q, ld_q, tile, stride, head_dim, lanes, scores, KV_TILE, 0);
 }
 
-static void f32_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens, float *acc)
+static void f32_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens,
+                             float *acc)
 {
     int64_t width = kv_head_pad(head_dim);
     gemm_f32(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);
@@ -53,9 +61,15 @@ static void from_f16(const uint16_t *h, int64_t n, float *x)
 }
 
 static void f16_pack_k(const float *k, int64_t head_dim, void *tile) { to_f16(k, head_dim * KV_TILE, tile); }
-static void f16_pack_v(const float *v, int64_t head_dim, void *tile) { to_f16(v, kv_head_pad(head_dim) * KV_TILE, tile); }
+static void f16_pack_v(const float *v, int64_t head_dim, void *tile)
+{
+    to_f16(v, kv_head_pad(head_dim) * KV_TILE, tile);
+}
 static void f16_unpack_k(const void *tile, int64_t head_dim, float *k) { from_f16(tile, head_dim * KV_TILE, k); }
-static void f16_unpack_v(const void *tile, int64_t head_dim, float *v) { from_f16(tile, kv_head_pad(head_dim) * KV_TILE, v); }
+static void f16_unpack_v(const void *tile, int64_t head_dim, float *v)
+{
+    from_f16(tile, kv_head_pad(head_dim) * KV_TILE, v);
+}
 
 static void f16_put_k(void *tile, int64_t head_dim, int64_t lane, const float *k)
 {
@@ -81,84 +95,18 @@ static void f16_k_dot(const void *tile, int64_t stride, int64_t head_dim, const 
     gemm_f16(rows, q, ld_q, tile, stride, head_dim, lanes, scores, KV_TILE, 0);
 }
 
-static void f16_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens, float *acc)
+static void f16_v_accumulate(const void *tile, int64_t head_dim, const float *p, int64_t rows, int64_t tokens,
+                             float *acc)
 {
     int64_t width = kv_head_pad(head_dim);
     gemm_f16(rows, p, KV_TILE, tile, width, tokens, width, acc, width, 1);
 }
 
-/* Lanes from n on as if they had been seen nowhere. */
-static void hide(float *s, int64_t n, float with)
-{
-    for (int64_t i = n; i < KV_TILE; i++)
-        s[i] = with;
-}
-
-/* Weights of one row in place; their sum, lane by lane. */
-KV_INLINE vf weights(float *s, float m)
-{
-    vf top = vf_set1(m), sum = vf_zero();
-    KV_UNROLL
-    for (int64_t i = 0; i < KV_TILE; i += 16) {
-        vf p = vf_exp2(vf_sub(vf_load(s + i), top));
-        vf_store(s + i, p);
-        sum = vf_add(sum, p);
-    }
-    return sum;
-}
-
-/* Up to four rows, so that their maxima and sums are found together. */
-KV_INLINE void softmax_rows(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
-                            float *acc)
-{
-    vf four[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
-    f4 found;
-    for (int64_t r = 0; r < rows; r++) {
-        float *s = scores + r * KV_TILE;
-        if (visible[r] < KV_TILE)
-            hide(s, visible[r] > 0 ? visible[r] : 0, -INFINITY);
-        four[r] = vf_max(vf_max(vf_load(s), vf_load(s + 16)), vf_max(vf_load(s + 32), vf_load(s + 48)));
-    }
-    found = vf_top4(four);
-    for (int64_t r = 0; r < rows; r++) {
-        float *s = scores + r * KV_TILE;
-        if (found[r] > m[r]) {
-            float shrink = exp2f(m[r] - found[r]); /* 0 for the first */
-            l[r] *= shrink;
-            for (int64_t i = 0; i < head_pad; i += 16)
-                vf_store(acc + r * head_pad + i, vf_mul(vf_load(acc + r * head_pad + i), vf_set1(shrink)));
-            m[r] = found[r];
-        }
-        if (visible[r] > 0)
-            four[r] = weights(s, m[r]);
-        else
-            four[r] = vf_zero();
-        if (visible[r] < KV_TILE)
-            hide(s, visible[r] > 0 ? visible[r] : 0, 0);
-    }
-    found = vf_sum4(four);
-    for (int64_t r = 0; r < rows; r++)
-        l[r] += found[r];
-}
-
-static void softmax_step(float *scores, const int32_t *visible, int64_t rows, int64_t head_pad, float *m, float *l,
-                         float *acc)
-{
-    for (int64_t r = 0; r < rows; r += 4)
-        softmax_rows(scores + r * KV_TILE, visible + r, rows - r < 4 ? rows - r : 4, head_pad, m + r, l + r,
-                     acc + r * head_pad);
-}
-
-void KV_NAME(kv_fill_attention)(kv_kernels *table);
-void KV_NAME(kv_fill_attention)(kv_kernels *table)
-{
-    table->format[KV_FORMAT_F32] = (kv_format){
-        "f32", 32, 0, f32_k_bytes, f32_v_bytes, f32_pack_k, f32_pack_v, f32_unpack_k, f32_unpack_v, f32_put_k,
-        f32_put_v, f32_k_dot, f32_v_accumulate,
-    };
-    table->format[KV_FORMAT_F16] = (kv_format){
-        "f16", 16, 0, f16_k_bytes, f16_v_bytes, f16_pack_k, f16_pack_v, f16_unpack_k, f16_unpack_v, f16_put_k,
-        f16_put_v, f16_k_dot, f16_v_accumulate,
-    };
-    table->softmax_step = softmax_step;
-}
+const kv_format KV_CACHE_FORMAT(f32) = {
+    "f32",        32,           0,         f32_k_bytes, f32_v_bytes, f32_pack_k,      f32_pack_v,
+    f32_unpack_k, f32_unpack_v, f32_put_k, f32_put_v,   f32_k_dot,   f32_v_accumulate,
+};
+const kv_format KV_CACHE_FORMAT(f16) = {
+    "f16",        16,           0,         f16_k_bytes, f16_v_bytes, f16_pack_k,      f16_pack_v,
+    f16_unpack_k, f16_unpack_v, f16_put_k, f16_put_v,   f16_k_dot,   f16_v_accumulate,
+};

@@ -5,6 +5,7 @@
  * bits for q8, so as not to lose what it kept. */
 #include "simd/dot.h"
 #include "f16.h"
+#include "cache/formats.h"
 #include "cache/quantized.h"
 
 enum { MAX_DEPTH = KV_MAX_HEAD_DIM, PLANES_8 = 2 };
@@ -27,8 +28,8 @@ typedef struct {
 void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
                                 int32_t *offset);
 
-/* Scales folded in: w[r][ld] = x[r] * scale, zero from the n inputs to the end of the last block; and the constants, the
- * sums of x[r] * (minimum + offset * scale), for an offset that the codes are counted from. */
+/* Scales folded in: w[r][ld] = x[r] * scale, zero from the n inputs to the end of the last block; and the constants,
+ * the sums of x[r] * (minimum + offset * scale), for an offset that the codes are counted from. */
 KV_INLINE void scaled(const int rows, const float offset, const float *x, int64_t ld_x, int64_t n, int64_t depth,
                       const uint16_t *scale, const uint16_t *minimum, float *w, int64_t ld, float *constant)
 {
@@ -65,8 +66,8 @@ KV_INLINE vf largest(const float *w, const int n)
     return top;
 }
 
-/* `blocks` blocks of `block` numbers as int8, scale = max|w| / 127; total is what each adds up to once rounded. There is
- * room for whole fours of blocks. */
+/* `blocks` blocks of `block` numbers as int8, scale = max|w| / 127; total is what each adds up to once rounded. There
+ * is room for whole fours of blocks. */
 KV_INLINE void rounded(const int block, int64_t blocks, const float *w, int8_t *q, float *scale, float *total)
 {
     for (int64_t b = 0; b < blocks; b += 4, w += 4 * block, q += 4 * block) {
@@ -128,8 +129,8 @@ KV_INLINE void fold(const int bits, const int rows, const float *x, int64_t ld_x
             f->constant[r] -= middle * total[r * blocks + b];
 }
 
-/* dot[r] of `n` inputs, less than share a scale, at the end of a panel. Not in line: GCC would share loads with the whole
- * blocks, and run out of registers. */
+/* dot[r] of `n` inputs, less than share a scale, at the end of a panel. Not in line: GCC would share loads with the
+ * whole blocks, and run out of registers. */
 static KV_OWN void last_inputs(const int bits, int rows, int64_t n, const uint8_t *codes, const int8_t *q, int64_t ld,
                                const int32_t *sum, int64_t ld_sum, vf *dot)
 {
@@ -169,8 +170,8 @@ KV_INLINE void whole_block(const int bits, const int rows, const uint8_t *codes,
 }
 
 /* One panel: out[r][ld_out] = (or +=) the products of its 16 lanes, constant included. */
-KV_INLINE void panel_rows(const int bits, const int rows, const uint8_t *panel, int64_t depth, const folded *f, float *out,
-                          int64_t ld_out, int add)
+KV_INLINE void panel_rows(const int bits, const int rows, const uint8_t *panel, int64_t depth, const folded *f,
+                          float *out, int64_t ld_out, int add)
 {
     const int planes = bits == 8 ? PLANES_8 : 1, block = KV_SCALED(bits);
     const int64_t blocks = (depth + block - 1) / block, ld = blocks * block;
@@ -197,8 +198,8 @@ KV_INLINE void panel_rows(const int bits, const int rows, const uint8_t *panel, 
 
 #ifdef KV_WIDE
 /* The same for 8 bits with inputs of 16. */
-KV_INLINE void panel_wide(const int rows, const uint8_t *panel, int64_t depth, const folded *f, float *out, int64_t ld_out,
-                          int add)
+KV_INLINE void panel_wide(const int rows, const uint8_t *panel, int64_t depth, const folded *f, float *out,
+                          int64_t ld_out, int add)
 {
     const int64_t ld = (depth + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK;
     for (int lane = 0; lane < KV_PANEL; lane += WIDE_LANES, panel += 4 * WIDE_LANES, out += WIDE_LANES) {
@@ -277,7 +278,8 @@ KV_INLINE void panels(const int bits, const int rows, const uint8_t *codes, int6
         else if (ROWS <= KV_MOST(BITS))                                                                                \
             panels(BITS, ROWS, codes, n, depth, f, out, ld_out, add);                                                  \
     }
-#define KV_ALL_PANELS(BITS) KV_PANELS(BITS, 1) KV_PANELS(BITS, 2) KV_PANELS(BITS, 3) KV_PANELS(BITS, 4) KV_PANELS(BITS, 8)
+#define KV_ALL_PANELS(BITS)                                                                                            \
+    KV_PANELS(BITS, 1) KV_PANELS(BITS, 2) KV_PANELS(BITS, 3) KV_PANELS(BITS, 4) KV_PANELS(BITS, 8)
 KV_ALL_PANELS(8)
 KV_ALL_PANELS(4)
 KV_ALL_PANELS(2)
@@ -286,7 +288,8 @@ typedef struct {
     int rows;
     void (*fold)(const float *x, int64_t ld_x, int64_t n, int64_t depth, const uint16_t *scale, const uint16_t *minimum,
                  folded *f);
-    void (*panels)(const uint8_t *codes, int64_t n, int64_t depth, const folded *f, float *out, int64_t ld_out, int add);
+    void (*panels)(const uint8_t *codes, int64_t n, int64_t depth, const folded *f, float *out, int64_t ld_out,
+                   int add);
 } product;
 
 typedef struct {
@@ -321,7 +324,8 @@ static void k_dot(const products *by, const uint8_t *tile, int64_t head_dim, con
     }
 }
 
-static void v_accumulate(const products *by, const uint8_t *tile, int64_t head_dim, const float *p, int64_t rows, float *acc)
+static void v_accumulate(const products *by, const uint8_t *tile, int64_t head_dim, const float *p, int64_t rows,
+                         float *acc)
 {
     int64_t width = kv_head_pad(head_dim);
     folded f;
@@ -369,19 +373,11 @@ static void v_accumulate(const products *by, const uint8_t *tile, int64_t head_d
         (void)tokens;                                                                                                  \
         v_accumulate(&products_##BITS, tile, head_dim, p, rows, acc);                                                  \
     }                                                                                                                  \
-    static const kv_format NAME = {                                                                                    \
-        #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,   \
+    const kv_format KV_CACHE_FORMAT(NAME) = {                                                                          \
+        #NAME, BITS + 0.5, 1, NAME##_k_bytes, NAME##_v_bytes, NAME##_pack_k, NAME##_pack_v, NAME##_unpack_k,           \
         NAME##_unpack_v, NULL, NULL, NAME##_k_dot, NAME##_v_accumulate,                                                \
     };
 
 KV_QUANTIZED(q8, 8)
 KV_QUANTIZED(q4, 4)
 KV_QUANTIZED(q2, 2)
-
-void KV_NAME(kv_fill_quantized)(kv_kernels *table);
-void KV_NAME(kv_fill_quantized)(kv_kernels *table)
-{
-    table->format[KV_FORMAT_Q8] = q8;
-    table->format[KV_FORMAT_Q4] = q4;
-    table->format[KV_FORMAT_Q2] = q2;
-}

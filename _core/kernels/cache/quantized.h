@@ -15,7 +15,10 @@ enum { GROUP = 64 };
 
 static inline int64_t n_groups(int64_t head_dim) { return (head_dim + GROUP - 1) / GROUP; }
 static inline int64_t code_bytes(int bits, int64_t head_dim) { return KV_TILE * kv_head_pad(head_dim) * bits / 8; }
-static inline int64_t k_bytes(int bits, int64_t head_dim) { return code_bytes(bits, head_dim) + 4 * kv_head_pad(head_dim); }
+static inline int64_t k_bytes(int bits, int64_t head_dim)
+{
+    return code_bytes(bits, head_dim) + 4 * kv_head_pad(head_dim);
+}
 static inline int64_t v_bytes(int bits, int64_t head_dim)
 {
     return code_bytes(bits, head_dim) + n_groups(head_dim) * 4 * KV_TILE;

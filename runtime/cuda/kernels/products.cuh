@@ -43,22 +43,22 @@ DEVICE uint4 line_if(bool there, const uint8_t *p) { return there ? load_stream(
 template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, uint32_t cols, uint32_t t)
 {
     const uint32_t quad = t % 4;
-    if (TYPE == KV_F32) {
+    if constexpr (TYPE == KV_F32) {
         const uint32_t column = t / 4 * 4;
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = line_if(column + i < cols, panel + (64 * (column + i) + 16 * quad));
-    } else if (TYPE == KV_F16) {
+    } else if constexpr (TYPE == KV_F16) {
         const uint32_t column = t / 2 * 4;
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = line_if(column + i < cols, panel + (32 * (column + i) + 16 * (t % 2)));
-    } else if (TYPE == KV_BF16) {
+    } else if constexpr (TYPE == KV_BF16) {
         const uint32_t line = t / 4 * 4;
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             u.lines[i] = line_if(2 * (line + i) < cols, panel + (64 * (line + i) + 16 * quad));
-    } else if (TYPE == KV_Q4_K) {
+    } else if constexpr (TYPE == KV_Q4_K) {
         const uint32_t block = t / 4;
         const uint8_t *super = panel + (block / 8 * 2304 + 16 * quad), *from = super + (256 + block % 8 * 256);
         KV_UNROLL
@@ -68,7 +68,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, uint32_t col
             u.more = load_stream(super + 64 + t / 4 % 4 * 64);
         u.scale = load_pair(super - 8 * quad);
         u.minimum = load_pair(super - 8 * quad + 32);
-    } else if (TYPE == KV_Q6_K) {
+    } else if constexpr (TYPE == KV_Q6_K) {
         const uint32_t block = t / 4, super = block / 16; // a block of 16
         const uint8_t *pair = panel + super / 2 * (64 + 2 * 3328), *from = pair + (64 + super % 2 * 3328 + 16 * quad);
         KV_UNROLL
@@ -76,7 +76,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, uint32_t col
             u.lines[i] = load_stream(from + 256 + block % 16 * 192 + 64 * i);
         u.lines[3] = load_stream(from + block % 16 / 4 * 64);
         u.scale = load_pair(pair + super % 2 * 32 + 8 * quad);
-    } else if (TYPE == KV_Q8_0) {
+    } else if constexpr (TYPE == KV_Q8_0) {
         const uint32_t half = t / 4, block = half / 2;
         const uint8_t *pair = panel + block / 2 * 1088;
         const uint8_t *from = pair + (64 + block % 2 * 512 + half % 2 * 256 + 16 * quad);
@@ -84,7 +84,7 @@ template <int TYPE> DEVICE void load(Unit &u, const uint8_t *panel, uint32_t col
         for (int i = 0; i < 4; i++)
             u.lines[i] = load_stream(from + 64 * i);
         u.scale = load_pair(pair + block % 2 * 32 + 8 * quad);
-    } else if (TYPE == KV_Q5_0) {
+    } else if constexpr (TYPE == KV_Q5_0) {
         const uint32_t block = t / 4;
         const uint8_t *pair = panel + block / 2 * 704, *from = pair + (64 + block % 2 * 320 + 16 * quad);
         KV_UNROLL
@@ -177,14 +177,14 @@ template <class F> DEVICE void dot_bytes(const Input &in, uint32_t half, uint32_
 template <int TYPE> DEVICE void use(const Unit &u, const Input &in, uint32_t t, float *sum)
 {
     int dot[4];
-    if (TYPE == KV_F32) {
+    if constexpr (TYPE == KV_F32) {
         const float4 x = *(const float4 *)(in.floats + t / 4 * 4);
         KV_UNROLL
         for (int i = 0; i < 4; i++)
             KV_UNROLL
             for (int r = 0; r < 4; r++)
                 sum[r] += __uint_as_float(word_of(u.lines[i], r)) * of_four(x, i);
-    } else if (TYPE == KV_F16) {
+    } else if constexpr (TYPE == KV_F16) {
         const float4 x = *(const float4 *)(in.floats + t / 2 * 4);
         KV_UNROLL
         for (int i = 0; i < 4; i++)
@@ -194,7 +194,7 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, uint32_t t, 
                 sum[2 * r] += pair.x * of_four(x, i);
                 sum[2 * r + 1] += pair.y * of_four(x, i);
             }
-    } else if (TYPE == KV_BF16) {
+    } else if constexpr (TYPE == KV_BF16) {
         const float4 *x = (const float4 *)(in.floats + t / 4 * 8);
         KV_UNROLL
         for (int i = 0; i < 4; i++)
@@ -204,7 +204,7 @@ template <int TYPE> DEVICE void use(const Unit &u, const Input &in, uint32_t t, 
                 sum[r] += __uint_as_float(w << 16) * of_four(x[i / 2], i % 2 * 2);
                 sum[r] += __uint_as_float(w & 0xffff0000u) * of_four(x[i / 2], i % 2 * 2 + 1);
             }
-    } else if (TYPE == KV_Q8_0 || TYPE == KV_Q6_K) {
+    } else if constexpr (TYPE == KV_Q8_0 || TYPE == KV_Q6_K) {
         const uint32_t half = t / 4;
         const float step = __uint_as_float(in.sums[half / 2].x);
         if (TYPE == KV_Q8_0)

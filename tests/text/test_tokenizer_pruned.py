@@ -4,12 +4,12 @@ import json
 
 import pytest
 import tokenizers
-from strings import varied_strings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from kvrun.text import pruned
 from kvrun.text.pruned import PrunedBpe, read_prunable
 from kvrun.text.tokenizer import Tokenizer as Ours
+from support.strings import varied_strings
 
 TEXT = ["The cat sat on the mat; it's 12345 o'clock, naïve café 你好 🙂 the  the\n\n\tx = y(1000)"] * 3
 LLAMA3 = (

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from kvrun.cuda import abi, launch as launches
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
 from kvrun.cuda.abi import TYPE_IDS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
-WEIGHT_TYPES = (0b00000111, 0b00111000, 0b11000000)  # bits of enum kv_weight_type that products are compiled for
 # Head sizes and formats (enum kv_format_id) that attention is compiled for.
 CACHES = [(64, 1, 1), (80, 0, 0), (128, 1, 1), (128, 2, 2), (128, 3, 4), (128, 4, 4), (256, 3, 3)]
 # Sets of weight types that one token's products are compiled for: one bit for each number of enum kv_weight_type.
@@ -84,8 +84,6 @@ def usage(log: str) -> dict[str, Usage]:
 
 def variants(module: str) -> list[tuple[str, ...]]:
     """What options a module is compiled with."""
-    if module == "matrix":
-        return [(f"-DKV_WEIGHT_TYPES={types}",) for types in WEIGHT_TYPES]
     if module == "matrix":
         return [(f"-DKV_WEIGHT_TYPES={mask}",) for mask in WEIGHT_TYPES]
     if module in ("attention", "attention_chunk"):

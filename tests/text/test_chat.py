@@ -70,9 +70,11 @@ def test_blocks_leave_no_white_space():
         ("{{ messages[0] | tojson(indent=1) }}", '{\n "role": "user",\n "content": "<é> & \'x\'"\n}'),
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
         (
-            "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
-            "{% if i == 4 %}{% break %}{% endif %}"
-            "{{ i }}{% endfor %}",
+            (
+                "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+                "{% if i == 4 %}{% break %}{% endif %}"
+                "{{ i }}{% endfor %}"
+            ),
             "013",
         ),
         ("a{% generation %}{{ messages[0].role }}{% endgeneration %}b", "auserb"),

@@ -461,10 +461,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(model_writer.os, "fsync", full)
-    with pytest.raises(ModelFileError, match="No space left on device"):
-        with open_writer(tmp_path / "model.bin") as writer:
-            write_all(writer)
-            writer.finish()
+    with pytest.raises(ModelFileError, match="No space left on device"), open_writer(tmp_path / "model.bin") as writer:
+        write_all(writer)
+        writer.finish()
     assert leftovers(tmp_path) == []
 
 

@@ -158,7 +158,7 @@ def test_stop_strings(model, capsys):
 def test_prompts_that_look_like_options(model, capsys):
     for prompt in ("-n", "--help", "--", "--prompt=x", "- - -"):
         expected = kvrun.load(model).generate(prompt, max_tokens=12, seed=3, ignore_eos=True)
-        status, out, err = called(capsys, model, "-q", "-p", prompt, *STEADY)
+        status, out, _err = called(capsys, model, "-q", "-p", prompt, *STEADY)
         assert status == 0 and out.removesuffix("\n") == expected.removesuffix("\n")
     same = [called(capsys, model, "-q", *form, *STEADY)[1] for form in (["-px"], ["--prompt=x"], ["--prompt", "x"])]
     assert len(set(same)) == 1
@@ -166,7 +166,7 @@ def test_prompts_that_look_like_options(model, capsys):
 
 
 def test_more_tokens_than_the_cache_keeps(model, capsys):
-    status, out, err = called(capsys, model, "-p", "word " * 300, "--ctx", "132", *STEADY)
+    status, _out, err = called(capsys, model, "-p", "word " * 300, "--ctx", "132", *STEADY)
     assert status == 0 and "the cache keeps 132]" in err
 
 
@@ -274,7 +274,7 @@ def test_wrong_usage(capsys, arguments):
 def test_a_model_without_chat_template(plain, capsys):
     refused(called(capsys, plain, "-p", "a", "--system", "b"), "no chat template")
     assert called(capsys, plain, "-q", "-p", "a", *STEADY)[0] == 0
-    status, out, err = command(plain, "-q", *STEADY, stdin=b"a\nb\n")
+    status, _out, err = command(plain, "-q", *STEADY, stdin=b"a\nb\n")
     assert status == 0 and "no chat template" in err
 
 
@@ -338,7 +338,7 @@ def test_ctrl_c_ends_one_answer_with_130(model):
     with subprocess.Popen(endless(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(5)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        _out, err = process.communicate(timeout=60)
         assert process.returncode == 130 and b"Traceback" not in err and err.startswith(b"[prompt")
 
 

@@ -20,7 +20,7 @@ print(json.dumps([_core.isa(), errors]))
 def errors_at_level(level: str, module: str, paths: dict[str, str]) -> dict[str, float]:
     """What `errors_of(paths)` in a module of the tests returns at this level: {name: error}."""
     result = subprocess.run(
-        [sys.executable, "-c", _CODE, str(Path(__file__).parent), module, json.dumps(paths)],
+        [sys.executable, "-c", _CODE, str(Path(__file__).parents[1]), module, json.dumps(paths)],
         env=os.environ | {"KVRUN_ISA": level},
         capture_output=True,
         text=True,

@@ -6,7 +6,6 @@ import random
 
 import numpy as np
 import pytest
-from numpy_llama import NumpyLlama, f16_cache
 
 import kvrun
 from kvrun import _core
@@ -16,6 +15,7 @@ from kvrun.files.model_file import read_model_file
 from kvrun.measure import quality
 from kvrun.measure.caches import default_formats
 from kvrun.options import CacheOptions
+from support.numpy_llama import NumpyLlama, f16_cache
 
 KEYS = {"kv", "bpv", "window", "cache_ctx", "perplexity", "ratio", "kl_mean", "top1_agreement"}
 SETTINGS = {"model", "text", "tokens", "ctx", "chunks", "scored_tokens", "sinks", "precise", "isa", "threads"}

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from kvrun.cuda import abi
+from support import ROOT, needs
 
-FOLDER = Path(__file__).parents[2] / "build" / "host_cuda"
+FOLDER = ROOT / "build" / "test-cache" / "host_cuda"
 PRELUDE = Path(__file__).with_name("host_cuda.h")
 JUNK = 0xFF  # of memory that nobody has written: NaN as a float, -1 as a number
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-w", "-DKVRUN_HOST")
@@ -136,11 +137,13 @@ def compiled(module, text):
     key = hashlib.sha256((code + PRELUDE.read_text() + " ".join(FLAGS)).encode()).hexdigest()[:20]
     path = FOLDER / f"{module}.{key}.so"
     if not path.exists():
+        compiler = os.environ.get("CXX", "g++")
+        needs.program(compiler, "g++")
         FOLDER.mkdir(parents=True, exist_ok=True)
         source = path.with_suffix(".cpp")
         source.write_text(code)
         part = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([os.environ.get("CXX", "g++"), *FLAGS, str(source), "-o", str(part)], check=True)
+        subprocess.run([compiler, *FLAGS, str(source), "-o", str(part)], check=True)
         part.rename(path)
     return ctypes.CDLL(str(path))
 

@@ -218,7 +218,7 @@ def test_invalid_bytes_are_replaced_as_soon_as_they_are_known():
 
 def test_invalid_bytes_of_byte_fallback_give_one_replacement_each():
     ours = OURS["prepend"]
-    byte = [i for i in range(ours.vocab_size) if ours.token_bytes(i) == b"\xe2"][0]
+    byte = next(i for i in range(ours.vocab_size) if ours.token_bytes(i) == b"\xe2")
     ids = [byte + n for n in (0, 0x82 - 0xE2, 0x41 - 0xE2)]
     assert streamed(ours, ids) == "\ufffd\ufffdA"
 

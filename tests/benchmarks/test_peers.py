@@ -4,18 +4,15 @@ import io
 import json
 import struct
 import sys
-from pathlib import Path
-
-import pytest
-from rich.console import Console
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 
 import peers
 import peers_gguf
 import peers_report
 import peers_worker
+import pytest
+from rich.console import Console
+
+from support import needs
 
 FAKE = """
 import json, os, sys
@@ -175,7 +172,7 @@ def test_ratios_take_the_fastest_cache_of_a_family():
 
 
 def test_plots_are_written(compare, tmp_path):
-    pytest.importorskip("matplotlib")
+    needs.module("matplotlib", "matplotlib")
     found, _ = compare(OURS, PEER)
     written = peers_report.plot(found, tmp_path)
     assert [path.name for path in written] == ["peers-decode.png", "peers-memory.png"]
@@ -234,7 +231,7 @@ def test_parameters_are_found_by_their_defaults():
 
 
 def test_requantized_matrices_and_everything_else_the_same(tmp_path):
-    gguf = pytest.importorskip("gguf")
+    gguf = needs.module("gguf", "gguf")
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -6,14 +6,17 @@ import ctypes
 from functools import cache
 
 import numpy as np
-from host_device import compiled
 
 from kvrun import _core
 from kvrun.cuda import abi
 from kvrun.cuda.abi import PANEL, TYPE_IDS
+from support.cuda.host_device import compiled
 
 JUNK = 0xFF  # NaN as a float, -1 as a number
 SUPER_TYPES = ("q4_k", "q6_k")
+SHAPES = [(40, 576), (33, 100), (16, 577), (1, 1), (20, 1100), (7, 31)]
+SUPER_SHAPES = [(40, 256), (16, 768), (17, 1280)]
+CASES = [(kind, *shape) for kind in _core.WEIGHT_TYPES for shape in (SUPER_SHAPES if kind in SUPER_TYPES else SHAPES)]
 
 
 @cache

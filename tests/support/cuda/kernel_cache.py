@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from host_device import compiled
 
 from kvrun import _core
-from kvrun.cuda import abi, launch as launches
-
-sys.path.append(str(Path(__file__).parents[1] / "core"))  # its texts and references
+from kvrun.cuda import abi
+from kvrun.cuda import launch as launches
+from support.cuda.host_device import compiled
 
 JUNK = 0xFF  # NaN as a float
 MODULES = ("cache", "attention", "attention_chunk")
@@ -113,7 +110,7 @@ class KernelCache:
         return self.kv
 
     def feed(self, q, k, v, inv_freq, group):
-        """A chunk: q [n, n_kv_heads * group * head_dim] or None, k and v [n, n_kv_heads * head_dim]. Returns its attention"""
+        """A chunk: q [n, n_kv_heads * group * head_dim] or None, k and v [n, n_kv_heads * head_dim]; its attention."""
         g, n = self.geometry, len(k)
         half, heads, dim = g["head_dim"] // 2, g["n_kv_heads"], g["head_dim"]
         k, v = (np.ascontiguousarray(x, np.float32) for x in (k, v))

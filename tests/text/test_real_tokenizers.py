@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from strings import varied_strings
-from test_reference_tokenizer import library_from_gguf
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.text.tokenizer import Tokenizer
+from support import ROOT
+from support.library_tokenizers import library_from_gguf
+from support.strings import varied_strings
 
 SPACE = "\u2581"
 COUNT = 10_000
@@ -67,8 +68,8 @@ class Library:
 
 
 def llama2():
-    here = Path(__file__).resolve().parents
-    data = Path(needed("KVRUN_TEST_LLAMA2", here[2] / "shared/data/llama2-tokenizer.model")).read_bytes()
+    here = ROOT.resolve()
+    data = Path(needed("KVRUN_TEST_LLAMA2", here.parent / "shared/data/llama2-tokenizer.model")).read_bytes()
     info = {"kind": "tokenizer.model", "bos_id": 1, "eos_id": 2}
     library = SentencePiece(data)
     return Tokenizer(info, data), library, library, False

@@ -1,9 +1,10 @@
 """The reader of model files that docs/format.md prints: NumPy and the standard library, nothing of kvrun."""
 
 import re
-from pathlib import Path
 
-PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+from support import ROOT
+
+PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 _names: dict = {}
 _code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[-1]
 exec(compile(_code, "docs/format.md", "exec"), _names)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
-from strings import varied_strings
 
 from kvrun.files.model_file import read_model_file
 from kvrun.text.tokenizer import Tokenizer
+from support import FIXTURES
+from support.library_tokenizers import library_from_gguf
+from support.strings import varied_strings
 
-CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
+CHECKPOINTS = FIXTURES / "checkpoints"
 # Fixture and the checkpoint whose tokenizer.json it has; the GGUF files hold theirs as metadata only.
 JSON_CASES = {
     "grouped-tied": "grouped-tied",
@@ -29,25 +30,6 @@ ALL_BYTES = ("grouped-tied", "llama3-rope", "gguf-q8_0", "gguf-mixed")
 def load_tokenizer(path) -> Tokenizer:
     file = read_model_file(path)
     return Tokenizer(file.tokenizer_info, file.tokenizer_bytes(), file.description.vocab_size, file.stop_ids)
-
-
-def library_from_gguf(path):
-    """SmolLM2's tokenizer as its makers define it, with vocabulary and merges of the GGUF file."""
-    import gguf
-    import tokenizers
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-
-    fields = gguf.GGUFReader(path).fields
-    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
-    library = tokenizers.Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges])
-    )
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == 3])
-    return library
 
 
 def lossless(ours: Tokenizer, library, texts: list[str]) -> list[str]:
