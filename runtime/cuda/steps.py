@@ -60,7 +60,7 @@ def activations(w: DeviceWeights, n: int) -> dict[str, int]:
         "attended": 4 * n * d.n_heads * d.head_dim,
         "gate": 4 * n * max(dense, default=0),
     }
-    if d.n_experts:
+    if d.experts_used:
         slots, inner = n * d.experts_used, width(one_expert(w)["up"])
         router = next(layer.router for layer in w.layers if there(layer.router))
         sizes |= {"scores": 4 * n * width(router), "chosen": 4 * slots, "share": 4 * slots}
@@ -80,7 +80,7 @@ def chunk_activations(w: DeviceWeights, n: int) -> dict[str, int]:
         "row_scale": 4 * n,
         "logits": 4 * min(n, LOGIT_ROWS) * width(w.head),
     }
-    if d.n_experts:
+    if d.n_experts and d.experts_used and d.expert_size:  # there are all of them or none
         slots = n * d.experts_used
         sizes |= {
             "slots": 4 * launch.experts.slot_ints(n, d.experts_used, d.n_experts),
