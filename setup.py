@@ -8,8 +8,10 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -32,7 +34,7 @@ COMMON_FLAGS = [
 
 # level: (machines, compiler flags)
 X86, ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")
-LEVELS = {
+LEVELS: dict[str, tuple[tuple[str, str] | None, list[str]]] = {
     "scalar": (None, []),
     "avx2": (X86, ["-mavx2", "-mfma", "-mf16c"]),
     "avx512": (
@@ -58,7 +60,7 @@ LEVEL_SOURCES = [*WEIGHT_SOURCES, *CACHE_SOURCES, f"{KERNELS}/vector.c", f"{KERN
 BASE_SOURCES = WEIGHT_SOURCES + [f"{KERNELS}/{name}.c" for name in ("weights", "team", "levels")]
 
 
-def accepts(compiler, source, flags, link=()):
+def accepts(compiler: Any, source: str, flags: Sequence[str], link: Sequence[str] = ()) -> bool:
     """True when ``compiler`` builds ``source`` with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.c")
@@ -71,7 +73,7 @@ def accepts(compiler, source, flags, link=()):
     return True
 
 
-def capabilities(compiler):
+def capabilities(compiler: Any) -> tuple[bool, list[str]]:
     """(OpenMP?, the levels) that this compiler builds on this machine; says what is left out."""
     openmp = accepts(
         compiler, "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n", ["-fopenmp"], ["-fopenmp"]
@@ -90,14 +92,14 @@ def capabilities(compiler):
     return openmp, levels
 
 
-def level_flags(level):
+def level_flags(level: str) -> list[str]:
     return [f"-DKV_LEVEL={level}", f"-DKV_LEVEL_{level.upper()}"] + LEVELS[level][1]
 
 
 class build_extensions(build_ext):
     """Builds the kernel libraries first, objects of each level in a folder of its own, then the extensions."""
 
-    def build_extensions(self):
+    def build_extensions(self) -> None:
         openmp, levels = capabilities(self.compiler)
         openmp_flags = ["-fopenmp"] * openmp
         have = [f"-DKV_HAVE_{level.upper()}" for level in levels]
@@ -110,13 +112,14 @@ class build_extensions(build_ext):
         self.parallel = self.parallel or os.cpu_count()
         super().build_extensions()
 
-    def kernel_libraries(self, libraries):
+    def kernel_libraries(self, libraries: Mapping[str, tuple[list[str], list[str]]]) -> list[str]:
         """Paths of the static libraries that {name: (sources, flags)} describes; a compiler runs on each CPU."""
         folders = {name: os.path.join(self.build_temp, "kernels", name) for name in libraries}
 
-        def compiled(name, source, flags):
-            options = {"extra_postargs": COMMON_FLAGS + flags, "depends": KERNEL_FILES}
-            return self.compiler.compile([source], output_dir=folders[name], **options)
+        def compiled(name: str, source: str, flags: list[str]) -> list[str]:
+            options: dict[str, Any] = {"extra_postargs": COMMON_FLAGS + flags, "depends": KERNEL_FILES}
+            objects: list[str] = self.compiler.compile([source], output_dir=folders[name], **options)
+            return objects
 
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
@@ -125,14 +128,14 @@ class build_extensions(build_ext):
                 for name, (sources, flags) in libraries.items()
             }
             for name, parts in objects.items():
-                parts = [path for part in parts for path in part.result()]
-                self.compiler.create_static_lib(parts, f"kvrun_{name}", output_dir=folders[name])
+                paths = [path for part in parts for path in part.result()]
+                self.compiler.create_static_lib(paths, f"kvrun_{name}", output_dir=folders[name])
         finally:
             pool.shutdown(cancel_futures=True)  # after an error nothing more is compiled
         return [self.compiler.library_filename(f"kvrun_{name}", output_dir=folders[name]) for name in libraries]
 
 
-def extension(name):
+def extension(name: str) -> Extension:
     linked = KERNEL_FILES if name == "kernels" else HEADERS + BASE_SOURCES
     return Extension(
         f"kvrun._core.{name}",
@@ -143,7 +146,7 @@ def extension(name):
     )
 
 
-def declarations():
+def declarations() -> str:
     """A folder laid out like the installed packages, where Cython looks up ``cimport``: it knows no package_dir."""
     root = Path("build", "cython")
     package = root / "kvrun" / "_core"

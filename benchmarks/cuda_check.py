@@ -59,7 +59,7 @@ def stage_compile(device: Any) -> None:
         for k, v in map(pair, ("f16", "q4", "q2")):
             names = list(_core.KV_FORMATS)
             layouts.append({"head_dim": head_dim, "k_format": names.index(k), "v_format": names.index(v)})
-    jobs = [(module, ()) for module in ("matrix", "cache", "bandwidth")]
+    jobs: list[tuple[str, tuple[str, ...]]] = [(module, ()) for module in ("matrix", "cache", "bandwidth")]
     jobs += [(m, launches.attention.defines(layout)) for layout in layouts for m in ("attention", "attention_chunk")]
     for module, options in jobs:
         began = time.perf_counter()
@@ -110,7 +110,7 @@ def stage_equal(device: Any) -> None:
     for kv in FORMATS:
         compare("q4_0", tiny("q4_0", head_dim=64, attention_scale=0.125), kv, n=300)
         compare("q4_0", tiny("q4_0", head_dim=64, attention_scale=0.125), kv, (200, 100), n=300)
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "softcaps, windows, post norms": dict(
             sliding_windows=(40, None),
             attention_softcap=20.0,
@@ -308,7 +308,8 @@ def f16_rate(device: Any, n: int = 8192) -> float:
     device.do(gemm, stream)
     times = [device.seconds(lambda: device.do(gemm, stream), stream) for _ in range(10)]
     cupy.cuda.runtime.deviceSynchronize()
-    return 2 * n**3 / median(times) / 1e12
+    seconds: float = median(times)
+    return 2 * n**3 / seconds / 1e12
 
 
 def kernel_times(device: Any, engine: Any, kv: Any, step: float) -> None:
@@ -422,7 +423,7 @@ def main() -> int:
     device.early = args.early
     failed = 0
     for name in args.stages:
-        say(f"{name}: {STAGES[name].__doc__.splitlines()[0]}")
+        say(f"{name}: {(STAGES[name].__doc__ or '').splitlines()[0]}")
         try:
             STAGES[name](device)
         except Exception:

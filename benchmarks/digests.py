@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from kvrun.convert import convert
 from kvrun.errors import KvrunError
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
-CACHES = (
+CACHES: tuple[dict[str, Any], ...] = (
     {"kv": "f32"},
     {"kv": "f16"},
     {"kv": "q8", "ctx": 132},
@@ -43,7 +44,7 @@ def sources() -> Iterator[Path]:
     yield from sorted((FIXTURES / "gguf").glob("*.gguf"))
 
 
-def logits_digest(path: Path, threads: int, caches: tuple[dict[str, object], ...] = CACHES) -> str:
+def logits_digest(path: Path, threads: int, caches: tuple[dict[str, Any], ...] = CACHES) -> str:
     """Of all logits after each chunk, over all caches."""
     model, total = kvrun.load(path, threads=threads), hashlib.sha256()
     tokens = np.random.default_rng(1).integers(0, model.vocab_size, sum(CHUNKS)).tolist()

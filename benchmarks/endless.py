@@ -18,10 +18,12 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import kvrun
+from kvrun.backend import CacheT, Engine
 from kvrun.measure.caches import cache_options
 from kvrun.measure.quality import log_softmax
 from kvrun.session import new_cache
@@ -39,7 +41,9 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def run(engine, cache, tokens: np.ndarray, restart: int | None = None) -> dict[str, list[float]]:
+def run(
+    engine: Engine[CacheT], cache: CacheT, tokens: np.ndarray, restart: int | None = None
+) -> dict[str, list[float]]:
     """Feed int32 [n + 1] tokens; {"perplexity": .., "resident_mb": ..} with a value for each quarter.
 
     `restart`: empty the cache after that many tokens.
@@ -89,7 +93,7 @@ def main() -> int:
     return 0
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = kvrun.load(args.model, threads=args.threads, precise=not args.fast)
     text = Path(args.text).read_text(encoding="utf-8")
     ids = model.tokenize(text, parse_special=False)
@@ -99,7 +103,13 @@ def measure(args: argparse.Namespace) -> dict:
     length = model.description.context_length
     _, exact = cache_options("f32", length, ctx=args.ctx)
     fresh = run(engine, new_cache(engine, exact), tokens, restart=args.ctx)
-    report = {"text_tokens": len(ids), "tokens": args.tokens, "ctx": args.ctx, "kv": args.kv, "results": []}
+    report: dict[str, Any] = {
+        "text_tokens": len(ids),
+        "tokens": args.tokens,
+        "ctx": args.ctx,
+        "kv": args.kv,
+        "results": [],
+    }
     report["results"].append({"cache": f"f32, anew every {args.ctx}", "kv_bytes": None, **fresh})
     for sinks in args.sinks:
         _, options = cache_options(args.kv, length, ctx=args.ctx, sinks=sinks, window=args.window)
@@ -112,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict:
     return report
 
 
-def table(report: dict) -> str:
+def table(report: dict[str, Any]) -> str:
     """For people: a line for each run, a column for each quarter."""
     lines = [
         f"{report['tokens']} tokens ({report['text_tokens']} in the text) through a cache of {report['ctx']}",

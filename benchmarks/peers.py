@@ -92,7 +92,8 @@ def installed(python: str) -> dict[str, str]:
     asked = json.dumps({package.name: package.modules for package in PACKAGES})
     try:
         done = subprocess.run([python, "-c", _PROBE, asked], check=False, capture_output=True, text=True, timeout=60)
-        return json.loads(done.stdout)
+        versions: dict[str, str] = json.loads(done.stdout)
+        return versions
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise BenchmarkError(f"{python}: cannot be used as a Python interpreter ({type(error).__name__})") from None
 
@@ -136,17 +137,24 @@ class Worker:
                 text=True,
                 env=environment,
             )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """The answer. RequestError if it is an error, Crash if the process has ended or does not answer in time."""
         late = threading.Event()
-        timer = threading.Timer(self.timeout, lambda: (late.set(), self._process.kill()))
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(self.timeout, give_up)
         timer.daemon = True
         timer.start()
         try:
-            self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+            self._stdin.flush()
+            line = self._stdout.readline()
         except OSError:
             line = ""
         finally:
@@ -156,7 +164,8 @@ class Worker:
         answer = json.loads(line)
         if "error" in answer:
             raise RequestError(answer["error"])
-        return answer["ok"]
+        result: dict[str, Any] = answer["ok"]
+        return result
 
     def _last_words(self) -> str:
         status = self._process.wait()
@@ -164,13 +173,13 @@ class Worker:
         return f"crashed with status {status}" + (f": {lines[-1][:200]}" if lines else "")
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
 
 
 @dataclass

@@ -27,6 +27,7 @@ import struct
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,7 +77,8 @@ class Kvrun:
         pass  # with its last reference
 
     def kv_bytes(self, kv: Any) -> int:
-        return kv.nbytes
+        size: int = kv.nbytes
+        return size
 
     def bytes_read(self, kv: Any, depth: int) -> int:
         return self.weights + self.bench.bytes_read(kv, depth + 1)
@@ -249,7 +251,8 @@ class Llama:
 
     def kv_bytes(self, context: LlamaContext) -> int:
         head = sum(self.lib.ggml_row_size(kind, self.head_dim) for kind in self.CACHES[context.cache][1:])
-        return self.heads * head * self.lib.llama_n_ctx(context.handle)
+        size: int = self.heads * head * self.lib.llama_n_ctx(context.handle)
+        return size
 
 
 class IkLlama(Llama):
@@ -342,7 +345,8 @@ class Transformers:
         self.logits = out.logits[0, -1]
 
     def last_logits(self, state: dict[str, Any]) -> np.ndarray:
-        return self.logits.float().numpy()
+        logits: np.ndarray = self.logits.float().numpy()
+        return logits
 
     def rewind(self, state: dict[str, Any], depth: int) -> None:
         """A quantised cache cannot be cropped: the one that was filled is kept. Its tensors are never written, but
@@ -361,12 +365,13 @@ class Transformers:
         if hasattr(value, "__tensor_flatten__"):
             return sum(self._bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         if isinstance(value, self.torch.Tensor):
-            return value.nbytes
+            size: int = value.nbytes
+            return size
         items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
         return sum(map(self._bytes, items))
 
 
-RUNTIMES = {
+RUNTIMES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "kvrun": Kvrun,
     "ik_llama.cpp": IkLlama,
     "llama.cpp (xllamacpp)": Xllamacpp,

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from random_model import SHAPES
@@ -32,7 +33,7 @@ def tensor_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
     return {theirs if ours.startswith("head.") else llama.hf_prefix + theirs: shapes[ours] for ours, theirs in names}
 
 
-def config_of(d: ModelDescription) -> dict:
+def config_of(d: ModelDescription) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -85,7 +86,7 @@ def write_shard(path: Path, sizes: dict[str, int], shapes: dict[str, tuple[int, 
         for name, nbytes in sizes.items():
             data = block if len(shapes[name]) > 1 else np.ones(nbytes // 2, np.float16)
             for start in range(0, nbytes, data.nbytes):
-                file.write(data.view(np.uint8)[: nbytes - start])
+                file.write(data.view(np.uint8)[: nbytes - start].data)
 
 
 def main() -> int:

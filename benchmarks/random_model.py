@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -125,14 +126,14 @@ def write(path: str, shape: str, weight_type: str) -> None:
         writer.finish()
 
 
-def panels(weight_type: str, rows: int, cols: int):
+def panels(weight_type: str, rows: int, cols: int) -> Iterator[memoryview]:
     """Packed data of a matrix whose outputs are about as large as its inputs."""
     rng = np.random.default_rng(rows * cols)
     some = min((rows + PANEL - 1) // PANEL, DISTINCT)
     block = _core.pack(weight_type, rng.normal(0, cols**-0.5, (some * PANEL, cols)).astype(np.float32))
     left = _core.packed_size(weight_type, rows, cols)
     while left > 0:
-        yield memoryview(block)[:left]
+        yield block.data[:left]
         left -= len(block)
 
 

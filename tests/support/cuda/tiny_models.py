@@ -46,7 +46,8 @@ def tiny(weight_type="f32", seed=0, **fields):
         else:
             kind = types[i % len(types)]
             values = rng.normal(0, 1.5 * shape[1] ** -0.5, shape).astype(np.float32)
-            weights[name] = WeightTensor(kind, *shape, _core.pack(kind, values))
+            rows, cols = shape
+            weights[name] = WeightTensor(kind, rows, cols, _core.pack(kind, values))
     return SimpleNamespace(description=description, weights=weights, vectors=vectors)
 
 
