@@ -57,6 +57,23 @@ def test_a_weight_type_that_the_kernels_lack_is_refused(device, monkeypatch):
         engines(tiny("q4_1"), device)
 
 
+def test_decoding_chooses_the_kernels_not_the_number_of_tokens(device):
+    """A chunk that is written is what its tokens are one by one, to the bit; a token that is read is a chunk of one."""
+    model = tiny("q4_0")
+    _, gpu = engines(model, device)
+    ids, cache = tokens(model.description, 80), gpu.new_cache(k="q4", v="q4", **OPTIONS)
+    gpu.forward(ids[:70], cache, "none")
+    one, written, read = cache.copy(), cache.copy(), cache.copy()
+    expected = np.stack([gpu.forward([token], one) for token in ids[70:]])
+    np.testing.assert_array_equal(gpu.forward(ids[70:], written, "all", decoding=True), expected)
+    assert written.n_tokens == one.n_tokens and np.array_equal(written.state(), one.state())
+    written = cache.copy()
+    assert gpu.forward(ids[70:75], written, "none", decoding=True) is None
+    np.testing.assert_array_equal(gpu.forward(ids[75:], written, "last", decoding=True), expected[-1])
+    of_one = gpu.forward(ids[70:71], read, "all", decoding=False)
+    assert 0 < difference(of_one, expected[:1]) <= CHUNK
+
+
 def test_every_matrix_of_another_type(device):
     model = tiny(TYPES, attention_bias=True, mlp_bias=True)
     assert difference(*both(model, device, 8, (1,))) <= SIXTEEN_BITS
