@@ -111,6 +111,7 @@ class StoredTensor:
 
         kind = self.type.upper()
         try:
-            return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).astype(np.float32, copy=False)
+            values: np.ndarray = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
         except (KeyError, NotImplementedError):
             raise ConvertError(f"{self.path}: tensor {self.name} has type {kind}, which is not supported yet") from None
+        return values.astype(np.float32, copy=False)
