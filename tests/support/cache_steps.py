@@ -32,7 +32,7 @@ class StepLlama(NumpyLlama):
     def __init__(self, file, options):
         super().__init__(file)
         self.cache = StateCache(**options)
-        self.kept = {f"layers.{i}": ([], []) for i in range(self.d.n_layers)}
+        self.kept: dict[str, tuple[list, list]] = {f"layers.{i}": ([], []) for i in range(self.d.n_layers)}
 
     def attention(self, x, layer):
         d, seen = self.d, np.array(self.cache.visible())

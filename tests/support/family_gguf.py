@@ -77,7 +77,8 @@ def metadata(arch, c):
 def tensors(folder, arch, c, apart=False):
     """(name in GGUF, float32 values) of the text model's tensors. `apart`: one tensor for each expert, as in files of
     Mixtral from before one held all of a layer."""
-    experts, dense = {}, get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
+    experts: dict[str, list] = {}
+    dense = get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
     names = get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), 8)
     for name, tensor in read_safetensors_header(str(folder / "model.safetensors")).items():
         if "vision" in name or "projector" in name:

@@ -64,7 +64,8 @@ def to_bf16(a):
 
 def save_safetensors(path, tensors, dtype="F32"):
     """Write a safetensors file; `dtype` F32, F16 or BF16 (the values are cut or rounded to it)."""
-    header, chunks, position = {"__metadata__": {"format": "pt"}}, [], 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    chunks, position = [], 0
     for name, a in tensors.items():
         data = {"F32": lambda a: a, "F16": lambda a: a.astype(np.float16), "BF16": to_bf16}[dtype](a).tobytes()
         header[name] = {

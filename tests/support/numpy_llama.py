@@ -82,7 +82,7 @@ class NumpyLlama:
     def attention(self, x: np.ndarray, layer: str) -> np.ndarray:
         d, n = self.d, len(x)
         at = np.arange(n)
-        width = (d.sliding_windows or {}) and d.sliding_windows[int(layer.split(".")[1])]
+        width = d.sliding_windows[int(layer.split(".")[1])] if d.sliding_windows else None
         q, k, v = self.qkv(x, layer)
         q, k, v = self.turn(q, layer, at), self.store(self.turn(k, layer, at)), self.store(v)
         group = d.n_heads // d.n_kv_heads
@@ -98,6 +98,7 @@ class NumpyLlama:
         d = self.d
         if not d.has_experts(int(layer.split(".")[1])):
             return self.feed_forward(x, f"{layer}.mlp")
+        assert d.n_experts and d.experts_used
         scores = self.linear(x, f"{layer}.mlp.router")
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
@@ -105,7 +106,10 @@ class NumpyLlama:
         if d.normalize_experts:
             kept /= kept.sum(-1, keepdims=True)
         outputs = [self.feed_forward(x, f"{layer}.mlp.experts.{e}") for e in range(d.n_experts)]
-        return sum(kept[:, [e]] * outputs[e] for e in range(d.n_experts))
+        total = np.zeros_like(x)
+        for e, output in enumerate(outputs):
+            total = total + kept[:, [e]] * output
+        return total
 
     def feed_forward(self, x: np.ndarray, step: str) -> np.ndarray:
         up, activation = self.linear(x, f"{step}.up"), ACTIVATIONS[self.d.activation]

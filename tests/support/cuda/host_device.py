@@ -92,6 +92,9 @@ class HostMemoryDevice:
         else:
             self._copy(operation)
 
+    def _launch(self, launch):
+        raise NotImplementedError(f"{launch.kernel}: this device runs no kernels")
+
     def capture(self, operations, stream):
         return list(operations)
 

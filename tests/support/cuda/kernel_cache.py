@@ -20,7 +20,7 @@ MODULES = ("cache", "attention", "attention_chunk")
 @cache
 def kernels(defines=()):
     """Launchers by name. defines: options of NVRTC ("-DNAME=1"), which only attention takes."""
-    found = {}
+    found: dict[str, object] = {}
     for module in MODULES:
         macros = defines if module != "cache" else ()
         text = "".join(f"#define {' '.join(macro[2:].split('='))}\n" for macro in macros) + abi.source(module)
@@ -31,8 +31,8 @@ def kernels(defines=()):
 
 def launch(name, grid, block, shared, *args, defines=()):
     """args: NumPy arrays are passed by their address, structures and numbers of NumPy by value."""
-    pointers = [isinstance(a, np.ndarray) and a.dtype not in BY_VALUE for a in args]
-    values = [np.uint64(a.ctypes.data) if p else a for a, p in zip(args, pointers, strict=True)]
+    by_address = [isinstance(a, np.ndarray) and a.dtype not in BY_VALUE for a in args]
+    values = [np.uint64(a.ctypes.data) if p else a for a, p in zip(args, by_address, strict=True)]
     values = [np.ascontiguousarray(a).reshape(1) for a in values]
     grid = (*grid, 1, 1)[:3]
     pointers = (ctypes.c_void_p * len(values))(*(a.ctypes.data for a in values))
@@ -69,7 +69,7 @@ class KernelCache:
         self.geometry = self.kv.geometry()
         self.scale, self.softcap, self.spans = scale, softcap, spans
         layer = self.geometry["layers"][0]
-        names = [name for name in abi.LAYOUT.names if name != "base"]
+        names = [name for name in abi.LAYOUT.names or () if name != "base"]
         self.layout = abi.struct(
             abi.LAYOUT, base=self.memory.ctypes.data, **{name: {**self.geometry, **layer}[name] for name in names}
         )
@@ -95,8 +95,8 @@ class KernelCache:
 
     def reference(self):
         """An empty cache of the core with the same options."""
-        options = dict(ctx=self.kv.ctx, sinks=self.kv.n_sinks, window=self.kv.window)
-        return _core.KVCache(SimpleNamespace(description=self.kv.description), self.kv.k, self.kv.v, **options)
+        kv, model = self.kv, SimpleNamespace(description=self.kv.description)
+        return _core.KVCache(model, kv.k, kv.v, kv.ctx, kv.n_sinks, kv.window)
 
     def truncate(self, n):
         kv = self.host()
@@ -122,7 +122,7 @@ class KernelCache:
         rows = launches.cache.sink_rows(n)
         tables = [np.full(shape, np.nan, np.float32) for shape in [(n, half)] * 2 + [(rows, g["n_sinks"], half)] * 2]
         launch("step_angles", (3,), 32, 0, step, ropes, self.layout, np.int64(g["n_slots"]), np.int32(rows), *tables)
-        staged, most = (NULL, NULL), 0
+        staged, most = [NULL, NULL], 0
         if n > 1:
             staged, most = [aligned(size) for size in launches.cache.staged_bytes(g, n)], launches.cache.max_tiles(g, n)
         launch(
