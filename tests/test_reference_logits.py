@@ -5,6 +5,7 @@ import pytest
 
 from kvrun import _core
 from kvrun.files.model_file import read_model_file
+from support.cases import some
 from support.kernel_level import errors_at_level
 from support.logits import CHUNKS, FIXTURES, TOLERANCE, engine_of, run
 from support.numpy_llama import NumpyLlama, f16_cache
@@ -76,7 +77,7 @@ def test_regions_of_the_cache_do_not_show(name, options, converted, reference):
 
 @pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
 @pytest.mark.parametrize("kv", ["f32", "f16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, ["grouped-tied", "gguf-mixed"]))
 def test_threads_do_not_change_a_bit(name, kv, converted, reference):
     tokens = reference(name).tokens
     path = converted(name)
