@@ -58,7 +58,7 @@ def build(converted, precise):
     return file, _core.Engine(d, file.weights, file.vectors, d.rope_tables, 2, precise)
 
 
-@pytest.mark.parametrize("options", some(OPTIONS, OPTIONS[:1] + OPTIONS[3:4]), ids=str)
+@pytest.mark.parametrize("options", some(OPTIONS, OPTIONS[3:4]), ids=str)
 def test_ten_turns_of_the_ring(options, model):
     """Logits equal the list model's: for every chunking, through evictions and moved sinks."""
     file, engine = model

@@ -81,7 +81,10 @@ def test_every_matrix_of_another_type(device):
     assert difference(*both(model, device, 40, (33, 7))) <= CHUNK
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "q8", "q4", "q2", "q4/q2", "f16/q8", "q8/f32"])
+FORMATS = ["f32", "f16", "q8", "q4", "q2", "q4/q2", "f16/q8", "q8/f32"]
+
+
+@pytest.mark.parametrize("kv", some(FORMATS, ["f16", "q8", "q4/q2"]))
 def test_cache_formats(kv, device):
     """Past the first tiles, whole chunks and token by token."""
     model, (k, _, v) = tiny("f32", n_heads=2, n_kv_heads=1), kv.partition("/")
@@ -93,7 +96,7 @@ def test_cache_formats(kv, device):
     assert difference(a, b) <= limit
 
 
-@pytest.mark.parametrize("head_dim", [2, 6, 20, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", some([2, 6, 20, 64, 80, 128, 256], [6, 64, 80, 128]))
 def test_head_sizes(head_dim, device):
     model = tiny("f32", head_dim=head_dim, n_heads=3, n_kv_heads=1, attention_scale=head_dim**-0.5)
     assert difference(*both(model, device, 150, (140, 1), "q8")) <= CHUNK + ROUNDED["q8"]
@@ -102,7 +105,7 @@ def test_head_sizes(head_dim, device):
 TURNS = [dict(ctx=132), dict(ctx=64, sinks=0, window=0), dict(ctx=200, sinks=70, window=1), dict(ctx=300, window=129)]
 
 
-@pytest.mark.parametrize("options", some(TURNS, TURNS[2:3]))
+@pytest.mark.parametrize("options", some(TURNS, TURNS[1:2]))
 def test_past_turns_of_the_ring(options, device):
     """Layers with a sliding window and without, sinks that move."""
     model = tiny(
@@ -114,7 +117,7 @@ def test_past_turns_of_the_ring(options, device):
     assert difference(a, b) <= EXACT
 
 
-@pytest.mark.parametrize("name", some(NAMES, ["gemma3", "qwen3moe", "gpt2", "phi3"]))
+@pytest.mark.parametrize("name", some(NAMES, ["gemma3", "qwen3moe", "phi3"]))
 def test_families(name, device, family):
     """The models that transformers made, beside its own logits."""
     expected, file = expected_of(name), read_model_file(family(name))
