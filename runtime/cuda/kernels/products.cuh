@@ -124,25 +124,28 @@ DEVICE void dot_nibbles(const Unit &u, const Input &in, uint32_t block, int *dot
         dot[r] = 256 * first[r] + second[r];
 }
 
-// The same with the five-bit codes of q5_0.
+// The same with the five-bit codes of q5_0; a plane at a time, which takes fewer registers.
 DEVICE void dot_fives(const Unit &u, const Input &in, uint32_t block, int *dot)
 {
-    int first[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
-    KV_UNROLL
-    for (int l = 0; l < 4; l++) {
-        const uint4 x = in.codes[l * in.blocks + block];
-        KV_UNROLL
-        for (int r = 0; r < 4; r++) {
-            const uint32_t stored[5] = {word_of(u.lines[0], r), word_of(u.lines[1], r), word_of(u.lines[2], r),
-                                        word_of(u.lines[3], r), word_of(u.more, r)};
-            const uint32_t low = five_of(stored, l), high = five_of(stored, 4 + l);
-            first[r] = dp4a(high, x.y, dp4a(low, x.x, first[r]));
-            second[r] = dp4a(high, x.w, dp4a(low, x.z, second[r]));
-        }
-    }
     KV_UNROLL
     for (int r = 0; r < 4; r++)
-        dot[r] = 256 * first[r] + second[r];
+        dot[r] = 0;
+    KV_NO_UNROLL
+    for (int plane = 0; plane < 2; plane++) {
+        KV_UNROLL
+        for (int r = 0; r < 4; r++)
+            dot[r] *= 256;
+        KV_UNROLL
+        for (int l = 0; l < 4; l++) {
+            const uint2 x = ((const uint2 *)(in.codes + l * in.blocks + block))[plane];
+            KV_UNROLL
+            for (int r = 0; r < 4; r++) {
+                const uint32_t stored[5] = {word_of(u.lines[0], r), word_of(u.lines[1], r), word_of(u.lines[2], r),
+                                            word_of(u.lines[3], r), word_of(u.more, r)};
+                dot[r] = dp4a(five_of(stored, 4 + l), x.y, dp4a(five_of(stored, l), x.x, dot[r]));
+            }
+        }
+    }
 }
 
 // The same of half a block, 16 channels, whose codes are signed bytes less `zero`: code(l, r), a word of line l.
