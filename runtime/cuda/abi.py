@@ -145,11 +145,9 @@ def structures() -> dict[str, np.dtype]:
     return found
 
 
-SEGMENT, MATRIX, NORM = (structures()[name] for name in ("Segment", "Matrix", "Norm"))
+MATRIX, NORM = structures()["Matrix"], structures()["Norm"]
 LAYOUT, STEP, ROPES = (structures()[name] for name in ("CacheLayout", "Step", "Ropes"))
-BLOCK, MAX_SEGMENTS, PANEL, TILE, WARP = (
-    constants("abi.cuh")[name] for name in ("BLOCK", "MAX_SEGMENTS", "PANEL", "TILE", "WARP")
-)
+BLOCK, PANEL, TILE, WARP = (constants("abi.cuh")[name] for name in ("BLOCK", "PANEL", "TILE", "WARP"))
 ACTIVATIONS = {name: constants("abi.cuh")[f"KV_{name.upper()}"] for name in ("silu", "gelu", "gelu_tanh")}
 """Names of activations, and their numbers in the kernels."""
 

@@ -14,16 +14,13 @@ import numpy as np
 from kvrun import _core
 from kvrun.cuda import abi
 from kvrun.cuda.abi import PANEL, TYPE_IDS
+from kvrun.cuda.launch.common import padded
 
 if TYPE_CHECKING:
     from kvrun.files.description import ModelDescription
     from kvrun.files.model_file import WeightTensor
 
 ALIGNMENT = 256
-
-
-def padded(n: int, multiple: int = PANEL) -> int:
-    return -(-n // multiple) * multiple
 
 
 class Arena:

@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvrun.cuda.abi import TILE, constants
-from kvrun.cuda.launch.common import whole
+from kvrun.cuda.launch.common import padded, whole
 
 _SIZES = constants("attention.cu")
 THREADS, MAX_HEAD_DIM, _ROWS = _SIZES["THREADS"], _SIZES["MAX_HEAD_DIM"], _SIZES["ROWS"]
 _F32 = _SIZES["KV_FORMAT_F32"]
 _BITS = {_SIZES[f"KV_FORMAT_Q{bits}"]: bits for bits in (8, 4, 2)}
 _MOST_SPANS, _MOST_BLOCKS, _BLOCK_OVERHEAD = 256, 4, 1 << 10
-
-
-def padded(n: int, of: int) -> int:
-    return of * whole(n, of)
 
 
 def defines(layout: Mapping[str, int]) -> tuple[str, ...]:
@@ -44,7 +40,7 @@ def attend_shared(layout: Mapping[str, int]) -> int:
     if k in _BITS:
         keys.append(TILE * pad * _BITS[k] // 8 + 4 * pad)
     if v in _BITS:
-        values.append(TILE * pad * _BITS[v] // 8 + 4 * TILE * -(-dim // TILE))
+        values.append(TILE * pad * _BITS[v] // 8 + 4 * TILE * whole(dim, TILE))
     warp = max(max(keys) + max(values), 4 * _ROWS * pad)
     return 4 * _ROWS * dim + 3 * (pad // 16 * 256) + 512 + _SIZES["WARPS"] * warp
 
@@ -54,7 +50,7 @@ def attend_grid(
 ) -> tuple[int, int, int]:
     """For captured graphs: whatever the depth. As many blocks as the device runs at a time, if a full cache has tiles
     for them."""
-    heads, rows = layout["n_kv_heads"], -(-group // _ROWS)
+    heads, rows = layout["n_kv_heads"], whole(group, _ROWS)
     fit = shared_per_multiprocessor // (attend_shared(layout) + _BLOCK_OVERHEAD)
     blocks = n_multiprocessors * max(1, min(fit, _MOST_BLOCKS if layout["head_dim"] <= 128 else 2))
     items = ctx // 16 + 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvrun.cuda.abi import TILE, constants
-from kvrun.cuda.launch.attention import padded
+from kvrun.cuda.launch.common import padded, whole
 
 _SIZES = constants("attention_chunk.cu")
 THREADS, _ROWS = _SIZES["THREADS"], _SIZES["ROWS"]
@@ -24,5 +24,5 @@ def grid(layout: Mapping[str, int], group: int, n: int) -> tuple[int, int, int]:
     heads = min(group, _ROWS)
     tokens = _ROWS // heads
     # Runs of tokens that see the same tiles packed begin anywhere: at each border a block may be cut in two.
-    per_run = -(-TILE // tokens)
-    return n // tokens + n // TILE + 4 + per_run, layout["n_kv_heads"] * -(-group // heads), 1
+    per_run = whole(TILE, tokens)
+    return n // tokens + n // TILE + 4 + per_run, layout["n_kv_heads"] * whole(group, heads), 1

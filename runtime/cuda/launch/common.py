@@ -14,6 +14,11 @@ def whole(n: int, of: int) -> int:
     return -(-n // of)
 
 
+def padded(n: int, of: int) -> int:
+    """n rounded up to a multiple of `of`."""
+    return of * whole(n, of)
+
+
 def launch(kernel: str, grid: tuple[int, ...], threads: int, shared: int, *args: np.ndarray) -> Launch:
     """A launch of blocks in one dimension; `grid`: up to three."""
     x, y, z = (*grid, 1, 1)[:3]
