@@ -43,8 +43,7 @@ $(VENV)/.built: $(VENV)/.made $(SOURCES)
 	@$(PIP) install -qq -e . || { \
 	    echo "make: kvrun cannot be built: see above. It needs a C compiler, Python's headers and pip's" \
 	         "access to packages (Debian, Ubuntu: apt-get install gcc python3-dev)" >&2; exit 1; }
-	@$(BIN)/python -c 'from kvrun import _core; print("built for", _core.isa() + ";", \
-	    "OpenMP" if _core.HAS_OPENMP else "ONE THREAD ONLY: the compiler has no OpenMP (omp.h)")'
+	@$(BIN)/python -c 'from kvrun import _core; print("built for", _core.isa())'
 	@touch $@
 
 $(VENV)/.testable: $(VENV)/.built

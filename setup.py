@@ -60,26 +60,21 @@ LEVEL_SOURCES = [*WEIGHT_SOURCES, *CACHE_SOURCES, f"{KERNELS}/vector.c", f"{KERN
 BASE_SOURCES = WEIGHT_SOURCES + [f"{KERNELS}/{name}.c" for name in ("weights", "team", "levels")]
 
 
-def accepts(compiler: Any, source: str, flags: Sequence[str], link: Sequence[str] = ()) -> bool:
+def accepts(compiler: Any, source: str, flags: Sequence[str]) -> bool:
     """True when ``compiler`` builds ``source`` with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.c")
         path.write_text(source)
         try:
             objects = compiler.compile([str(path)], output_dir=folder, extra_postargs=list(flags))
-            compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=list(link))
+            compiler.link_executable(objects, "probe", output_dir=folder)
         except (CompileError, LinkError):
             return False
     return True
 
 
-def capabilities(compiler: Any) -> tuple[bool, list[str]]:
-    """(OpenMP?, the levels) that this compiler builds on this machine; says what is left out."""
-    openmp = accepts(
-        compiler, "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n", ["-fopenmp"], ["-fopenmp"]
-    )
-    if not openmp:
-        print("kvrun: no OpenMP (omp.h) for this compiler: building for ONE THREAD only")
+def buildable_levels(compiler: Any) -> list[str]:
+    """The levels that this compiler builds on this machine; says what is left out."""
     levels = []
     for level, (machines, flags) in LEVELS.items():
         if machines is not None and platform.machine() not in machines:
@@ -88,8 +83,8 @@ def capabilities(compiler: Any) -> tuple[bool, list[str]]:
             levels.append(level)
         else:
             print(f"kvrun: this compiler has no flags for {level}: building without that level")
-    print(f"kvrun: kernel levels: {', '.join(levels)}; OpenMP: {'yes' if openmp else 'no'}")
-    return openmp, levels
+    print(f"kvrun: kernel levels: {', '.join(levels)}")
+    return levels
 
 
 def level_flags(level: str) -> list[str]:
@@ -100,15 +95,14 @@ class build_extensions(build_ext):
     """Builds the kernel libraries first, objects of each level in a folder of its own, then the extensions."""
 
     def build_extensions(self) -> None:
-        openmp, levels = capabilities(self.compiler)
-        openmp_flags = ["-fopenmp"] * openmp
+        levels = buildable_levels(self.compiler)
         have = [f"-DKV_HAVE_{level.upper()}" for level in levels]
-        libraries = {"base": (BASE_SOURCES, ["-ffp-contract=off"] + openmp_flags + have)}
+        libraries = {"base": (BASE_SOURCES, ["-ffp-contract=off"] + have)}
         libraries |= {level: (LEVEL_SOURCES, level_flags(level)) for level in levels}
         base, *kernels = self.kernel_libraries(libraries)
         for extension in self.extensions:
             extension.extra_objects = [base] + (kernels if extension.name.endswith(".kernels") else [])
-            extension.extra_link_args = openmp_flags
+            extension.extra_link_args = ["-pthread"]
         self.parallel = self.parallel or os.cpu_count()
         super().build_extensions()
 

@@ -1,14 +1,14 @@
 """The core: engine, KV ring, sampler and kernels. Knows no file, tokenizer or terminal."""
 
 from .cache import KV_FORMATS, KVCache, kv_bytes
-from .engine import HAS_OPENMP, MAX_CHUNK, MAX_THREADS, Engine, max_threads
+from .cpus import max_threads
+from .engine import MAX_CHUNK, MAX_THREADS, Engine
 from .kernels import TILE, isa, isa_available
 from .memory import advise_huge, anonymous, touch, trim
 from .sampler import Sampler
 from .weights import WEIGHT_TYPES, WeightType, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
 
 __all__ = [
-    "HAS_OPENMP",
     "KV_FORMATS",
     "MAX_CHUNK",
     "MAX_THREADS",

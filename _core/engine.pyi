@@ -6,7 +6,6 @@ import numpy.typing as npt
 
 from .cache import KVCache
 
-HAS_OPENMP: bool
 MAX_CHUNK: int
 MAX_THREADS: int
 
@@ -21,8 +20,6 @@ class _Weight(Protocol):
     def data(self) -> npt.NDArray[np.uint8]: ...
 
 _Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-def max_threads() -> int: ...
 
 class Engine:
     max_chunk: int

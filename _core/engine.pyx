@@ -3,8 +3,6 @@
 Threads take work by number between barriers, so that every result is the same whatever their count.
 """
 
-import os
-
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
@@ -20,7 +18,7 @@ from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, kerne
 from .model cimport Config, Expert, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
 from .steps cimport (activate_mlp, add, attend, embed, logits, matmul, norm_heads, prepare_attended, prepare_gated,
                      prepare_head, prepare_normed)
-from .team cimport KV_MAX_THREADS, kv_team, kv_team_has_openmp, kv_team_run
+from .team cimport KV_MAX_THREADS, kv_team, kv_team_run
 from .cache import sliding_windows
 from .kernels import require_level
 from .weights import packed_size, type_id
@@ -32,18 +30,6 @@ cdef dict _ACTIVATIONS = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU
 
 MAX_THREADS = KV_MAX_THREADS
 """Most threads of one call."""
-
-HAS_OPENMP = bool(kv_team_has_openmp())
-"""False when the core was built without OpenMP and runs on one thread."""
-
-
-def max_threads():
-    """The CPUs this process may use; 1 without OpenMP."""
-    if not HAS_OPENMP:
-        return 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
@@ -147,7 +133,7 @@ cdef class Engine:
                 raise ValueError(f"{name} {getattr(d, name)!r} is not supported")
         if d.n_heads % d.n_kv_heads or d.head_dim % 2:
             raise ValueError("n_heads must be a multiple of n_kv_heads, and head_dim even")
-        self.threads, self.kept = min(threads, KV_MAX_THREADS) if HAS_OPENMP else 1, []
+        self.threads, self.kept = min(threads, KV_MAX_THREADS), []
         self.ropes, self.rope_tables = {}, rope_tables
         self.precise = precise
         self.sliding_windows = sliding_windows(d)

@@ -6,7 +6,6 @@ cdef extern from "team.h":
     ctypedef struct kv_team:
         pass
     ctypedef void (*kv_team_fn)(void*, kv_team*, int) noexcept nogil
-    int kv_team_has_openmp() noexcept nogil
     void kv_team_run(int, kv_team_fn, void*) noexcept nogil
     int kv_team_size(const kv_team*) noexcept nogil
     int64_t kv_team_grab(const kv_team*, int64_t) noexcept nogil

@@ -34,7 +34,8 @@ def load(
     device: str = "cpu",
     device_memory: int | None = None,
 ) -> Model:
-    """Open a model file. Cheap: the file is mapped, not read. `threads`: the CPUs this process may use.
+    """Open a model file. Cheap: the file is mapped, not read. `threads`: by default one for each CPU that this
+    process may use, by its affinity or its container's quota, whichever is less.
 
     `precise`: read prompts, too, with the 16-bit activations that decoding always has; matters for
     block-quantised weights, whose prompts otherwise take 8 bits and about half the time.

@@ -75,7 +75,6 @@ def test_sinks_of_every_kind_of_layer(name, options, family):
         assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_do_not_change_a_bit(name, family):
     tokens = expected_of(name).tokens

@@ -75,7 +75,6 @@ def test_regions_of_the_cache_do_not_show(name, options, converted, reference):
     assert expected.error(logits) <= TOLERANCE
 
 
-@pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
 @pytest.mark.parametrize("kv", ["f32", "f16"])
 @pytest.mark.parametrize("name", some(NAMES, ["grouped-tied", "gguf-mixed"]))
 def test_threads_do_not_change_a_bit(name, kv, converted, reference):

@@ -57,7 +57,6 @@ def test_greedy_text(model, case):
     assert len(pieces) > 40
 
 
-@pytest.mark.skipif(not _core.HAS_OPENMP, reason="built without OpenMP: there is one thread only")
 def test_threads_do_not_change_the_text(smollm2):
     texts = {
         threads: kvrun.load(smollm2, threads=threads).generate(

@@ -1,11 +1,11 @@
+#define _GNU_SOURCE /* pthread_setname_np */
 #include "team.h"
 
-#include <stdatomic.h>
+#include <pthread.h>
 #include <sched.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
 
 /* A thread's share of a step's work, of which it takes from the front; the others do, too, when theirs is done. */
 typedef struct {
@@ -17,10 +17,32 @@ struct kv_team {
     share *shares;
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_uint generation;
+    _Alignas(64) atomic_int working; /* threads other than the caller that have not come to the end of the call */
 };
 
-/* Waiting threads spin this often (some tens of microseconds) before they give the core away. */
-enum { SPINS = 4000 };
+/* A thread that waits for calls. The pool's list has those that are in no team. */
+typedef struct worker {
+    struct worker *next;
+    pthread_mutex_t mutex;
+    pthread_cond_t called;
+    atomic_uint calls; /* so far: a new one is there when this changes */
+    kv_team *team;
+    kv_team_fn fn;
+    void *arg;
+    int thread; /* number in the team */
+} worker;
+
+static pthread_mutex_t pool_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
+static worker *idle;
+
+/* This thread's number in its team. */
+static _Thread_local int own_number;
+
+enum {
+    SPINS = 4000,      /* of a waiting thread (some tens of microseconds), before it gives the core away or sleeps */
+    STACK = 1 << 20 /* bytes of a thread's stack: kernels use some tens of thousands */
+};
 
 static void relax(void)
 {
@@ -28,15 +50,6 @@ static void relax(void)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
-#endif
-}
-
-int kv_team_has_openmp(void)
-{
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
 #endif
 }
 
@@ -66,20 +79,11 @@ void kv_team_barrier(kv_team *team)
     }
 }
 
-static int this_thread(void)
-{
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 int64_t kv_team_share(const kv_team *team, int thread, int64_t total) { return total * thread / team->size; }
 
 int64_t kv_team_take(kv_team *team, int64_t total, int64_t grab, int64_t *end)
 {
-    const int own = this_thread();
+    const int own = own_number;
     for (int i = 0; i < team->size; i++) {
         const int thread = own + i < team->size ? own + i : own + i - team->size;
         const int64_t first = kv_team_share(team, thread, total), last = kv_team_share(team, thread + 1, total);
@@ -95,24 +99,136 @@ int64_t kv_team_take(kv_team *team, int64_t total, int64_t grab, int64_t *end)
     return -1;
 }
 
+/* The child of a fork has the calling thread only: its pool begins anew. */
+static void before_fork(void) { pthread_mutex_lock(&pool_mutex); }
+static void in_parent(void) { pthread_mutex_unlock(&pool_mutex); }
+static void in_child(void)
+{
+    pthread_mutex_init(&pool_mutex, NULL);
+    idle = NULL;
+}
+static void follow_forks(void) { pthread_atfork(before_fork, in_parent, in_child); }
+
+static void *work(void *arg)
+{
+    worker *w = arg;
+    unsigned done = 0;
+    for (;;) {
+        for (int spins = 0; spins < SPINS && atomic_load_explicit(&w->calls, memory_order_acquire) == done; spins++)
+            relax();
+        if (atomic_load_explicit(&w->calls, memory_order_acquire) == done) {
+            pthread_mutex_lock(&w->mutex);
+            while (atomic_load_explicit(&w->calls, memory_order_relaxed) == done)
+                pthread_cond_wait(&w->called, &w->mutex);
+            pthread_mutex_unlock(&w->mutex);
+        }
+        done++;
+        own_number = w->thread;
+        w->fn(w->arg, w->team, w->thread);
+        atomic_fetch_sub_explicit(&w->team->working, 1, memory_order_release);
+    }
+    return NULL;
+}
+
+static void call(worker *w, kv_team *team, int thread, kv_team_fn fn, void *arg)
+{
+    w->team = team, w->thread = thread, w->fn = fn, w->arg = arg;
+    pthread_mutex_lock(&w->mutex);
+    atomic_fetch_add_explicit(&w->calls, 1, memory_order_release);
+    pthread_cond_signal(&w->called);
+    pthread_mutex_unlock(&w->mutex);
+}
+
+/* A new thread, or NULL when the system has none to give. Signals go to the program's own threads, but for those that
+ * an instruction raises. */
+static worker *new_worker(void)
+{
+    static const int raised[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};
+    worker *w = calloc(1, sizeof *w);
+    pthread_attr_t attributes;
+    if (w == NULL || pthread_attr_init(&attributes)) {
+        free(w);
+        return NULL;
+    }
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, STACK);
+    pthread_mutex_init(&w->mutex, NULL);
+    pthread_cond_init(&w->called, NULL);
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof raised / sizeof *raised; i++)
+        sigdelset(&blocked, raised[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    pthread_t thread;
+    const int failed = pthread_create(&thread, &attributes, work, w);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    if (failed) {
+        pthread_cond_destroy(&w->called);
+        pthread_mutex_destroy(&w->mutex);
+        free(w);
+        return NULL;
+    }
+#ifdef __linux__
+    pthread_setname_np(thread, "kvrun");
+#endif
+    return w;
+}
+
+/* Up to n threads that do nothing else, in a list; *count says how many there were to have. */
+static worker *hire(int n, int *count)
+{
+    worker *first = NULL, **last = &first;
+    pthread_once(&pool_once, follow_forks);
+    pthread_mutex_lock(&pool_mutex);
+    for (*count = 0; *count < n && idle != NULL; ++*count) {
+        *last = idle;
+        last = &idle->next;
+        idle = *last;
+    }
+    pthread_mutex_unlock(&pool_mutex);
+    for (worker *w; *count < n && (w = new_worker()) != NULL; ++*count) {
+        *last = w;
+        last = &w->next;
+    }
+    *last = NULL;
+    return first;
+}
+
+/* In front of the others and in the same order, so that a thread has the same number, and the same data in its caches,
+ * in the next call. */
+static void release(worker *first)
+{
+    worker **last = &first->next;
+    while (*last != NULL)
+        last = &(*last)->next;
+    pthread_mutex_lock(&pool_mutex);
+    *last = idle;
+    idle = first;
+    pthread_mutex_unlock(&pool_mutex);
+}
+
 void kv_team_run(int threads, kv_team_fn fn, void *arg)
 {
     share shares[KV_MAX_THREADS];
     kv_team team = {.size = 1, .shares = shares};
     threads = threads < 1 ? 1 : threads > KV_MAX_THREADS ? KV_MAX_THREADS : threads;
-    for (int i = 0; i < threads; i++)
+    int hired = 0, thread = 1;
+    worker *others = threads > 1 ? hire(threads - 1, &hired) : NULL;
+    team.size = 1 + hired;
+    for (int i = 0; i < team.size; i++)
         atomic_init(&shares[i].taken, 0);
-#ifdef _OPENMP
-    if (threads > 1) {
-        /* The runtime may give fewer threads than asked for; the single construct's barrier publishes the size. */
-#pragma omp parallel num_threads(threads)
-        {
-#pragma omp single
-            team.size = omp_get_num_threads();
-            fn(arg, &team, omp_get_thread_num());
-        }
-        return;
-    }
-#endif
+    atomic_init(&team.working, hired);
+    for (worker *w = others; w != NULL; w = w->next)
+        call(w, &team, thread++, fn, arg);
+    own_number = 0;
     fn(arg, &team, 0);
+    for (int spins = 0; atomic_load_explicit(&team.working, memory_order_acquire) != 0; spins++) {
+        if (spins < SPINS)
+            relax();
+        else
+            sched_yield();
+    }
+    if (others != NULL)
+        release(others);
 }

@@ -1,4 +1,5 @@
-/* A team of threads for one call: it starts, meets at barriers between steps, takes work by number, and is gone. */
+/* A team of threads for one call: it comes together, meets at barriers between steps, takes work by number, and parts.
+ * Threads come from a pool of the process, where they sleep between calls; a child after fork() makes its own. */
 #ifndef KVRUN_TEAM_H
 #define KVRUN_TEAM_H
 
@@ -9,10 +10,8 @@ enum { KV_MAX_THREADS = 1024 };
 typedef struct kv_team kv_team;
 typedef void (*kv_team_fn)(void *arg, kv_team *team, int thread);
 
-/* 1 when built with OpenMP; without it every team has one thread. */
-int kv_team_has_openmp(void);
-
-/* Runs fn once on each of up to `threads` threads, at most KV_MAX_THREADS, and returns when all are done. */
+/* Runs fn once on each of up to `threads` threads, at most KV_MAX_THREADS, and returns when all are done. They are fewer
+ * when the system gives no more. */
 void kv_team_run(int threads, kv_team_fn fn, void *arg);
 
 int kv_team_size(const kv_team *team);

@@ -1,0 +1,189 @@
+"""Threads of the core: after a fork, when the system gives none, several calls at a time, asleep between calls."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvrun
+from support import needs
+
+WAIT = 120  # seconds: a bound for what would hang
+PROMPT = "Once upon a time there was a little fox"
+
+
+@pytest.fixture(scope="module")
+def path(converted):
+    return str(converted("grouped-tied"))
+
+
+def answer(model):
+    return "".join(model.session(kv="f16", ctx=256).stream(PROMPT, max_tokens=20, ignore_eos=True, seed=1, raw=True))
+
+
+def in_child(model):
+    """What a forked child answers; it is ended if it hangs."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:  # never back into pytest
+        try:
+            os.write(writes, answer(model).encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    deadline = time.monotonic() + WAIT
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    with os.fdopen(reads, encoding="utf-8") as pipe:
+        return pipe.read()
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_forked_child_answers_and_so_does_its_parent_afterwards(path, threads):
+    model = kvrun.load(path, threads=threads)
+    assert in_child(model) == answer(model)  # loaded only
+    assert in_child(model) == answer(model) != ""  # and after a generation
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_fork_in_the_middle_of_other_threads_calls(path):
+    """Threads of the parent that were in a team, or just joining one, do not exist in the child."""
+    model = kvrun.load(path, threads=3)
+    expected, done = answer(model), threading.Event()
+
+    def keep_on():
+        while not done.is_set():
+            answer(model)
+
+    others = [threading.Thread(target=keep_on) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        assert [in_child(model) for _ in range(8)] == 8 * [expected]
+    finally:
+        done.set()
+        for other in others:
+            other.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
+def test_multiprocessing(path, method, tmp_path):
+    program = f"""
+import multiprocessing, sys
+import kvrun
+def answer(model):
+    stream = model.session(kv="f16", ctx=256).stream({PROMPT!r}, max_tokens=20, ignore_eos=True, seed=1, raw=True)
+    return "".join(stream)
+def task(_):
+    return answer(kvrun.load({path!r}, threads=2))
+if __name__ == "__main__":
+    expected = answer(kvrun.load({path!r}, threads=2))
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        assert pool.map(task, range(4)) == 4 * [expected]
+    print("equal")
+"""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=WAIT)
+    assert (done.stdout, done.returncode) == ("equal\n", 0), done.stderr
+
+
+def test_calls_of_several_threads_at_a_time(path):
+    model = kvrun.load(path, threads=3)
+    expected, found = answer(model), []
+    others = [threading.Thread(target=lambda: found.append(answer(model))) for _ in range(6)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert found == 6 * [expected]
+
+
+REFUSE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+int threads_left = 1 << 30;
+int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg)
+{
+    int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
+    return threads_left-- > 0 ? create(thread, attr, start, arg) : EAGAIN;
+}
+"""
+FEWER = """
+import ctypes, os, sys, kvrun
+left = ctypes.c_int.in_dll(ctypes.CDLL(sys.argv[1]), "threads_left")
+left.value = int(sys.argv[3])
+before = len(os.listdir("/proc/self/task"))
+session = kvrun.load(sys.argv[2], threads=8).session(kv="f16", ctx=256)
+text = "".join(session.stream(sys.argv[4], max_tokens=20, ignore_eos=True, seed=1, raw=True))
+print(len(os.listdir("/proc/self/task")) - before)
+print(text, end="")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc")
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_fewer_threads_when_the_system_has_no_more(path, tmp_path, left):
+    needs.program("cc", "gcc")
+    source, library = tmp_path / "refuse.c", tmp_path / "refuse.so"
+    source.write_text(REFUSE)
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    command = [sys.executable, "-c", FEWER, str(library), path, str(left), PROMPT]
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT)
+    assert (done.returncode, done.stderr) == (0, "")
+    started, _, text = done.stdout.partition("\n")
+    assert int(started) == left and text == answer(kvrun.load(path, threads=1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_threads_sleep_between_calls_and_are_used_again(path):
+    model = kvrun.load(path, threads=4)
+    answer(model)
+    count = len(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        answer(kvrun.load(path, threads=4))
+    assert len(os.listdir("/proc/self/task")) == count
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.25  # spinning threads would take half a second each
+
+
+def test_signals_come_to_threads_of_the_program(path):
+    """Python's own handlers would never run if the core's threads took them: those block all but their own faults."""
+    masks = Path("/proc/self/task")
+    if not masks.exists():
+        pytest.skip("needs /proc")
+    answer(kvrun.load(path, threads=4))
+    ours = [t for t in masks.iterdir() if (t / "comm").read_text() == "kvrun\n"]
+    assert len(ours) >= 3
+    for thread in ours:
+        status = dict(line.split(":\t") for line in (thread / "status").read_text().splitlines() if ":\t" in line)
+        blocked = int(status["SigBlk"], 16)
+        assert all(blocked >> (n - 1) & 1 for n in (1, 2, 15)) and not any(blocked >> (n - 1) & 1 for n in (7, 8, 11))
+
+
+def test_as_many_threads_as_are_allowed(path):
+    one, many = (kvrun.load(path, threads=n).session(kv="f32", ctx=256) for n in (1, 200))
+    for session in (one, many):
+        list(session.stream(PROMPT, max_tokens=3, ignore_eos=True, seed=1, raw=True))
+    assert np.array_equal(one.evaluate(), many.evaluate())
