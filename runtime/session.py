@@ -24,7 +24,8 @@ from kvrun.options import (
     integer,
     resolve,
 )
-from kvrun.text.streaming import StopStrings, opens_thinking
+from kvrun.text.streaming import StopStrings
+from kvrun.text.thinking import opens_thinking
 from kvrun.text.transcript import Transcript
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from kvrun.text.streaming import Thinking
+    from kvrun.text.thinking import Thinking
 
 
 class Output:
@@ -26,7 +26,7 @@ class Output:
     def expect_thinking(self, begun: bool) -> None:
         """The answer that comes may begin with thinking; `begun`: it goes on with it."""
         if self._terminal and os.environ.get("TERM") != "dumb":
-            from kvrun.text.streaming import Thinking
+            from kvrun.text.thinking import Thinking
 
             self._thinking = Thinking(begun)
 

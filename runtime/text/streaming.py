@@ -86,7 +86,7 @@ class StopStrings:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -96,61 +96,9 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text`, shorter than `stop`, with which `stop` begins."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n
     return 0
-
-
-_OPEN, _CLOSE = "<think>", "</think>"
-
-
-def opens_thinking(prompt: str) -> bool:
-    """Whether a rendered conversation ends inside a <think> that the answer continues."""
-    return prompt.rstrip().endswith(_OPEN)
-
-
-class Thinking:
-    """Separates the thinking at the beginning of an answer, <think>...</think>, from the answer itself.
-
-    The marks count as thinking. `inside`: the prompt has already opened it. Text that may be part of a mark is held
-    back.
-    """
-
-    def __init__(self, inside: bool = False) -> None:
-        self._mark: str | None = _CLOSE if inside else _OPEN  # the mark that comes next; None: no more marks
-        self._held = ""
-
-    def push(self, piece: str) -> list[tuple[str, bool]]:
-        """The text that may be shown now, in parts: (text, whether it is thinking)."""
-        text, self._held = self._held + piece, ""
-        parts: list[tuple[str, bool]] = []
-        if self._mark == _OPEN:
-            start = text.lstrip()
-            parts.append((text[: len(text) - len(start)], False))
-            text = start
-            if text.startswith(_OPEN):
-                parts.append((_OPEN, True))
-                text, self._mark = text[len(_OPEN) :], _CLOSE
-            elif _OPEN.startswith(text):
-                text, self._held = "", text
-            else:
-                self._mark = None
-        if self._mark == _CLOSE:
-            before, mark, text = text.partition(_CLOSE)
-            if mark:
-                self._mark = None
-                parts.append((before + mark, True))
-            else:
-                keep = _overlap(before, _CLOSE)
-                self._held = before[len(before) - keep :]
-                parts.append((before[: len(before) - keep], True))
-        parts.append((text, False))
-        return [part for part in parts if part[0]]
-
-    def finish(self) -> list[tuple[str, bool]]:
-        """What was held back at the end."""
-        held, self._held = self._held, ""
-        return [(held, self._mark == _CLOSE)] if held else []

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError
+from kvrun.text.contents import ContentKinds, check_content, first_lost
 
 if TYPE_CHECKING:
     from kvrun.text.special_tokens import SpecialTokens
@@ -41,18 +43,39 @@ class ChatTemplate:
             raise KvrunError(_report("cannot be used", error)) from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of a conversation, ready for the answer. Raises KvrunError if the template refuses it."""
-        try:
-            text: str = self._template.render(
-                messages=[_with_reasoning(self._message(m)) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **{**self._tokens, **variables},
+        """The text of a conversation, ready for the answer.
+
+        What a message says is given as the text or the list of parts that the template takes. KvrunError if the
+        template refuses the conversation, or leaves out what one of its messages says.
+        """
+        fitted = [self._kinds.fitted(message) for message in messages]
+        escaped = [_with_reasoning(self._message(message)) for message in fitted]
+        variables = {**self._tokens, "add_generation_prompt": add_generation_prompt, **variables}
+        text = self._render(escaped, variables)
+        lost = first_lost(fitted, text)
+        if lost is not None:
+            raise KvrunError(
+                f"the model's chat template leaves out what message {lost + 1} says (role {messages[lost]['role']!r}); "
+                "--raw does without it"
             )
+        return text
+
+    def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        try:
+            text: str = self._template.render(messages=messages, tools=None, documents=None, **variables)
             return text
         except (Exception, RecursionError) as error:
             raise KvrunError(_report("fails on this conversation", error)) from None
+
+    @cached_property
+    def _kinds(self) -> ContentKinds:
+        def probe(messages: list[dict[str, Any]]) -> str | None:
+            try:
+                return self._render(messages, {**self._tokens, "add_generation_prompt": True})
+            except KvrunError:
+                return None
+
+        return ContentKinds(probe)
 
     def escape(self, text: str) -> str:
         """Text as it appears in a rendered conversation if the template does not change it."""
@@ -94,6 +117,7 @@ def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
         calls = content is None and message.get("tool_calls")  # the only kind of message that may have no content
         if not (isinstance(content, (str, list)) or calls) or not all(isinstance(key, str) for key in message):
             raise OptionError(f"message {number} has no content that is text")
+        check_content(content, f"message {number}")
     return [dict(message) for message in messages]
 
 

@@ -93,11 +93,13 @@ def test_blocks_leave_no_white_space():
     ],
 )
 def test_what_templates_rely_on(source, expected):
-    assert render(source, [{"role": "user", "content": "<é> & 'x'"}]) == expected
+    said = "<é> & 'x'"
+    text = render(source + "|{{ messages[0].content }}", [{"role": "user", "content": said}])
+    assert text == f"{expected}|{said}"
 
 
 def test_the_date():
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}", []))
 
 
 @pytest.mark.parametrize(

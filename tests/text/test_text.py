@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrun.errors import OptionError
-from kvrun.text.streaming import StopStrings, Thinking, opens_thinking
+from kvrun.text.streaming import StopStrings
+from kvrun.text.thinking import Thinking, opens_thinking
 
 
 def run(stops, pieces):
@@ -81,7 +82,7 @@ THOUGHTS = [
     ("a</think>b", True, ("a</think>", "b")),
     ("<think>never ends </thin", False, ("<think>never ends </thin", "")),
     ("<thin", False, ("", "<thin")),
-    ("<thinking>", False, ("", "<thinking>")),
+    ("<thinker>", False, ("", "<thinker>")),
     ("</th</think>x", True, ("</th</think>", "x")),
     ("", False, ("", "")),
 ]

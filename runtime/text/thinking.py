@@ -1,0 +1,118 @@
+"""The thinking of reasoning models, told apart from the answer by the marks around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvrun.text.special_tokens import SpecialTokens
+from kvrun.text.streaming import overlap
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a model writes before and after its thinking. `tokens`: the special tokens that the marks may be made of,
+    if they are not such tokens themselves."""
+
+    open: str
+    close: str
+    tokens: tuple[str, ...] = ()
+
+
+_CHANNEL = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
+MARKS = (
+    Marks("<think>", "</think>"),
+    Marks("[THINK]", "[/THINK]"),
+    Marks("<thinking>", "</thinking>"),
+    Marks("<thought>", "</thought>"),
+    Marks("<reasoning>", "</reasoning>"),
+    Marks("<seed:think>", "</seed:think>"),
+    Marks("<mm:think>", "</mm:think>"),
+    Marks("<longcat_think>", "</longcat_think>"),
+    Marks("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+    Marks("<|START_THINKING|>", "<|END_THINKING|>"),
+    Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
+    Marks("<|inner_prefix|>", "<|inner_suffix|>"),
+    Marks("<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>", _CHANNEL),
+    Marks("<|channel|>final<|message|>", "", _CHANNEL),  # the answer begins at once
+    Marks("<|channel>thought\n", "<channel|>", ("<|channel>", "<channel|>")),
+)
+"""The marks of Qwen, DeepSeek and most others; Magistral; Seed; MiniMax; LongCat; Kimi-VL; Command A; OpenThinker;
+Apertus; gpt-oss; Gemma 4."""
+_OPENS = tuple(marks.open for marks in MARKS)
+_CLOSES = tuple(marks.close for marks in MARKS if marks.close)
+
+
+def mark_tokens(special: SpecialTokens) -> frozenset[int]:
+    """The special tokens that marks are made of: they have to be seen for the thinking to be told apart."""
+    shown: set[int] = set()
+    for marks in MARKS:
+        names = marks.tokens or (marks.open, marks.close)
+        if not marks.tokens or all(name in special.ids for name in names):
+            shown.update(special.ids[name] for name in names if name in special.ids)
+    return frozenset(shown)
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered conversation ends inside thinking that the answer continues."""
+    return prompt.rstrip().endswith(tuple(marks.open.rstrip() for marks in MARKS if marks.close))
+
+
+class Thinking:
+    """Separates the thinking at the beginning of an answer, `<think>...</think>` for one, from the answer itself.
+
+    The marks count as thinking. `inside`: the prompt has already opened it, so any closing mark ends it. Text that may
+    be part of a mark is held back.
+    """
+
+    def __init__(self, inside: bool = False) -> None:
+        self._begun = inside
+        self._closes: tuple[str, ...] = _CLOSES if inside else ()  # the marks of which one comes next
+        self._held = ""
+
+    def push(self, piece: str) -> list[tuple[str, bool]]:
+        """The text that may be shown now, in parts: (text, whether it is thinking)."""
+        text, self._held = self._held + piece, ""
+        parts: list[tuple[str, bool]] = []
+        if not self._begun:
+            text = self._open(text, parts)
+        if self._closes:
+            text = self._close(text, parts)
+        parts.append((text, False))
+        return [part for part in parts if part[0]]
+
+    def _open(self, text: str, parts: list[tuple[str, bool]]) -> str:
+        start = text.lstrip()
+        parts.append((text[: len(text) - len(start)], False))
+        if any(mark.startswith(start) and mark != start for mark in _OPENS):
+            self._held = start
+            return ""
+        self._begun = True
+        for marks in MARKS:
+            if start.startswith(marks.open):
+                parts.append((marks.open, True))
+                self._closes = (marks.close,) if marks.close else ()
+                return start[len(marks.open) :]
+        return start
+
+    def _close(self, text: str, parts: list[tuple[str, bool]]) -> str:
+        found = [(at, at + len(mark)) for mark in self._closes if (at := text.find(mark)) >= 0]
+        if found:
+            self._closes = ()
+            end = min(found)[1]
+            parts.append((text[:end], True))
+            return text[end:]
+        keep = max(overlap(text, mark) for mark in self._closes)
+        self._held = text[len(text) - keep :]
+        parts.append((text[: len(text) - keep], True))
+        return ""
+
+    def finish(self) -> list[tuple[str, bool]]:
+        """What was held back at the end."""
+        held, self._held = self._held, ""
+        return [(held, bool(self._closes))] if held else []
+
+
+def answer_of(text: str) -> str:
+    """What the text of an answer says after its thinking; all of it if it has none."""
+    ends = [at + len(mark) for mark in _CLOSES if (at := text.rfind(mark)) >= 0]
+    return text[max(ends) :] if ends else text
