@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from kvrun.convert.small_files import parse_json, read_text
 from kvrun.errors import ConvertError
 
 REQUIRED: Any = object()
-_MAX_JSON = 1 << 28
 MAX_LAYERS = 1 << 12
 """Models with more layers are refused before anything is allocated for each layer."""
 
@@ -112,18 +111,5 @@ class Fields:
 
 def read_json(folder: str, name: str) -> Fields | None:
     """The JSON object in a file of the checkpoint folder; None if there is no such file."""
-    path = os.path.join(folder, name)
-    try:
-        if os.path.getsize(path) > _MAX_JSON:
-            raise ConvertError(f"{path}: too large for a JSON file ({os.path.getsize(path)} bytes)")
-        with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConvertError(f"{path}: not a JSON object")
-    return Fields(values, path)
+    text, path = read_text(folder, name), os.path.join(folder, name)
+    return None if text is None else Fields(parse_json(text, path), path)

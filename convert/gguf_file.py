@@ -1,15 +1,15 @@
 """Reader of the GGUF container: metadata and where the tensors lie.
 
 Follows the published specification, versions 2 and 3, little-endian. A vocabulary has hundreds of thousands
-of strings; read straight from the bytes they take a fraction of a second and no more memory than they need.
+of strings; read one after the other they take a fraction of a second and no more memory than they need.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from kvrun import _core
 from kvrun.convert.fields import shown
 from kvrun.convert.tensors import StoredTensor
 from kvrun.errors import ConvertError
+from kvrun.files.regular import open_regular
 
 _SCALARS = {
     0: "<B",
@@ -44,8 +45,8 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
         try:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                self._read(_Cursor(path, data))
+            with open(path, "rb", opener=open_regular) as file:
+                self._read(_Cursor(file, os.fstat(file.fileno()).st_size))
         except OSError as error:
             raise ConvertError(f"{path}: cannot read: {error.strerror or error}") from None
         except ValueError as error:
@@ -90,14 +91,15 @@ class GgufFile:
 class _Cursor:
     """A position in the file. Every read is checked against the end; a fault is a ValueError."""
 
-    def __init__(self, path: str, data: mmap.mmap) -> None:
-        self.path, self.data, self.size, self.position = path, data, len(data), 0
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.position = file, size, 0
 
     def take(self, n: int) -> bytes:
-        start, self.position = self.position, self.position + n
-        if self.position > self.size:
+        self.position += n
+        data = self.file.read(n) if self.position <= self.size else b""
+        if len(data) < n:
             raise ValueError("truncated within its header")
-        return self.data[start : self.position]
+        return data
 
     def scalar(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]

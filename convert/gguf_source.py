@@ -74,7 +74,7 @@ def _all_parts(path: str) -> list[GgufFile]:
         raise ConvertError(f"{path}: one of {parts} parts; give the first one, NAME-00001-of-{parts:05}.gguf")
     others = [f"{named[1]}{i:05}{named[2]}" for i in range(2, parts + 1)]
     for other in others:
-        if not os.path.isfile(other):
+        if not os.path.lexists(other):
             raise ConvertError(f"{other}: missing: the model has {parts} parts")
     return [first, *map(GgufFile, others)]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields, read_json
+from kvrun.convert.small_files import read_file
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
 
@@ -23,13 +24,11 @@ def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vo
     settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
     for kind, probe in (("tokenizer.json", _probe_json), ("tokenizer.model", _probe_sentencepiece)):
         path = os.path.join(folder, kind)
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except FileNotFoundError:
+        data = read_file(folder, kind)
+        if data is None:
             continue
-        except OSError as error:
-            raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+        if not data:  # SentencePiece would be content with it
+            raise ConvertError(f"{path}: the tokenizer cannot be loaded: an empty file")
         try:
             lookup, special, info = probe(data, settings)
         except ConvertError:

@@ -25,10 +25,12 @@ from kvrun.convert.family_config import refuse_quantised
 from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.small_files import read_text
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription, strict_json
+from kvrun.files.regular import open_regular
 from kvrun.options import saved_names
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -135,7 +137,7 @@ def _read_headers(folder: str) -> dict[str, StoredTensor]:
 
 def _weight_files(folder: str) -> Mapping[str, list[str] | None]:
     """File names, each with the tensors to take from it (None: all), chosen as transformers chooses them."""
-    if os.path.exists(os.path.join(folder, "model.safetensors")):
+    if os.path.lexists(os.path.join(folder, "model.safetensors")):
         return {"model.safetensors": None}
     index = read_json(folder, "model.safetensors.index.json")
     if index is not None:
@@ -167,7 +169,7 @@ def _files_of_index(folder: str, index: Fields) -> Mapping[str, list[str] | None
             return index.fail("weight_map", f"{shown(file)} is not a file name")
         files.setdefault(file, []).append(name)
     for file in files:
-        if not os.path.isfile(os.path.join(folder, file)):
+        if not os.path.lexists(os.path.join(folder, file)):
             raise ConvertError(f"{folder}: {file} is missing; {os.path.basename(index.where)} needs it")
     return files
 
@@ -175,10 +177,8 @@ def _files_of_index(folder: str, index: Fields) -> Mapping[str, list[str] | None
 def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, with all offsets checked. Raises ConvertError if it is damaged."""
     try:
-        if not os.path.isfile(path):
-            raise ConvertError(f"{path}: not a regular file")
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= _MAX_HEADER:
                 raise ConvertError(f"{path}: not a safetensors file (or an empty or partly downloaded one)")
@@ -307,14 +307,9 @@ def _stop_ids(sources: tuple[Fields | None, ...], vocabulary: Vocabulary) -> lis
 
 def _chat_template(folder: str) -> str | None:
     """The default chat template: chat_template.jinja, chat_template.json, or in tokenizer_config.json."""
-    path = os.path.join(folder, "chat_template.jinja")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{path}: cannot read: {error}") from None
+    text = read_text(folder, "chat_template.jinja")
+    if text is not None:
+        return text
     for name in ("chat_template.json", "tokenizer_config.json"):
         source = read_json(folder, name)
         if source is None:

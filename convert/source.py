@@ -7,29 +7,32 @@ import re
 
 from kvrun.convert.checkpoint import Checkpoint
 from kvrun.errors import ConvertError
+from kvrun.files.regular import open_regular
 
 
 def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
     """Read everything but the tensors' data. `path` is a Hugging Face folder or a GGUF file."""
-    if not os.path.exists(path):
-        hint = "; download the checkpoint first and give its folder" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
-        raise ConvertError(f"{path}: no such file or folder{hint}")
     if os.path.isdir(path):
         from kvrun.convert.huggingface import open_folder
 
         return open_folder(path, tokenizer)
-    magic = b""
-    try:
-        if os.path.isfile(path):  # opening a named pipe would block forever
-            with open(path, "rb") as file:
-                magic = file.read(4)
-    except OSError as error:
-        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+    magic = _first_bytes(path)
     if magic != b"GGUF":
-        raise ConvertError(
-            f"{path}: neither a GGUF file nor a folder; for a Hugging Face checkpoint give the "
-            "folder with its config.json"
-        )
+        found = "neither a GGUF file nor a folder" if magic else "an empty file"
+        raise ConvertError(f"{path}: {found}; for a Hugging Face checkpoint give the folder with its config.json")
     from kvrun.convert.gguf_source import open_gguf
 
     return open_gguf(path, tokenizer)
+
+
+def _first_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            return file.read(4)
+    except FileNotFoundError:
+        hint = "; download the checkpoint first and give its folder" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+        raise ConvertError(f"{path}: no such file or folder{hint}") from None
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
+    except ValueError:
+        raise ConvertError(f"{path!r}: no file has a NUL character in its name") from None

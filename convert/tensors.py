@@ -11,6 +11,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.errors import ConvertError
+from kvrun.files.regular import open_regular
 
 SLAB = 16 << 20
 """About so many bytes of float32 values are in work at once."""
@@ -58,7 +59,7 @@ class StoredTensor:
         data: np.ndarray = np.empty((stop - start, self.row_bytes), np.uint8)
         try:
             # Not a memory map: the pages of one would count as memory in use.
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb", buffering=0, opener=open_regular) as file:
                 file.seek(self.offset + start * self.row_bytes)
                 view, done = data.reshape(-1).data, 0
                 while done < len(view):

@@ -6,10 +6,8 @@ file's real length before anything is used. `kvrun.files.model_writer` writes su
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,6 +17,7 @@ import numpy as np
 from kvrun import _core
 from kvrun.errors import ModelFileError, TokenizerError
 from kvrun.files.description import ModelDescription, strict_json
+from kvrun.files.regular import open_regular
 from kvrun.options import saved_names
 
 try:  # hashlib loads OpenSSL, which takes longer to start and more memory than a header's checksum is worth
@@ -172,17 +171,6 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: 
     if verify:
         model.verify()
     return model
-
-
-def open_regular(path: str, flags: int) -> int:
-    """An `opener` for `open` that accepts regular files only. Raises OSError for anything else."""
-    # Without O_NONBLOCK opening a named pipe would block forever.
-    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "not a regular file")
-    return fd
 
 
 def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:

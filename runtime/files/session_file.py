@@ -17,8 +17,9 @@ import numpy as np
 
 from kvrun.errors import KvrunError, ModelFileError
 from kvrun.files.description import strict_json
-from kvrun.files.model_file import MAX_HEADER, header_checksum, open_regular
+from kvrun.files.model_file import MAX_HEADER, header_checksum
 from kvrun.files.model_writer import SafeFile, dumps, header_bytes
+from kvrun.files.regular import open_regular
 from kvrun.options import CacheOptions
 from kvrun.text.templates import check_messages
 
