@@ -8,28 +8,11 @@ from typing import Any
 
 from kvrun.convert.fields import Fields, shown
 from kvrun.convert.tensors import StoredTensor
+from kvrun.convert.token_ids import ends_of_turn
 from kvrun.convert.views import rows_of
 from kvrun.errors import ConvertError, ModelFileError
 from kvrun.files.description import ModelDescription
 from kvrun.options import SamplingKeywords, declared
-
-# Tokens that end a turn or a text wherever they are special tokens, even if no config says so.
-WELL_KNOWN_STOPS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "</s>",
-    "<|return|>",
-    "<|eos|>",
-    "<eos>",
-    "<|end_of_sentence|>",
-    "<|end_of_turn|>",
-    "<|end_of_role|>",
-)
 
 
 @dataclass(frozen=True)
@@ -41,6 +24,8 @@ class Vocabulary:
     info: dict[str, Any]
     special: Mapping[str, int] = field(default_factory=dict)
     """Special tokens by text."""
+    notes: tuple[str, ...] = ()
+    """One line for each thing that is not as the checkpoint says."""
 
     def model_entry(self, vocab_size: int) -> dict[str, Any]:
         """The model file's `tokenizer` entry. Ids beyond the embedding are dropped: no token has them."""
@@ -53,7 +38,7 @@ class Vocabulary:
         return info
 
     def stops(self) -> list[int]:
-        return [self.special[text] for text in WELL_KNOWN_STOPS if text in self.special]
+        return ends_of_turn(self.special)
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ class Checkpoint:
     sampling: dict[str, float]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """One line for each thing that was left out."""
+    """One line for each thing that was left out, or is not as the checkpoint says."""
 
 
 def describe(where: str, values: Mapping[str, Any]) -> ModelDescription:

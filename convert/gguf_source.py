@@ -25,6 +25,7 @@ from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.tensors import StoredTensor
+from kvrun.convert.token_ids import token_id
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription
 from kvrun.options import saved_names
@@ -60,6 +61,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
         chat_template=meta.text("tokenizer.chat_template", None),
         sampling=sampling_defaults(meta, saved_names("gguf")),
         files=tuple(file.path for file in files),
+        notes=vocabulary.notes,
     )
 
 
@@ -145,5 +147,5 @@ def _of_one_expert(ours: str, theirs: str) -> str:
 
 def _stop_ids(meta: Fields, vocabulary: Vocabulary) -> list[int]:
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    ids = [meta.integer(key, None, minimum=0) for key in keys]
+    ids = [token_id(meta, key) for key in keys]
     return vocabulary.stops() + [token for token in ids if token is not None]

@@ -11,6 +11,7 @@ from typing import Any
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields, read_json
 from kvrun.convert.small_files import read_file
+from kvrun.convert.token_ids import token_ids
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
 
@@ -150,10 +151,9 @@ def _token_id(
         if (number := lookup(text)) is not None:
             return number
     for source in numbered:
-        value = source.get(f"{name}_token_id") if source else None
-        value = value[0] if isinstance(value, list) and value else value
-        if type(value) is int and value >= 0:
-            return value
+        ids = token_ids(source, f"{name}_token_id") if source else []
+        if ids:
+            return ids[0]
     return None
 
 

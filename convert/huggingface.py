@@ -27,6 +27,7 @@ from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.small_files import read_text
 from kvrun.convert.tensors import PLAIN, StoredTensor
+from kvrun.convert.token_ids import token_ids
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription, strict_json
@@ -89,7 +90,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         files=tuple(
             sorted({tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS})
         ),
-        notes=tuple(notes),
+        notes=(*notes, *vocabulary.notes),
     )
 
 
@@ -295,13 +296,8 @@ def _stop_ids(sources: tuple[Fields | None, ...], vocabulary: Vocabulary) -> lis
     if vocabulary.info.get("eos_id") is not None:
         ids.append(vocabulary.info["eos_id"])
     for source in sources:
-        if source is None:
-            continue
-        eos = source.get("eos_token_id", [])
-        for token in eos if isinstance(eos, list) else [eos]:
-            if type(token) is not int or token < 0:
-                source.fail("eos_token_id", f"{shown(token)} is not a token id")
-            ids.append(token)
+        if source is not None:
+            ids += token_ids(source, "eos_token_id")
     return ids
 
 
