@@ -26,6 +26,8 @@ class Vocabulary:
     """Special tokens by text."""
     notes: tuple[str, ...] = ()
     """One line for each thing that is not as the checkpoint says."""
+    ends: tuple[int, ...] = ()
+    """Further tokens that end a turn or a text."""
 
     def model_entry(self, vocab_size: int) -> dict[str, Any]:
         """The model file's `tokenizer` entry. Ids beyond the embedding are dropped: no token has them."""
@@ -38,7 +40,7 @@ class Vocabulary:
         return info
 
     def stops(self) -> list[int]:
-        return ends_of_turn(self.special)
+        return [*ends_of_turn(self.special), *self.ends]
 
 
 @dataclass(frozen=True)

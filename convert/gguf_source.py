@@ -148,4 +148,5 @@ def _of_one_expert(ours: str, theirs: str) -> str:
 def _stop_ids(meta: Fields, vocabulary: Vocabulary) -> list[int]:
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     ids = [token_id(meta, key) for key in keys]
+    ids.append(vocabulary.info.get("eos_id"))
     return vocabulary.stops() + [token for token in ids if token is not None]

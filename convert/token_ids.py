@@ -65,8 +65,8 @@ def undeclared_ends(vocabulary: Collection[str], special: Collection[str]) -> li
     """The tokens that end a turn though they are not among the `special` ones; the converters make them special.
     `vocabulary` has all tokens."""
     ends = [text for text in ENDS if text in vocabulary and text not in special]
-    # </s> is also a tag of HTML, which some vocabularies have as text beside their own end.
-    others = any(text in vocabulary or text in special for text in ENDS if text != "</s>")
+    # </s> is also a tag of HTML, which some vocabularies have as text beside their own end; <s> is then text too.
+    others = "<s>" not in special and any(text in vocabulary or text in special for text in ENDS if text != "</s>")
     return [text for text in ends if _ends_turn(text, vocabulary) and not (text == "</s>" and others)]
 
 

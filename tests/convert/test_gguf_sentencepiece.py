@@ -76,7 +76,7 @@ CASES = {
     "unigram": (
         {"kind": "unigram", "normalization": "nmt_nfkc", "remove_extra_whitespaces": True},
         (),
-        {"model": "t5", "remove_extra_whitespaces": True},
+        {"model": "t5", "add_space_prefix": True, "remove_extra_whitespaces": True},
     ),
 }
 
@@ -186,11 +186,11 @@ BASE = metadata(trained())
         ({"scores": None}, "scores: missing"),
         ({"scores": [0.0]}, "scores: missing, or not one number"),
         ({"scores": ["x"] * len(BASE["tokenizer.ggml.tokens"])}, "scores"),
-        ({"token_type": [9] * len(BASE["tokenizer.ggml.tokens"])}, "token_type: not all are from 1 to 6"),
-        ({"token_type": [1] * len(BASE["tokenizer.ggml.tokens"]), "unknown_token_id": None}, "unknown_token_id"),
+        ({"token_type": [9]}, "token_type: not one integer for each token"),
+        ({"token_type": [1.0] * len(BASE["tokenizer.ggml.tokens"])}, "token_type: not one integer for each token"),
         (
             {"tokens": ["<0x00"] + BASE["tokenizer.ggml.tokens"][1:4] + ["x"] + BASE["tokenizer.ggml.tokens"][5:]},
-            "tokens: 255 of the 256 byte tokens",
+            "tokens: token 4 is of the type of bytes, but",
         ),
         ({"precompiled_charsmap": ["a"]}, "precompiled_charsmap"),
         ({"add_space_prefix": 3}, "add_space_prefix"),

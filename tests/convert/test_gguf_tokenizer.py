@@ -1,13 +1,15 @@
 """Tokenizers rebuilt from GGUF metadata: how text is cut, special tokens, and what is refused."""
 
 import json
+import re
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from kvrun.convert.gguf_tokenizer import PRE_TOKENIZERS
+from kvrun.convert.pre_tokenizers import PRE_TOKENIZERS
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from support import ROOT
 from support.make_checkpoint import gguf_vocabulary, save_gguf
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -105,7 +107,7 @@ def test_how_text_is_cut(tmp_path, pre, expected):
     assert words(vocabulary(tmp_path, pre), TEXT) == expected
 
 
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre", [name for name, rules in PRE_TOKENIZERS.items() if rules.byte_letters])
 def test_every_pre_tokenizer_gives_back_the_text(tmp_path, pre):
     built = tokenizer(vocabulary(tmp_path, pre, add_bos_token=False))
     for text in [
@@ -120,6 +122,13 @@ def test_every_pre_tokenizer_gives_back_the_text(tmp_path, pre):
         "x" * 500,
     ]:
         assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_the_documentation_lists_every_name():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    table = page.partition("## Tokenizers in GGUF files")[2].partition("\n- ")[0]
+    listed = re.findall(r"`([^`]+)`", table.partition("| rules of |")[2])
+    assert sorted([*listed, "default"]) == sorted(PRE_TOKENIZERS)
 
 
 def test_merges_and_special_tokens(tmp_path):
@@ -198,11 +207,12 @@ def test_template_sampling_and_ids(tmp_path):
 @pytest.mark.parametrize(
     "entries, says",
     [
-        (
-            {"pre": "chatglm-bpe"},
-            r"not supported yet: pre-tokenizer 'chatglm-bpe' \(supported: default, gpt-2, .*smollm",
-        ),
-        ({"model": "rwkv"}, r"not supported yet: tokenizer 'rwkv' \(supported: gpt2, llama, t5\)"),
+        ({"pre": "none-such"}, "pre-tokenizer 'none-such' is unknown; docs/models.md lists"),
+        ({"pre": 3}, "3 is not a text"),
+        ({"model": "rwkv"}, r"not supported yet: tokenizer 'rwkv' \(.*\) \(supported: gpt2, gemma4, llama, t5\)"),
+        ({"model": "bert"}, r"not supported yet: tokenizer 'bert' \(WordPiece, of encoders\)"),
+        ({"model": "none"}, "has no tokenizer"),
+        ({"model": "none-such"}, "not supported yet: tokenizer 'none-such' \\(supported"),
         ({"model": "llama"}, "scores: missing"),
         ({"model": None}, "has no tokenizer"),
         ({"merges": None}, "merges"),
