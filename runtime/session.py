@@ -6,7 +6,7 @@ import copy
 import io
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from kvrun.options import (
     resolve,
 )
 from kvrun.text.streaming import StopStrings
-from kvrun.text.thinking import opens_thinking
+from kvrun.text.thinking import mark_tokens, opened, opens_thinking
 from kvrun.text.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ class Session:
         try:
             self._feed(prompt=True)
             if limit:
-                answer = _Answer(self.model.tokenizer, stops, chat=turn.chat is not None)
+                answer = _Answer(self.model.tokenizer, stops, None if turn.chat is None else self._template().escape)
                 yield from self._decode(answer, values, limit, stop_ids)
         finally:
             if turn.chat is not None:
@@ -342,10 +342,10 @@ class Session:
         """Add an answer, complete or not, to the conversation; it began after so many tokens."""
         shown, text = answer.texts() if answer else ("", "")
         if limit:
-            self.messages = [*chat.messages, {"role": "assistant", "content": shown}]
+            self.messages = [*chat.messages, {"role": "assistant", "content": opened(chat.rendered, shown)}]
         # Ctrl-C between a token and its text leaves the two apart.
         if self._text.n_tokens == begun + (answer.n_tokens if answer else 0):
-            self._text.rendered = chat.rendered + self._template().escape(text)
+            self._text.rendered = chat.rendered + text
 
     def _decode(
         self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
@@ -447,15 +447,18 @@ class Session:
 class _Answer:
     """The text of one answer: what was shown, and what the cache holds, special tokens included.
 
-    `n_tokens`: tokens whose text is in it.
+    Special tokens are not shown but for those that mark thinking. `escape` marks what is ordinary text, for an answer
+    of a conversation. `n_tokens`: tokens whose text is in it.
     """
 
-    def __init__(self, tokenizer: Any, stops: StopStrings, chat: bool) -> None:
-        self._visible = tokenizer.stream(skip_special=True, start=chat)
+    def __init__(self, tokenizer: Any, stops: StopStrings, escape: Callable[[str], str] | None) -> None:
+        chat = escape is not None
+        self._tokenizer, self._shown_tokens = tokenizer, mark_tokens(tokenizer.special)
+        self._visible = tokenizer.stream(skip_special=True, start=chat, shown=self._shown_tokens)
         self._exact = tokenizer.stream(skip_special=False, start=False) if chat else None
-        self._stops = stops
+        self._stops, self._escape = stops, escape
         # Only a conversation needs its text again; an endless plain text must not fill the memory.
-        self._shown, self._text = io.StringIO(), io.StringIO()
+        self._shown, self._text, self._run = io.StringIO(), io.StringIO(), io.StringIO()
         self.n_tokens = 0
 
     @property
@@ -463,11 +466,18 @@ class _Answer:
         return self._stops.stopped
 
     def push(self, token: int) -> str:
+        special = self._tokenizer.is_special(token)
+        name = self._tokenizer.token_bytes(token).decode("utf-8", "replace") if special else ""
         if self._exact:
-            self._text.write(self._exact.push(token))
-        piece = self._show(self._stops.push(self._visible.push(token)))
+            self._run.write(self._exact.push(token).removesuffix(name))
+            if special:
+                self._end_run(name)
+        if special and token not in self._shown_tokens:
+            piece = self._stops.push(name, shown=False)
+        else:
+            piece = self._stops.push(self._visible.push(token))
         self.n_tokens += 1
-        return piece
+        return self._show(piece)
 
     def finish(self) -> str:
         """What was held back: half a character, the beginning of a stop string."""
@@ -481,8 +491,15 @@ class _Answer:
             self._shown.write(piece)
         return piece
 
+    def _end_run(self, special: str) -> None:
+        """Ordinary text ends, and a special token follows, or nothing."""
+        if self._escape:
+            self._text.write(self._escape(self._run.getvalue()) + special)
+        self._run = io.StringIO()
+
     def texts(self) -> tuple[str, str]:
-        """(shown, in the cache)"""
+        """(shown, in the cache and escaped)"""
         if self._exact:
-            self._text.write(self._exact.finish())
+            self._run.write(self._exact.finish())
+            self._end_run("")
         return self._shown.getvalue(), self._text.getvalue()

@@ -38,8 +38,10 @@ class _Backend:
     def piece(self, token: int, first: bool) -> bytes:
         raise NotImplementedError
 
-    def stream(self, skip_special: bool, start: bool, check: Callable[[int], int]) -> StreamDecoder:
-        hidden = frozenset(self.special.ids.values()) if skip_special else frozenset()
+    def stream(
+        self, skip_special: bool, start: bool, check: Callable[[int], int], shown: frozenset[int] = frozenset()
+    ) -> StreamDecoder:
+        hidden = frozenset(self.special.ids.values()) - shown if skip_special else frozenset()
 
         def piece(token: int, first: bool) -> bytes | None:
             return None if check(token) in hidden else self.piece(token, first and start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvrun.errors import OptionError
 
@@ -66,7 +66,9 @@ class StreamDecoder:
 class StopStrings:
     """Passes text through up to the first stop string, which is never shown, not even its beginning.
 
-    The stop string that is complete first wins, whatever the pieces the text arrives in.
+    The stop string that is complete first wins, whatever the pieces the text arrives in. Special tokens come as text
+    that is not shown: a stop string may be, begin or end with that of a special token, and is found as well where the
+    text that is shown has it across one.
     """
 
     def __init__(self, stops: str | Iterable[str] = ()) -> None:
@@ -74,26 +76,55 @@ class StopStrings:
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:
                 raise OptionError("a stop string must be text of at least one character")
-        self._held = ""
+        self._held: list[tuple[str, bool]] = []  # the possible beginning of a stop string: text, whether it is shown
         self.stopped = False
 
-    def push(self, piece: str) -> str:
+    def push(self, piece: str, shown: bool = True) -> str:
         """The text that may be shown now. Sets `stopped` at a complete stop string; then push no more."""
-        if not self._stops:
-            return piece
-        text = self._held + piece
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        keep = max(overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        if not self._stops or not piece:
+            return piece if shown else ""
+        self._held.append((piece, shown))
+        text = "".join(part for part, _ in self._held)
+        views: list[Sequence[int]] = [range(len(text))]
+        if not all(is_shown for _, is_shown in self._held):
+            views.append(self._positions())
+        # Where in `text` a stop string begins and ends, in all of it and in what is shown of it.
+        found, kept = [], [len(text)]
+        for at in views:
+            view = text if len(at) == len(text) else "".join(text[i] for i in at)
+            for stop in self._stops:
+                start = view.find(stop)
+                if start >= 0:
+                    found.append((at[start + len(stop) - 1], at[start]))
+                elif n := overlap(view, stop):
+                    kept.append(at[len(view) - n])
+        self.stopped = bool(found)
+        return self._release(min(found)[1] if found else min(kept))
+
+    def _positions(self) -> list[int]:
+        """Where what is shown stands in all the text that is held."""
+        positions: list[int] = []
+        start = 0
+        for part, shown in self._held:
+            positions += range(start, start + len(part)) if shown else ()
+            start += len(part)
+        return positions
+
+    def _release(self, end: int) -> str:
+        """What is shown of the first `end` characters. The rest stays, unless it is a stop string."""
+        released, rest = [], []
+        for part, shown in self._held:
+            released.append(part[: max(0, end)] if shown else "")
+            if end < len(part):
+                rest.append((part[max(0, end) :], shown))
+            end -= len(part)
+        self._held = [] if self.stopped else rest
+        return "".join(released)
 
     def finish(self) -> str:
         """What was held back as the possible beginning of a stop string."""
-        held, self._held = self._held, ""
-        return held
+        held, self._held = self._held, []
+        return "".join(part for part, shown in held if shown)
 
 
 def overlap(text: str, stop: str) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError
 from kvrun.text.contents import ContentKinds, check_content, first_lost
+from kvrun.text.thinking import separated, special_marks
 
 if TYPE_CHECKING:
     from kvrun.text.special_tokens import SpecialTokens
@@ -48,7 +49,7 @@ class ChatTemplate:
         What a message says is given as the text or the list of parts that the template takes. KvrunError if the
         template refuses the conversation, or leaves out what one of its messages says.
         """
-        fitted = [self._kinds.fitted(message) for message in messages]
+        fitted = [self._kinds.fitted(self._separated(message)) for message in messages]
         escaped = [_with_reasoning(self._message(message)) for message in fitted]
         variables = {**self._tokens, "add_generation_prompt": add_generation_prompt, **variables}
         text = self._render(escaped, variables)
@@ -80,6 +81,19 @@ class ChatTemplate:
     def escape(self, text: str) -> str:
         """Text as it appears in a rendered conversation if the template does not change it."""
         return self._special.escape(text) if self._special else text
+
+    def _separated(self, message: Message) -> Message:
+        """An answer with its thinking apart if special tokens mark it: as text the marks would be ordinary text, which
+        no template looks for."""
+        content = message.get("content")
+        if message.get("role") != "assistant" or not isinstance(content, str) or self._special is None:
+            return message
+        parts = separated(content, special_marks(self._special))
+        if parts is None:
+            return message
+        thinking, answer = parts
+        given = any(message.get(key) is not None for key in REASONING)
+        return {**message, "content": answer} | ({} if given or not thinking else {"reasoning_content": thinking})
 
     def _message(self, message: Message) -> dict[str, Any]:
         # Templates test whether a key is there; None would be written as text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrun.text.special_tokens import SpecialTokens
@@ -32,7 +33,7 @@ MARKS = (
     Marks("<|START_THINKING|>", "<|END_THINKING|>"),
     Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
     Marks("<|inner_prefix|>", "<|inner_suffix|>"),
-    Marks("<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>", _CHANNEL),
+    Marks("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>", _CHANNEL),
     Marks("<|channel|>final<|message|>", "", _CHANNEL),  # the answer begins at once
     Marks("<|channel>thought\n", "<channel|>", ("<|channel>", "<channel|>")),
 )
@@ -42,14 +43,15 @@ _OPENS = tuple(marks.open for marks in MARKS)
 _CLOSES = tuple(marks.close for marks in MARKS if marks.close)
 
 
+def special_marks(special: SpecialTokens) -> tuple[Marks, ...]:
+    """The marks that are special tokens of a vocabulary, or made of them."""
+    return tuple(marks for marks in MARKS if all(n in special.ids for n in marks.tokens or (marks.open, marks.close)))
+
+
 def mark_tokens(special: SpecialTokens) -> frozenset[int]:
     """The special tokens that marks are made of: they have to be seen for the thinking to be told apart."""
-    shown: set[int] = set()
-    for marks in MARKS:
-        names = marks.tokens or (marks.open, marks.close)
-        if not marks.tokens or all(name in special.ids for name in names):
-            shown.update(special.ids[name] for name in names if name in special.ids)
-    return frozenset(shown)
+    names = {name for marks in special_marks(special) for name in marks.tokens or (marks.open, marks.close)}
+    return frozenset(special.ids[name] for name in names)
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -116,3 +118,28 @@ def answer_of(text: str) -> str:
     """What the text of an answer says after its thinking; all of it if it has none."""
     ends = [at + len(mark) for mark in _CLOSES if (at := text.rfind(mark)) >= 0]
     return text[max(ends) :] if ends else text
+
+
+def separated(text: str, marks: Sequence[Marks]) -> tuple[str, str] | None:
+    """(thinking, answer) of the text of an answer, without the marks; None if it has none of them.
+
+    The opening mark may be missing, since some prompts end with it; and the closing mark, where the answer was cut off.
+    """
+    for mark in marks:
+        before, close, after = text.partition(mark.close) if mark.close else ("", "", text)
+        if close:
+            return before.strip().removeprefix(mark.open).strip("\n"), after.lstrip("\n")
+        if text.lstrip().startswith(mark.open):
+            rest = text.lstrip().removeprefix(mark.open)
+            return (rest.strip("\n"), "") if mark.close else ("", rest)
+    return None
+
+
+def opened(prompt: str, answer: str) -> str:
+    """The text of an answer to a rendered conversation: with the opening mark, if it ends inside the thinking that the
+    conversation has opened."""
+    for marks in MARKS if answer and opens_thinking(prompt) else ():
+        mark = marks.open.rstrip()
+        if marks.close and prompt.rstrip().endswith(mark):
+            return answer if marks.close in answer else prompt[prompt.rindex(mark) :] + answer
+    return answer

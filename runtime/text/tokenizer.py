@@ -98,9 +98,12 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 
-    def stream(self, *, skip_special: bool = True, start: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one. `start`: they begin a text (see `StreamDecoder`)."""
-        return self._backend.stream(skip_special, start, self._check_id)
+    def stream(
+        self, *, skip_special: bool = True, start: bool = True, shown: frozenset[int] = frozenset()
+    ) -> StreamDecoder:
+        """A decoder for ids that arrive one by one. `start`: they begin a text (see `StreamDecoder`). `shown`: special
+        tokens whose text is wanted nevertheless."""
+        return self._backend.stream(skip_special, start, self._check_id, shown)
 
     def _check_id(self, token: Any) -> int:
         try:

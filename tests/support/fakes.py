@@ -18,14 +18,14 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END = 2
 
 
-def byte_tokenizer():
-    """One token for each byte, three special ones before them."""
+def byte_tokenizer(more=()):
+    """One token for each byte, three special ones before them and `more` after them."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocab = {t: i for i, t in enumerate([*SPECIALS, *sorted(alphabet)])}
+    vocab = {t: i for i, t in enumerate([*SPECIALS, *sorted(alphabet), *more])}
     library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIALS])
+    library.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in [*SPECIALS, *more]])
     info = {"kind": "tokenizer.json", "bos_id": 0, "eos_id": END}
     return Tokenizer(info, library.to_str().encode(), 0, [END])
 
@@ -76,14 +76,14 @@ class FakeCache:
 
 
 class FakeModel:
-    """Stands in for kvrun.model.Model."""
+    """Stands in for kvrun.model.Model. `special`: texts of special tokens beside the usual ones."""
 
     session, generate = Model.session, Model.generate
     tokenize, detokenize = Model.tokenize, Model.detokenize
 
-    def __init__(self, template=CHATML, sampling=None):
+    def __init__(self, template=CHATML, sampling=None, special=()):
         self.prefault = False
-        self.tokenizer = byte_tokenizer()
+        self.tokenizer = byte_tokenizer(special)
         self.vocab_size = self.tokenizer.vocab_size
         self.engine = FakeEngine(self.vocab_size)
         self.description = SimpleNamespace(context_length=2048, usual_context=2048)

@@ -56,6 +56,78 @@ def test_text_is_not_held_back_longer_than_needed():
     assert filter_.finish() == "E"
 
 
+def run_tokens(stops, tokens):
+    """(text shown, stopped) for tokens, of which those in angle brackets are special ones, not shown."""
+    filter_ = StopStrings(stops)
+    shown = ""
+    for token in tokens:
+        shown += filter_.push(token, shown=not token.startswith("<"))
+        if filter_.stopped:
+            return shown, True
+    return shown + filter_.finish(), False
+
+
+@pytest.mark.parametrize(
+    "stops, tokens, shown",
+    [
+        ("<end>", ["a", "b", "<end>", "c"], "ab"),
+        ("\n<end>", ["a", "\n", "<end>"], "a"),
+        ("<end>\n", ["a", "<end>", "\n"], "a"),
+        ("a<end>\nb", ["x", "a", "<end>", "\n", "b"], "x"),
+        ("<e", ["a", "<end>"], "a"),
+        ("nd>", ["a", "<end>"], "a"),
+        ("b<e", ["ab", "<end>"], "a"),
+        ("d>x", ["ab", "<end>", "x"], "ab"),
+        ("<a><b>", ["x", "<a>", "<b>"], "x"),
+        ("ab", ["xa", "<end>", "b"], "x"),
+        (["never", "<end>", "b"], ["a", "<end>", "b"], "a"),
+        (["b", "a<end>b"], ["x", "a", "<end>", "b"], "x"),
+    ],
+)
+def test_stop_strings_of_special_tokens(stops, tokens, shown):
+    assert run_tokens(stops, tokens) == (shown, True)
+
+
+@pytest.mark.parametrize(
+    "stops, tokens, shown",
+    [
+        ("a<end>b", ["a", "<end>", "c"], "ac"),
+        ("<end>b", ["a", "<end>", "c", "<end>"], "ac"),
+        (["a<end>bc", "cd"], ["a", "<end>", "b", "x"], "abx"),
+        ("<end>", ["<", "e", "nd"], ""),
+    ],
+)
+def test_what_only_begins_like_a_stop_string_is_shown(stops, tokens, shown):
+    if shown:
+        assert run_tokens(stops, tokens) == (shown, False)
+    else:
+        filter_ = StopStrings(stops)
+        assert [filter_.push(token) for token in tokens] == ["", "", ""] and filter_.finish() == "<end"
+
+
+def first_stop(stops, tokens):
+    """What `run_tokens` should give: character by character, in all the text and in what is shown of it."""
+    everything, shown = "", ""
+    for token in tokens:
+        for character in token:
+            everything += character
+            shown += "" if token.startswith("<") else character
+            ends = [len(everything) - len(s) for s in stops if everything.endswith(s)]
+            shown_ends = [len(shown) - len(s) for s in stops if not token.startswith("<") and shown.endswith(s)]
+            if ends or shown_ends:
+                hidden = "".join("0" if t.startswith("<") else "1" for t in tokens for _ in t)
+                return shown[: min([hidden[:end].count("1") for end in ends] + shown_ends)], True
+    return shown, False
+
+
+@given(
+    stops=st.lists(st.text("ab<>", min_size=1, max_size=4), max_size=3),
+    tokens=st.lists(st.sampled_from(["a", "b", "ab", "ba", "c", "<a>", "<b>", "<>"]), max_size=8),
+)
+def test_stop_strings_wherever_special_tokens_stand(stops, tokens):
+    assert run_tokens(stops, tokens) == first_stop(stops, tokens)
+
+
 @pytest.mark.parametrize("stops", ["", [""], ["a", ""], [None], [3]])
 def test_stop_strings_that_are_none(stops):
     with pytest.raises(OptionError):
@@ -84,6 +156,18 @@ THOUGHTS = [
     ("<thin", False, ("", "<thin")),
     ("<thinker>", False, ("", "<thinker>")),
     ("</th</think>x", True, ("</th</think>", "x")),
+    ("[THINK]a[/THINK]b", False, ("[THINK]a[/THINK]", "b")),
+    ("<think>a [/THINK] b</think>c", False, ("<think>a [/THINK] b</think>", "c")),
+    ("a[/THINK]b", True, ("a[/THINK]", "b")),
+    ("\u25c1think\u25b7a\u25c1/think\u25b7b", False, ("\u25c1think\u25b7a\u25c1/think\u25b7", "b")),
+    ("<seed:think>a</seed:think>b", False, ("<seed:think>a</seed:think>", "b")),
+    (
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+        False,
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>", "b"),
+    ),
+    ("<|channel|>final<|message|>b</think>", False, ("<|channel|>final<|message|>", "b</think>")),
+    ("[THIN", False, ("", "[THIN")),
     ("", False, ("", "")),
 ]
 
@@ -121,4 +205,5 @@ def test_thinking_is_shown_as_it_comes():
 
 def test_a_prompt_may_have_opened_the_thinking():
     assert opens_thinking("<|im_start|>assistant\n<think>\n")
+    assert opens_thinking("[/INST][THINK]")
     assert not opens_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n")
