@@ -187,6 +187,15 @@ FAMILIES = (
         names=LLAMA_NAMES | _POST_NORMS,
     ),
     Family(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        "olmo3",
+        "olmo2",  # in GGUF files it has that architecture
+        family_config.olmo3,
+        family_gguf.olmo2,
+        names=LLAMA_NAMES | _POST_NORMS,
+    ),
+    Family(
         "granite",
         "GraniteForCausalLM",
         "granite",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvrun.convert.fields import MAX_LAYERS, REQUIRED, Fields
-from kvrun.convert.rope import rope_from_config, scaling_of
+from kvrun.convert.rope import FULL, SLIDING, rope_from_config, ropes_by_kind
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -17,7 +17,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def refuse_quantised(config: Fields) -> None:
@@ -60,13 +59,17 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def llama_like(config: Fields, **defaults: Any) -> dict[str, Any]:
     """A model of Llama's shape; `defaults` are those of the family's config that differ from Llama's."""
-    sizes = _sizes(config, defaults)
-    theta, original = defaults.get("rope_theta", 10000.0), defaults.get("original_max_position_embeddings")
+    sizes = _llama_sizes(config, defaults)
+    theta = defaults.get("rope_theta", 10000.0)
+    return sizes | rope_from_config(config, sizes["head_dim"], theta, sizes["context_length"])
+
+
+def _llama_sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without RoPE."""
     return {
-        **sizes,
+        **_sizes(config, defaults),
         "activation": config.choice("hidden_act", ACTIVATIONS, "silu"),
         "attention_bias": config.flag("attention_bias", False),
-        **rope_from_config(config, sizes["head_dim"], theta, sizes["context_length"], original),
     }
 
 
@@ -101,7 +104,7 @@ def _qwen_windows(config: Fields, n_layers: int) -> list[int | None] | None:
     if not config.flag("use_sliding_window", False):
         return None
     first = config.integer("max_window_layers", 28, minimum=0)
-    default = [_SLIDING if i >= first else _FULL for i in range(n_layers)]
+    default = [SLIDING if i >= first else FULL for i in range(n_layers)]
     return windows_of(config, n_layers, default, None if config.given("sliding_window") else 4096)
 
 
@@ -145,10 +148,10 @@ def qwen3_moe(config: Fields) -> dict[str, Any]:
 def windows_of(config: Fields, n_layers: int, kinds: list[str], width: int | None) -> list[int | None]:
     """The sliding window of each layer, from layer_types or else `kinds`; `width` is the default of sliding_window."""
     kinds = config.get("layer_types", kinds)
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {_FULL, _SLIDING}:
-        config.fail("layer_types", f"not {_FULL} or {_SLIDING} for each of {n_layers} layers")
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {FULL, SLIDING}:
+        config.fail("layer_types", f"not {FULL} or {SLIDING} for each of {n_layers} layers")
     width = config.integer("sliding_window", width)
-    return [width if kind == _SLIDING else None for kind in kinds]
+    return [width if kind == SLIDING else None for kind in kinds]
 
 
 def smollm3(config: Fields) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def smollm3(config: Fields) -> dict[str, Any]:
         config.fail("no_rope_layers", f"not 0 or 1 for each of {n} layers")
     windows = None
     if config.flag("use_sliding_window", False) and "sliding_window" in config:
-        windows = windows_of(config, n, [_FULL if rope else _SLIDING for rope in layers], None)
+        windows = windows_of(config, n, [FULL if rope else SLIDING for rope in layers], None)
     return values | {
         "mlp_bias": config.flag("mlp_bias", False),
         "rope_layers": [bool(rope) for rope in layers],
@@ -175,10 +178,35 @@ def smollm3(config: Fields) -> dict[str, Any]:
     }
 
 
+_OLMO = {"rms_norm_eps": 1e-5}
+_OLMO_NORMS = {"qk_norm": "all", "pre_norms": False, "post_norms": True}
+
+
 def olmo2(config: Fields) -> dict[str, Any]:
     """Norms after attention and the feed-forward step instead of before them."""
-    values = llama_like(config, rms_norm_eps=1e-5)
-    return values | {"qk_norm": "all", "pre_norms": False, "post_norms": True}
+    return llama_like(config, **_OLMO) | _OLMO_NORMS
+
+
+def olmo3(config: Fields) -> dict[str, Any]:
+    """OLMo 2 with a sliding window, and RoPE of its own, in three of four layers. transformers takes a rope_theta
+    outside of rope_parameters for the layers that see everything, but not for the others."""
+    values = _llama_sizes(config, _OLMO)
+    n = values["n_layers"]
+    windows = windows_of(config, n, _kinds(n, 4), 4096)
+    thetas = config.number("rope_theta", 5e5), 5e5
+    return values | _OLMO_NORMS | {"sliding_windows": windows} | _local_ropes(config, values, windows, thetas)
+
+
+def _kinds(n_layers: int, step: int) -> list[str]:
+    """A sliding window in all layers but each `step`-th."""
+    return [SLIDING if (i + 1) % step else FULL for i in range(n_layers)]
+
+
+def _local_ropes(
+    config: Fields, values: Mapping[str, Any], windows: list[int | None], thetas: tuple[float, float]
+) -> dict[str, Any]:
+    ropes = ropes_by_kind(config, values["head_dim"], values["context_length"], thetas)
+    return ropes if any(windows) else ropes | {"rope_local": None}
 
 
 def granite(config: Fields) -> dict[str, Any]:
@@ -199,9 +227,10 @@ def phi3(config: Fields) -> dict[str, Any]:
         rope = config.section(name)
         if rope is not None and "yarn" in (rope.get("type"), rope.get("rope_type")):
             config.fail(name, "rope type 'yarn' of an early Phi-3; set it to 'longrope'")
-    values = llama_like(config, rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
+    values = _llama_sizes(config, {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096})
+    turns = rope_from_config(config, values["head_dim"], 10000.0, values["context_length"], 4096, partial=True)
     width = config.integer("sliding_window", None)
-    return values | {"attention_bias": False, "sliding_windows": [width] * values["n_layers"]}
+    return values | turns | {"attention_bias": False, "sliding_windows": [width] * values["n_layers"]}
 
 
 _GEMMA = {
@@ -234,7 +263,7 @@ def gemma2(config: Fields) -> dict[str, Any]:
     """Every other layer has a sliding window, starting with the first. A soft cap of null means that there is none."""
     values = _gemma(config, {"vocab_size": 256000, "max_position_embeddings": 8192})
     n = values["n_layers"]
-    kinds = [_FULL if i % 2 else _SLIDING for i in range(n)]
+    kinds = [FULL if i % 2 else SLIDING for i in range(n)]
     caps = {
         ours: config.number(theirs, None if config.given(theirs) else default)
         for ours, theirs, default in (
@@ -253,38 +282,16 @@ def gemma2(config: Fields) -> dict[str, Any]:
 def gemma3(config: Fields) -> dict[str, Any]:
     """Five layers with a sliding window and a rotary base of their own to one that sees everything."""
     values = _gemma(config, {"vocab_size": 262208, "max_position_embeddings": 131072})
-    n, step = values["n_layers"], config.integer("sliding_window_pattern", 6)
-    kinds = [_SLIDING if (i + 1) % step else _FULL for i in range(n)]
-    windows = windows_of(config, n, kinds, 4096)
-    everywhere, local = _gemma3_ropes(config, values["head_dim"], values["context_length"])
+    n = values["n_layers"]
+    windows = windows_of(config, n, _kinds(n, config.integer("sliding_window_pattern", 6)), 4096)
+    thetas = config.number("rope_theta", 1e6), config.number("rope_local_base_freq", 1e4)
     return {
         **values,
         "qk_norm": "head",
-        "attention_softcap": config.number("attn_logit_softcapping", None),
         "logit_softcap": config.number("final_logit_softcapping", None),
         "sliding_windows": windows,
-        "rope_theta": everywhere["theta"],
-        "rope_scaling": everywhere["scaling"],
-        "rope_local": local if any(windows) else None,
+        **_local_ropes(config, values, windows, thetas),
     }
-
-
-def _gemma3_ropes(config: Fields, head_dim: int, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """{"theta", "scaling"} of the layers that see everything, and of those with a window."""
-    old = ("rope_theta", 1e6), ("rope_local_base_freq", 1e4)
-    thetas = [config.number(name, default) for name, default in old]
-    scalings: list[dict[str, Any] | None] = [None, None]
-    parameters = config.section("rope_parameters")
-    for i, kind in enumerate((_FULL, _SLIDING)):
-        name, rope = kind, parameters.section(kind) if parameters is not None else None
-        if parameters is None and i == 0:
-            name, rope = "rope_scaling", config.section("rope_scaling")
-        if rope is not None:
-            thetas[i] = rope.number("rope_theta", thetas[i])
-            rope.refuse("partial_rotary_factor", (1.0,), "not supported for this family")
-            scalings[i] = scaling_of(parameters or config, name, rope, thetas[i], head_dim, context)
-    both = [{"theta": theta, "scaling": scaling} for theta, scaling in zip(thetas, scalings, strict=True)]
-    return both[0], both[1]
 
 
 def gpt2(config: Fields) -> dict[str, Any]:

@@ -35,6 +35,14 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     if head_dim is None:
         head_dim = head_dim_of(meta, "attention.head_count", hidden, heads)
     meta.refuse("attention.value_length", (head_dim,), "different from the length of keys: not supported yet")
+    for name, neutral in (
+        ("attention.key_length_swa", head_dim),
+        ("attention.value_length_swa", head_dim),
+        ("rope.dimension_count_swa", meta.get("rope.dimension_count", head_dim)),
+    ):
+        meta.refuse(name, (neutral,), "layers with a window that differ in this are not supported")
+    meta.refuse("attention.causal", (True,), "attention to later tokens: not a decoder")
+    meta.refuse("nextn_predict_layers", (0,), "layers that predict further tokens are not supported")
     return {
         "vocab_size": meta.integer("vocab_size", facts.shapes.get("token_embd.weight", (0,))[0]),
         "hidden_size": hidden,
@@ -47,7 +55,7 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
         "norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
         "activation": "silu",
         **rope_from_gguf(meta, head_dim, facts.rope_factors, facts.long_short),
-        "attention_scale": meta.number("attention.scale", head_dim**-0.5),
+        "attention_scale": _number_or_none(meta, "attention.scale") or head_dim**-0.5,
         "tie_embeddings": not facts.has("output.weight"),
         "attention_bias": facts.has("blk.0.attn_q.bias"),
         "attention_out_bias": facts.has("blk.0.attn_output.bias"),
@@ -55,14 +63,21 @@ def _base(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     }
 
 
-def plain(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
-    """The architectures llama (Mistral and others are the same) and qwen2."""
+def _number_or_none(meta: Fields, name: str) -> float | None:
+    """A positive number; None if there is none or it is 0, which llama.cpp takes for the same."""
+    value: float | None = None if meta.get(name) == 0 else meta.number(name, None)
+    return value
+
+
+def plain(meta: Fields, facts: GgufFacts, window_step: int | None = None) -> dict[str, Any]:
+    """The architectures llama (Mistral and others are the same) and qwen2. If there is a window, each
+    `window_step`-th layer has none."""
     for name in ("logit_scale", "embedding_scale", "residual_scale"):
         meta.refuse(name, (0.0, 1.0), "not supported for this architecture")
     values = _base(meta, facts)
     return {
         **values,
-        "sliding_windows": _windows(meta, values["n_layers"], values["n_layers"] + 1, None),
+        "sliding_windows": _windows(meta, values["n_layers"], window_step or values["n_layers"] + 1, None),
         **_experts(meta, facts, values),
     }
 
@@ -73,6 +88,7 @@ def _experts(meta: Fields, facts: GgufFacts, values: dict[str, Any]) -> dict[str
     if not count:
         return {}
     meta.refuse("expert_shared_count", (0,), "not supported")
+    meta.refuse("expert_group_count", (0, 1), "experts chosen by groups are not supported")
     layers = [facts.has(f"blk.{i}.ffn_gate_inp.weight") for i in range(values["n_layers"])]
     if not any(layers):
         meta.fail("expert_count", f"{count}, but no layer has a ffn_gate_inp.weight")
@@ -94,13 +110,18 @@ def smollm3(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
 
 
 def olmo2(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
-    return plain(meta, facts) | {"qk_norm": "all", "pre_norms": False, "post_norms": True}
+    """OLMo 2, and OLMo 3: of its layers three of four have a window, and their RoPE is not scaled."""
+    values = plain(meta, facts, window_step=4)
+    return values | {"qk_norm": "all", "pre_norms": False, "post_norms": True, **_local(meta, values, None)}
 
 
 def granite(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
-    return _base(meta, facts) | {
-        "embedding_scale": meta.number("embedding_scale", 1.0),
-        "residual_scale": meta.number("residual_scale", 1.0),
+    values = _base(meta, facts)
+    if not meta.flag("rope.scaling.finetuned", True):  # granite's own use of that key: the model has no RoPE at all
+        values |= {"rope_theta": None, "rope_scaling": None, "rotary_dim": None}
+    return values | {
+        "embedding_scale": _number_or_none(meta, "embedding_scale") or 1.0,
+        "residual_scale": _number_or_none(meta, "residual_scale") or 1.0,
         "logit_scale": 1 / meta.number("logit_scale", 1.0),
     }
 
@@ -118,40 +139,45 @@ def _gemma(meta: Fields, facts: GgufFacts, largest: int) -> dict[str, Any]:
         "activation": "gelu_tanh",
         "embedding_scale": math.sqrt(values["hidden_size"]),
         "post_norms": True,
-        "attention_softcap": meta.number("attn_logit_softcapping", None),
-        "logit_softcap": meta.number("final_logit_softcapping", None),
     }
+
+
+def _local(
+    meta: Fields, values: Mapping[str, Any], scaling: dict[str, Any] | None, theta: float | None = None
+) -> dict[str, Any]:
+    """The field rope_local: what layers with a window have instead of `values`' rope_theta and rope_scaling. `theta`:
+    their base if the file does not say; by default that of the others."""
+    local = {"theta": meta.number("rope.freq_base_swa", theta or values["rope_theta"]), "scaling": scaling}
+    others = {"theta": values["rope_theta"], "scaling": values["rope_scaling"]}
+    return {"rope_local": local if any(values["sliding_windows"]) and local != others else None}
 
 
 def gemma2(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     values = _gemma(meta, facts, 46)
-    caps = {"attention_softcap": 50.0, "logit_softcap": 30.0}  # for files older than these fields
-    return {
-        **values,
-        **{name: values[name] or cap for name, cap in caps.items()},
+    values |= {
+        "attention_softcap": meta.number("attn_logit_softcapping", 50.0),  # files may be older than these
+        "logit_softcap": meta.number("final_logit_softcapping", 30.0),
         "sliding_windows": _windows(meta, values["n_layers"], 2, 4096),
     }
+    return values | _local(meta, values, values["rope_scaling"])
 
 
 def gemma3(meta: Fields, facts: GgufFacts) -> dict[str, Any]:
     values = _gemma(meta, facts, 62)
-    if "rope.freq_base" not in meta:
-        values["rope_theta"] = 1e6
-    windows = _windows(meta, values["n_layers"], 6, None)
-    local = {"theta": meta.number("rope.freq_base_swa", 1e4), "scaling": None}
-    return values | {
+    values |= {
         "qk_norm": "head",
-        "sliding_windows": windows,
-        "rope_local": local if any(windows) else None,
+        "logit_softcap": _number_or_none(meta, "final_logit_softcapping"),
+        "sliding_windows": _windows(meta, values["n_layers"], 6, None),
     }
+    return values | _local(meta, values, None, meta.number("rope.local.freq_base", 1e4))  # ollama's name of it
 
 
 def _windows(meta: Fields, n_layers: int, step: int, width: int | None) -> list[int | None]:
-    """A window in every layer except each `step`-th, unless the file says otherwise."""
+    """A window in every layer except each `step`-th (0: in every layer), unless the file says otherwise."""
     width = meta.integer("attention.sliding_window", width, minimum=0) or None
     pattern = meta.get("attention.sliding_window_pattern", step)
-    if type(pattern) is int and pattern > 0:
-        pattern = [(i + 1) % pattern != 0 for i in range(n_layers)]
+    if type(pattern) is int and pattern >= 0:
+        pattern = [pattern == 0 or (i + 1) % pattern != 0 for i in range(n_layers)]
     if not isinstance(pattern, list) or len(pattern) < n_layers or not all(kind in (0, 1) for kind in pattern):
         meta.fail("attention.sliding_window_pattern", f"not a truth value for each of {n_layers} layers")
     return [width if slides else None for slides in pattern[:n_layers]]

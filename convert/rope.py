@@ -9,37 +9,79 @@ from kvrun.convert.fields import REQUIRED, Fields, shown
 from kvrun.errors import ConvertError
 
 KINDS = "default, linear, dynamic, yarn, longrope, llama3"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as configs call them: those that see everything, and those with a sliding window."""
+_PARTIAL = "transformers ignores it in models of this class, whose RoPE turns all channels of a head; take it out"
 
 
 def rope_from_config(
-    config: Fields, head_dim: int, theta: float = 10000.0, context: int = 2048, original: int | None = None
+    config: Fields,
+    head_dim: int,
+    theta: float = 10000.0,
+    context: int = 2048,
+    original: int | None = None,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """The fields `rope_theta`, `rope_scaling` and `rotary_dim` from the older rope_theta and rope_scaling, or from
-    rope_parameters.
+    rope_parameters. If a config has both, rope_scaling counts, as in transformers, unless it is empty.
 
     `theta`, `context` and `original` are the family's defaults for the base, max_position_embeddings and
-    original_max_position_embeddings.
+    original_max_position_embeddings. `partial`: the family obeys partial_rotary_factor.
     """
-    name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
-    rope = config.section(name)
-    partial = config.number("partial_rotary_factor", 1.0)
-    theta = config.number("rope_theta", theta)
-    if rope is not None:
-        partial = rope.number("partial_rotary_factor", partial)
-        theta = rope.number("rope_theta", theta)
-    width = int(head_dim * min(partial, 2.0))
-    if not 2 <= width <= head_dim or width % 2:
-        (rope if rope is not None and "partial_rotary_factor" in rope else config).fail(
-            "partial_rotary_factor",
-            f"{partial} of a head_dim of {head_dim} is not an even number of channels",
-        )
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.section(name) or Fields({}, config.where)
+    for kind in (FULL, SLIDING):
+        rope.refuse(kind, (), "layers of this class have one RoPE and not one for each kind")
+    theta = rope.number("rope_theta", config.number("rope_theta", theta))
+    width = _partial_width(config, rope, head_dim) if partial else head_dim
+    if not partial:
+        config.refuse("partial_rotary_factor", (1,), _PARTIAL)
+        rope.refuse("partial_rotary_factor", (1,), _PARTIAL)
     context = config.integer("max_position_embeddings", context)
     original = config.integer("original_max_position_embeddings", original)
     return {
         "rope_theta": theta,
-        "rope_scaling": None if rope is None else scaling_of(config, name, rope, theta, width, context, original),
+        "rope_scaling": scaling_of(config, name, rope, theta, width, context, original),
         "rotary_dim": None if width == head_dim else width,
     }
+
+
+def _partial_width(config: Fields, rope: Fields, head_dim: int) -> int:
+    """Channels of a head that turn."""
+    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    width = int(head_dim * min(partial, 2.0))
+    if not 2 <= width <= head_dim or width % 2:
+        (rope if "partial_rotary_factor" in rope else config).fail(
+            "partial_rotary_factor", f"{partial} of a head_dim of {head_dim} is not an even number of channels"
+        )
+    return width
+
+
+def ropes_by_kind(config: Fields, head_dim: int, context: int, thetas: tuple[float, float]) -> dict[str, Any]:
+    """The fields `rope_theta`, `rope_scaling` and `rope_local` of a family whose layers with a sliding window have a
+    RoPE of their own: from rope_parameters with an object for each kind of layer, or from the older rope_scaling, which
+    is for layers that see everything. `thetas`: the bases of these and of the others, if no object has one.
+    """
+    parameters = config.section("rope_parameters")
+    if parameters is not None and config.get("rope_parameters") and not (FULL in parameters or SLIDING in parameters):
+        config.fail("rope_parameters", f"not an object for each kind of layer, {FULL} and {SLIDING}")
+    ropes = []
+    for kind, theta in zip((FULL, SLIDING), thetas, strict=True):
+        rope = (parameters.section(kind) if parameters is not None else None) or Fields({}, config.where)
+        older = config.section("rope_scaling") if kind == FULL else None
+        if older is not None and config.get("rope_scaling"):
+            rope = Fields({**_object(parameters, kind), **config.get("rope_scaling")}, older.where)
+        rope.refuse("partial_rotary_factor", (1,), _PARTIAL)
+        theta = rope.number("rope_theta", theta)
+        # transformers looks for `truncate` beside the objects instead of in them, and so never finds it
+        scaling = scaling_of(config, kind, rope.without("truncate"), theta, head_dim, context)
+        ropes.append({"theta": theta, "scaling": scaling})
+    return {"rope_theta": ropes[0]["theta"], "rope_scaling": ropes[0]["scaling"], "rope_local": ropes[1]}
+
+
+def _object(fields: Fields | None, name: str) -> dict[str, Any]:
+    value: dict[str, Any] = fields.get(name, {}) if fields is not None else {}
+    return value
 
 
 def scaling_of(
@@ -55,8 +97,8 @@ def scaling_of(
 
     `width`: the number of channels that turn. `original`: the config's original context, if it is not in the object.
     """
-    known = "rope_type" in rope or "type" in rope or "rope_theta" not in rope
-    kind = rope.text("rope_type" if "rope_type" in rope else "type", REQUIRED if known else "default")
+    scales = any(key in rope for key in ("factor", "short_factor", "long_factor", "low_freq_factor"))
+    kind = rope.text("rope_type" if "rope_type" in rope else "type", REQUIRED if scales else "default")
     if kind == "default":
         return None
     if kind == "linear":
@@ -147,37 +189,61 @@ def rope_from_gguf(
     head_dim: int,
     factors: list[float] | None,
     long_short: tuple[list[float], list[float]] | None = None,
-    theta: float = 10000.0,
 ) -> dict[str, Any]:
-    """The same fields from GGUF metadata. `factors`: the values of rope_freqs.weight; `long_short`: those of
-    rope_factors_long.weight and rope_factors_short.weight."""
-    theta, width = meta.number("rope.freq_base", theta), meta.integer("rope.dimension_count", head_dim)
+    """The same fields from GGUF metadata, where what is absent means what llama.cpp takes it for.
+
+    `factors`: the values of rope_freqs.weight; `long_short`: those of rope_factors_long.weight and
+    rope_factors_short.weight.
+    """
+    theta, width = meta.number("rope.freq_base", 10000.0), meta.integer("rope.dimension_count", head_dim)
     if width > head_dim or width % 2:
         meta.fail("rope.dimension_count", f"{width} is not an even number up to the head's {head_dim}")
-    fields = {"rope_theta": theta, "rotary_dim": None if width == head_dim else width}
-    kind = meta.text("rope.scaling.type", "linear" if "rope.scale_linear" in meta else "none")
     context = meta.integer("context_length", 2048)
     original = meta.integer("rope.scaling.original_context_length", context)
-    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
-    if kind == "yarn" and factors is None:
-        m = meta.number("rope.scaling.attn_factor", 1.0) * _yarn_amplitude(factor)
+    kind, factor = meta.choice("rope.scaling.type", _GGUF_KINDS, "linear"), _gguf_factor(meta)
+    amplitude = meta.number("rope.scaling.attn_factor", 1.0)
+    _refuse_two_scalings(meta, kind, factors is not None, long_short is not None)
+    scaling: dict[str, Any] | None = None
+    if kind == "yarn":
         fast, slow = meta.number("rope.scaling.yarn_beta_fast", 32.0), meta.number("rope.scaling.yarn_beta_slow", 1.0)
-        return fields | {"rope_scaling": yarn(meta.where, theta, width, factor, original, fast, slow, m)}
-    if kind not in ("none", "linear") and not (kind == "longrope" and long_short):
-        meta.fail("rope.scaling.type", f"{shown(kind)} is not supported yet (supported: none, linear, yarn, longrope)")
-    if long_short is not None:
-        return fields | {
-            "rope_scaling": {
-                "type": "longrope",
-                "short_factors": long_short[1],
-                "long_factors": long_short[0],
-                "original_context_length": float(original),
-                "attention_factor": meta.number(
-                    "rope.scaling.attn_factor", _longrope_amplitude(meta.where, context / original, original)
-                ),
-            }
+        amplitude *= _yarn_amplitude(factor)
+        scaling = yarn(meta.where, theta, width, factor, original, fast, slow, amplitude)
+    elif long_short is not None:
+        scaling = {
+            "type": "longrope",
+            "short_factors": _times(long_short[1], factor),
+            "long_factors": _times(long_short[0], factor),
+            "original_context_length": float(original),
+            "attention_factor": amplitude,
         }
-    factor = factor if kind == "linear" else 1.0
-    if factors is not None:
-        return fields | {"rope_scaling": {"type": "factors", "factors": [value * factor for value in factors]}}
-    return fields | {"rope_scaling": {"type": "linear", "factor": factor} if factor != 1.0 else None}
+    else:
+        meta.refuse("rope.scaling.attn_factor", (1.0,), "not supported with this rope.scaling.type")
+        if factors is not None:
+            scaling = {"type": "factors", "factors": _times(factors, factor)}
+        elif factor != 1.0:
+            scaling = {"type": "linear", "factor": factor}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_dim": None if width == head_dim else width}
+
+
+_GGUF_KINDS = {kind: kind for kind in ("none", "linear", "yarn", "longrope")}
+
+
+def _gguf_factor(meta: Fields) -> float:
+    """What frequencies are divided by, which files without a type have too; 0 is written for 1."""
+    if meta.get("rope.scaling.type") == "none":
+        return 1.0
+    name = "rope.scaling.factor" if "rope.scaling.factor" in meta else "rope.scale_linear"
+    return 1.0 if meta.get(name) == 0 else float(meta.number(name, 1.0))
+
+
+def _refuse_two_scalings(meta: Fields, kind: str, factors: bool, long_short: bool) -> None:
+    if kind == "longrope" and not long_short:
+        meta.fail("rope.scaling.type", "'longrope', but rope_factors_long.weight and _short.weight are missing")
+    tensors = "rope_factors_long.weight" if long_short else "rope_freqs.weight"
+    if (kind == "yarn" and (factors or long_short)) or (factors and long_short):
+        other = "'yarn'" if kind == "yarn" else "rope_freqs.weight"
+        meta.fail("rope.scaling.type", f"{other} and the tensor {tensors} are two scalings; a model can have one")
+
+
+def _times(values: list[float], factor: float) -> list[float]:
+    return [value * factor for value in values]

@@ -4,6 +4,7 @@ fixtures/make_families.py made the checkpoints, with transformers, and says what
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,9 @@ def test_descriptions(family):
     assert description("gemma3", family).rope_local == {"theta": 100.0, "scaling": None}
     assert description("mistral", family).sliding_windows == (50, 50)
     assert description("qwen2", family).sliding_windows == (None, 40, 40)
+    assert description("olmo3", family).sliding_windows == (40, 40, 40, None)
+    assert description("olmo3", family).rope_scaling["type"] == "yarn"
+    assert description("olmo3", family).rope_local == {"theta": 500.0, "scaling": None}
     assert description("smollm3", family).rope_layers == (True, True, True, False)
     assert description("phi3", family).rotary_dim == 12
     assert description("phi3", family).rope_scaling["original_context_length"] == 128
@@ -152,6 +156,7 @@ def test_descriptions(family):
             "phi3",
             "smollm3",
             "olmo2",
+            "olmo3",
             "granite",
         ),
         *("mixtral", "qwen3moe"),
@@ -198,6 +203,22 @@ def describe(tmp_path, name, **changes):
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation: 'relu' is not supported yet"),
         ("gemma2", {"attn_logit_softcapping": -2.0}, "attn_logit_softcapping: -2.0 is not a positive number"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: not 0 or 1 for each of 4 layers"),
+        ("phi3", {"partial_rotary_factor": 0.55, "rope_parameters": None}, "0.55 of a head_dim of 24 is not an even"),
+        *(
+            (name, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5: transformers ignores it")
+            for name in ("gemma2", "granite", "mistral", "mixtral", "olmo2", "qwen2", "qwen3", "qwen3moe", "smollm3")
+        ),
+        *(
+            (
+                name,
+                {"rope_parameters": {"full_attention": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}},
+                "full_attention: field partial_rotary_factor: 0.5: transformers ignores it",
+            )
+            for name in ("gemma3", "olmo3")
+        ),
+        ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters: not an object for each kind of layer"),
+        ("gemma3", {"rope_parameters": {"full_attention": "default"}}, "full_attention: not a JSON object"),
+        ("gemma3", {"rope_scaling": [1]}, "rope_scaling: not a JSON object"),
         (
             "phi3",
             {"num_key_value_heads": 2},
@@ -259,6 +280,12 @@ def test_older_ways_to_say_the_same(tmp_path, family):
     }
     old = describe(tmp_path, "phi3", rope_parameters=None, rope_scaling=rope, partial_rotary_factor=0.5)
     assert old == description("phi3", family)
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 8.0}
+    old = describe(tmp_path, "olmo3", rope_parameters=None, rope_scaling=rope, rope_theta=20000.0, layer_types=None)
+    new = description("olmo3", family)  # as in transformers, rope_theta is not for layers with a window
+    assert old == replace(new, rope_local={"theta": 500000.0, "scaling": None})
+    both = describe(tmp_path, "olmo3", rope_scaling={"factor": 3.0})
+    assert both.rope_scaling["factor"] == 3 and both.rope_scaling["high"] == new.rope_scaling["high"]
     old = describe(tmp_path, "smollm3", no_rope_layers=None, rope_parameters=None, rope_theta=None)
     assert old == description("smollm3", family)
 

@@ -27,6 +27,7 @@ ARCHITECTURES = (
     "phi3",
     "smollm3",
     "olmo2",
+    "olmo3",
     "granite",
     "mixtral",
     "qwen3moe",

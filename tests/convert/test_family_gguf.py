@@ -13,6 +13,7 @@ from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 from support.families import CHUNKS, FAMILIES, TOLERANCE, cache_of, engine_of, expected_of, run
 from support.family_gguf import ARCHITECTURES, NAMES, tensors, write
+from support.numpy_llama import NumpyLlama
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,15 +58,61 @@ def test_a_copied_head_is_dropped(tmp_path):
 
 
 def test_what_a_file_does_not_say(tmp_path):
-    """Defaults of an architecture, from before there was metadata for it."""
+    """What llama.cpp takes for granted."""
     gone = dict.fromkeys(("gemma3__attention__scale", "gemma3__rope__freq_base_swa", "gemma3__rope__freq_base"))
     found = described(tmp_path, "gemma3", **gone, gemma3__attention__sliding_window_pattern=None)
-    assert (found.attention_scale, found.rope_theta, found.rope_local["theta"]) == (12**-0.5, 1e6, 1e4)
+    assert (found.attention_scale, found.rope_theta, found.rope_local["theta"]) == (12**-0.5, 1e4, 1e4)
     assert found.sliding_windows == (70, 70, 70)  # the sixth layer would be the first to see everything
     found = described(tmp_path, "gemma2", gemma2__attn_logit_softcapping=None, gemma2__final_logit_softcapping=None)
     assert (found.attention_softcap, found.logit_softcap, found.sliding_windows) == (50, 30, (33, None))
     found = described(tmp_path, "phi3", phi3__rope__scaling__attn_factor=1.5)
     assert found.rope_scaling["attention_factor"] == 1.5
+    found = described(tmp_path, "phi3", phi3__rope__scaling__attn_factor=None)
+    assert found.rope_scaling["attention_factor"] == 1.0
+    gone = {"olmo2__attention__sliding_window_pattern": None, "olmo2__rope__freq_base_swa": None}
+    found = described(tmp_path, "olmo3", **gone)
+    assert found.sliding_windows == (40, 40, 40, None)
+    assert found.rope_local == {"theta": found.rope_theta, "scaling": None} and found.rope_scaling["type"] == "yarn"
+    found = described(tmp_path, "olmo3", olmo2__attention__sliding_window=0)
+    assert (found.sliding_windows, found.rope_local) == (None, None)
+
+
+def test_bases_of_layers_with_a_window(tmp_path):
+    found = described(tmp_path, "gemma2", gemma2__rope__freq_base_swa=500.0)
+    assert (found.rope_theta, found.rope_local) == (1e4, {"theta": 500.0, "scaling": None})
+    assert described(tmp_path, "gemma2").rope_local is None
+    ollama = {"gemma3__rope__freq_base_swa": None, "gemma3__rope__local__freq_base": 300.0}
+    assert described(tmp_path, "gemma3", **ollama).rope_local["theta"] == 300
+
+
+def test_windows_in_every_layer(tmp_path):
+    found = described(tmp_path, "gemma2", gemma2__attention__sliding_window_pattern=0)
+    assert found.sliding_windows == (33, 33)
+
+
+def test_zeros_that_mean_none(tmp_path):
+    names = ("attention__scale", "embedding_scale", "residual_scale")
+    found = described(tmp_path, "granite", **{f"granite__{name}": 0.0 for name in names})
+    assert (found.attention_scale, found.embedding_scale, found.residual_scale) == (12**-0.5, 1, 1)
+    assert described(tmp_path, "gemma3", gemma3__final_logit_softcapping=0.0).logit_softcap is None
+
+
+def test_a_soft_cap_that_gemma_3_has_no_more(tmp_path):
+    assert described(tmp_path, "gemma3", gemma3__attn_logit_softcapping=20.0).attention_softcap is None
+
+
+def test_granite_without_rope(tmp_path):
+    """The key that says whether a model was trained on longer texts says in this architecture whether it has RoPE."""
+    changes = {"granite.rope.scaling.finetuned": False}
+    source = write(tmp_path / "model.gguf", FAMILIES / "granite", changes=changes)
+    file = convert(source, tmp_path / "model.bin", tokenizer=False).model
+    assert (file.description.rope_theta, file.description.rope_scaling) == (None, None)
+    tokens = expected_of("granite").tokens
+    expected = NumpyLlama(file).logits(tokens)
+    logits = run(engine_of(tmp_path / "model.bin"), tokens, CHUNKS["ragged"])
+    assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert expected_of("granite").error(logits) > 0.01
+    assert described(tmp_path, "granite", granite__rope__scaling__finetuned=True).rope_theta == 1e4
 
 
 @pytest.mark.parametrize(

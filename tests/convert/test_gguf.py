@@ -122,6 +122,42 @@ def test_rope_factors(tmp_path):
         describe(tmp_path, tensors={**tensors, "rope_freqs.weight": factors[:5]})
 
 
+@pytest.mark.parametrize(
+    "metadata, factor",
+    [
+        ({"factor": 4.0}, 4.0),  # without a type it is linear, as in llama.cpp
+        ({"type": "linear"}, 1.0),
+        ({"type": "none", "factor": 4.0}, 1.0),
+        ({"factor": 0.0}, 1.0),
+        ({"factor": 1.0}, 1.0),
+        ({"scale_linear": 3.0}, 3.0),  # what it was called in the first files
+        ({"type": "linear", "scale_linear": 3.0}, 3.0),
+        ({"factor": 2.0, "scale_linear": 3.0}, 2.0),
+    ],
+)
+def test_linear_scaling(tmp_path, metadata, factor):
+    names = {"scale_linear": "llama.rope.scale_linear"}
+    given = {names.get(key, f"llama.rope.scaling.{key}"): value for key, value in metadata.items()}
+    expected = {"type": "linear", "factor": factor} if factor != 1 else None
+    assert describe(tmp_path, metadata=given).rope_scaling == expected
+    tensors = {**random_tensors(gguf_shapes()), "rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}
+    scaling = describe(tmp_path, metadata=given, tensors=tensors).rope_scaling
+    assert scaling == {"type": "factors", "factors": [factor * i for i in range(1, 9)]}
+
+
+def test_two_scalings_at_once(tmp_path):
+    tensors, eight = random_tensors(gguf_shapes()), np.arange(1, 9, dtype=np.float32)
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    both = {"rope_factors_long.weight": eight, "rope_factors_short.weight": eight}
+    for more, metadata, says in [
+        ({"rope_freqs.weight": eight}, yarn, "type: 'yarn' and the tensor rope_freqs.weight are two scalings"),
+        (both, yarn, "type: 'yarn' and the tensor rope_factors_long.weight are two scalings"),
+        (both | {"rope_freqs.weight": eight}, {}, "rope_freqs.weight and the tensor rope_factors_long.weight are two"),
+    ]:
+        with pytest.raises(ConvertError, match=says):
+            describe(tmp_path, tensors={**tensors, **more}, metadata=metadata)
+
+
 def test_an_output_tensor_unties(tmp_path):
     tensors = random_tensors({**gguf_shapes(), "output.weight": (40, 64)})
     assert not describe(tmp_path, tensors=tensors).tie_embeddings
@@ -140,7 +176,11 @@ def test_an_output_tensor_unties(tmp_path):
         ({"llama.rope.dimension_count": 7}, "rope.dimension_count"),
         ({"llama.embedding_length": 32}, "has shape"),
         ({"llama.rope.scaling.type": "spiral"}, "rope.scaling.type: 'spiral' is not supported yet"),
-        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type: 'longrope' is not supported yet"),
+        ({"llama.rope.scaling.type": "longrope"}, "'longrope', but rope_factors_long.weight and .* are missing"),
+        ({"llama.rope.scaling.factor": -4.0}, "rope.scaling.factor: -4.0 is not a positive number"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor: 1.2.*: not supported with this rope.scaling.type"),
+        ({"llama.attention.causal": False}, "attention.causal: False: attention to later tokens"),
+        ({"llama.rope.dimension_count_swa": 8}, "rope.dimension_count_swa: 8: layers with a window that differ"),
         ({"llama.attention.head_count_kv": [1, 2]}, "different values per layer"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon: missing"),
         ({"split.count": 3}, "one of 3 parts"),

@@ -1,6 +1,7 @@
 """The families' checkpoints written as GGUF files, as llama.cpp's converter writes them."""
 
 import json
+import math
 import re
 
 import gguf
@@ -18,6 +19,7 @@ ARCHITECTURES = {"gemma3-images": "gemma3", "mistral": "llama", "gpt2-gelu": Non
 
 ARCHITECTURES |= {
     "mixtral": "llama",
+    "olmo3": "olmo2",
     "qwen3moe-shares": None,
     "phi3-window": "phi3",
     "partial-rope": None,
@@ -64,13 +66,18 @@ def metadata(arch, c):
         "residual_scale": c.get("residual_multiplier"),
         "logit_scale": c.get("logits_scaling"),
     }
-    if arch in ("gemma3", "qwen2"):
+    if arch in ("gemma3", "qwen2", "olmo2") and "layer_types" in c:
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in c["layer_types"]]
     kind = rope.get("rope_type", "default")
     if kind != "default":
         values |= {"rope.scaling.type": kind, "rope.scaling.factor": rope.get("factor")}
         values["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
         values["rope.scaling.yarn_beta_fast"] = rope.get("beta_fast")
+    if kind == "longrope":
+        original = c["original_max_position_embeddings"]
+        scale = c["max_position_embeddings"] / original
+        values["rope.scaling.original_context_length"] = original
+        values["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(original))
     return {f"{arch}.{key}": value for key, value in values.items() if value is not None}, rope
 
 
@@ -115,7 +122,7 @@ def write(path, folder, extra=(), changes=None, apart=False):
     writer = gguf.GGUFWriter(str(path), arch)
     for key, value in (values | (changes or {})).items():
         if value is not None:
-            add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+            add = {int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string, list: writer.add_array}
             add.get(type(value), writer.add_float32)(key, value)
     pairs = [*tensors(folder, arch, config, apart), *extra]
     if "long_factor" in rope:
