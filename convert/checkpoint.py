@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvrun.convert.fields import Fields, shown
 from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.token_ids import ends_of_turn
 from kvrun.convert.views import rows_of
 from kvrun.errors import ConvertError, ModelFileError
 from kvrun.files.description import ModelDescription
-from kvrun.options import SamplingKeywords, declared
 
 
 @dataclass(frozen=True)
@@ -128,18 +126,3 @@ def rotary_order(description: ModelDescription) -> tuple[int, ...]:
     size, width = description.head_dim, description.rotary_dim or description.head_dim
     middle = width + (size - width) // 2
     return (*range(width // 2), *range(width, middle), *range(width // 2, width), *range(middle, size))
-
-
-def sampling_defaults(source: Fields | None, names: Mapping[str, str]) -> dict[str, float]:
-    """Sampling options the checkpoint recommends: `names` maps our names to those in `source`."""
-    values: dict[str, float] = {}
-    if source is None:
-        return values
-    for ours, theirs in names.items():
-        value = source.get(theirs)
-        if value is None or (type(value) in (int, float) and value < 0):  # some write -1 for "off"
-            continue
-        if type(value) not in (int, float) or not value < 1e9:
-            source.fail(theirs, f"{shown(value)} is not a number")
-        values[ours] = declared(SamplingKeywords)[ours].kind(value)
-    return values

@@ -15,7 +15,6 @@ from kvrun.convert.checkpoint import (
     Vocabulary,
     describe,
     rotary_order,
-    sampling_defaults,
     select_tensors,
     with_halves_apart,
 )
@@ -24,11 +23,11 @@ from kvrun.convert.family_gguf import GgufFacts
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
+from kvrun.convert.sampling import sampling_defaults
 from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.token_ids import token_id
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription
-from kvrun.options import saved_names
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # In old files of Mixtral each expert of a layer has tensors of its own.
@@ -52,6 +51,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
         },
     )
     vocabulary = read_tokenizer(meta) if tokenizer else Vocabulary("none", None, {})
+    sampling, left_out = sampling_defaults(meta, "gguf")
     return Checkpoint(
         form="GGUF",
         description=description,
@@ -59,9 +59,9 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
         vocabulary=vocabulary,
         stop_ids=_stop_ids(meta, vocabulary),
         chat_template=meta.text("tokenizer.chat_template", None),
-        sampling=sampling_defaults(meta, saved_names("gguf")),
+        sampling=sampling,
         files=tuple(file.path for file in files),
-        notes=vocabulary.notes,
+        notes=(*left_out, *vocabulary.notes),
     )
 
 

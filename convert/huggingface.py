@@ -16,7 +16,6 @@ from kvrun.convert.checkpoint import (
     Vocabulary,
     describe,
     rotary_order,
-    sampling_defaults,
     select_tensors,
     with_halves_apart,
 )
@@ -25,6 +24,7 @@ from kvrun.convert.family_config import refuse_quantised
 from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.sampling import sampling_defaults
 from kvrun.convert.small_files import read_text
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.convert.token_ids import token_ids
@@ -32,7 +32,6 @@ from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription, strict_json
 from kvrun.files.regular import open_regular
-from kvrun.options import saved_names
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (
@@ -79,6 +78,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         tensors = with_halves_apart(tensors, ROTARY, rotary_order(description))
     generation = read_json(folder, "generation_config.json")
     vocabulary = read_tokenizer(folder, config, generation) if tokenizer else Vocabulary("none", None, {})
+    sampling, left_out = sampling_defaults(generation, "huggingface")
     return Checkpoint(
         form="Hugging Face",
         description=description,
@@ -86,11 +86,11 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         vocabulary=vocabulary,
         stop_ids=_stop_ids((generation, config) if text is config else (generation, config, text), vocabulary),
         chat_template=_chat_template(folder),
-        sampling=sampling_defaults(generation, saved_names("huggingface")),
+        sampling=sampling,
         files=tuple(
             sorted({tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS})
         ),
-        notes=(*notes, *vocabulary.notes),
+        notes=(*notes, *left_out, *vocabulary.notes),
     )
 
 

@@ -158,6 +158,18 @@ def test_two_scalings_at_once(tmp_path):
             describe(tmp_path, tensors={**tensors, **more}, metadata=metadata)
 
 
+def test_defaults_of_sampling(tmp_path):
+    """Those that cannot be are left out, with a line that says so."""
+    metadata = {"general.sampling.temp": 0.5, "general.sampling.top_p": 1.5, "general.sampling.penalty_repeat": -1.0}
+    save_gguf(tmp_path / "m.gguf", metadata=metadata)
+    checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
+    assert checkpoint.sampling == {"temperature": 0.5}
+    assert checkpoint.notes == (
+        "left out: a default of general.sampling.top_p, top_p: must be at least 0 and at most 1, not 1.5",
+        "left out: a default of general.sampling.penalty_repeat, repeat_penalty: must be more than 0, not -1.0",
+    )
+
+
 def test_an_output_tensor_unties(tmp_path):
     tensors = random_tensors({**gguf_shapes(), "output.weight": (40, 64)})
     assert not describe(tmp_path, tensors=tensors).tie_embeddings

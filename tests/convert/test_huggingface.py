@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from kvrun.convert import hf_tokenizer
+from kvrun.convert import convert, hf_tokenizer
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from kvrun.model import load
 from support.make_checkpoint import (
     CONFIG,
     hf_folder,
@@ -510,9 +511,36 @@ def test_sampling(tmp_path):
         "top_p": 1.0,
         "repeat_penalty": 1.1,
     }
-    write_json(folder / "generation_config.json", {"temperature": "hot"})
-    with pytest.raises(ConvertError, match="generation_config.json: field temperature"):
-        open_checkpoint(str(folder))
+
+
+IMPOSSIBLE = [
+    ("temperature", -1, "temperature: must be at least 0, not -1"),
+    ("temperature", "0.7", "temperature: must be a number, not '0.7'"),
+    ("temperature", True, "temperature: must be a number, not True"),
+    ("temperature", [0.7], "temperature: must be a number, not [0.7]"),
+    ("temperature", 10**400, "temperature: must be a number, not "),
+    ("temperature", float("inf"), "temperature: must be a finite number, not inf"),
+    ("top_p", 1.5, "top_p: must be at least 0 and at most 1, not 1.5"),
+    ("top_p", float("nan"), "top_p: must be a finite number, not nan"),
+    ("min_p", -0.1, "min_p: must be at least 0 and at most 1, not -0.1"),
+    ("top_k", 2**40, "top_k: must be at least 0 and at most 2147483647, not 1099511627776"),
+    ("top_k", -1, "top_k: must be at least 0"),
+    ("top_k", 2.5, "top_k: must be a whole number, not 2.5"),
+    ("top_k", float("nan"), "top_k: must be a whole number, not nan"),
+    ("repetition_penalty", 0, "repetition_penalty, repeat_penalty: must be more than 0, not 0"),
+]
+
+
+@pytest.mark.parametrize("name, value, says", IMPOSSIBLE)
+def test_a_default_of_sampling_that_cannot_be(tmp_path, name, value, says):
+    """It is left out, with a line that says so; the others are kept, and the model runs."""
+    folder, other = hf_folder(tmp_path / "hf"), "top_k" if name == "temperature" else "temperature"
+    write_json(folder / "generation_config.json", {other: 1, name: value})
+    result = convert(folder, tmp_path / "model.bin")
+    (note,) = [note for note in result.notes if "a default of" in note]
+    assert note.startswith("left out: ") and says in note and len(note) < 200 and "\n" not in note
+    assert result.model.sampling == {other: 1}
+    assert len(list(load(tmp_path / "model.bin").session().stream([2], max_tokens=2, ignore_eos=True))) <= 2
 
 
 def test_the_name_of_a_model_in_the_hubs_cache(tmp_path):
