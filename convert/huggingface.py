@@ -24,14 +24,14 @@ from kvrun.convert.family_config import refuse_quantised
 from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.safetensors_file import DTYPES, read_safetensors_header
 from kvrun.convert.sampling import sampling_defaults
 from kvrun.convert.small_files import read_text
-from kvrun.convert.tensors import PLAIN, StoredTensor
+from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.token_ids import token_ids
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError
-from kvrun.files.description import ModelDescription, strict_json
-from kvrun.files.regular import open_regular
+from kvrun.files.description import ModelDescription
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (
@@ -44,8 +44,6 @@ _SETTINGS = (
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
-_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8_e4m3"}
-_MAX_HEADER = 100_000_000
 # Buffers that old versions of transformers saved. They follow from the config.
 _LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias")
 # In models of text and images: tensors that are not part of the text model, and prefixes of those that are.
@@ -166,60 +164,13 @@ def _files_of_index(folder: str, index: Fields) -> Mapping[str, list[str] | None
         return index.fail("weight_map", "missing or empty")
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or os.path.basename(file) != file:
+        if not isinstance(file, str) or not file or len(file) > 255 or os.path.basename(file) != file:
             return index.fail("weight_map", f"{shown(file)} is not a file name")
         files.setdefault(file, []).append(name)
     for file in files:
         if not os.path.lexists(os.path.join(folder, file)):
             raise ConvertError(f"{folder}: {file} is missing; {os.path.basename(index.where)} needs it")
     return files
-
-
-def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, with all offsets checked. Raises ConvertError if it is damaged."""
-    try:
-        with open(path, "rb", opener=open_regular) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 10 or not 2 <= length <= _MAX_HEADER:
-                raise ConvertError(f"{path}: not a safetensors file (or an empty or partly downloaded one)")
-            if 8 + length > size:
-                raise ConvertError(f"{path}: truncated: the header has {length} bytes, the file {size}")
-            header = strict_json(file.read(length).decode("utf-8"))
-    except OSError as error:
-        raise ConvertError(f"{path}: cannot read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConvertError(f"{path}: damaged safetensors header: {error}") from None
-    if not isinstance(header, dict):
-        raise ConvertError(f"{path}: damaged safetensors header: not a JSON object")
-    header.pop("__metadata__", None)
-    return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
-
-
-def _stored(path: str, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
-    try:
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and start <= end
-        sound = sound and isinstance(dtype, str) and isinstance(shape, list)
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ConvertError(f"{path}: damaged safetensors header: tensor {name[:80]}")
-    if data_start + end > size:
-        raise ConvertError(
-            f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}; download it again"
-        )
-    if 0 in shape:
-        raise ConvertError(f"{path}: tensor {name} {shape} has no values; save the checkpoint again, whole")
-    if dtype not in _DTYPES:
-        # Only refused if the model needs it: checkpoints may have integer buffers that it does not.
-        return StoredTensor(name, path, data_start + start, tuple(shape), dtype, 0)
-    width = PLAIN.get(_DTYPES[dtype], 1)
-    row_bytes = width * (shape[-1] if shape else 1)
-    count = int(np.prod(shape[:-1], dtype=object)) if shape else 1
-    if count * row_bytes != end - start:
-        raise ConvertError(f"{path}: damaged safetensors header: tensor {name} {shape} has {end - start} bytes")
-    return StoredTensor(name, path, data_start + start, tuple(shape), _DTYPES[dtype], row_bytes)
 
 
 def _text_only(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -268,10 +219,10 @@ def _check_types_and_head(
 ) -> None:
     """Check the tensors' types; remove an output head that only repeats the embedding."""
     for tensor in available.values():
-        if tensor.type not in _DTYPES.values():
+        if tensor.type not in DTYPES.values():
             raise ConvertError(
                 f"{tensor.path}: tensor {tensor.name} has type {tensor.type[:40]}, which is not supported "
-                f"yet (supported: {', '.join(_DTYPES)})"
+                f"yet (supported: {', '.join(DTYPES)})"
             )
     embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
     if description.tie_embeddings and head in available and embed in available:

@@ -50,7 +50,7 @@ class StoredTensor:
     def slabs(self) -> Iterator[tuple[int, int]]:
         """Row ranges (start, stop) that cover the tensor, of whole panels of 16 rows and whole groups."""
         unit = math.lcm(16, len(self.row_order) or 1)
-        step = max(1, SLAB // (4 * self.shape[-1] * unit)) * unit
+        step = max(1, SLAB // (4 * max(1, self.shape[-1]) * unit)) * unit
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
 

@@ -37,7 +37,7 @@ class TransposedTensor(StoredTensor):
     @classmethod
     def of(cls, tensor: StoredTensor) -> TransposedTensor:
         rows, cols = tensor.shape
-        width = tensor.row_bytes // cols
+        width = tensor.row_bytes // max(1, cols)
         return cls(
             tensor.name,
             tensor.path,

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from gguf.tensor_mapping import get_tensor_name_map
 
-from kvrun.convert.huggingface import read_safetensors_header
+from kvrun.convert.safetensors_file import read_safetensors_header
 from support.families import FAMILIES
 
 INTERLEAVED = ("llama", "granite", "smollm3")
