@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NoReturn
 
@@ -51,10 +52,16 @@ _LIMITS = {
     "head_dim": 1 << 10,
     "context_length": 1 << 30,
 }
+_MOST_EXPERTS, _LARGEST_EXPERT = 1 << 12, 1 << 22
+MAX_TENSORS = 1 << 18
+"""Tensors of a model: about as many as the largest header has room for."""
+_FLOAT32 = (2.0**-126, 2.0**127)  # the core computes in float32; what is smaller than its smallest would become 0
+_FASTEST = 1e6  # radians a position: no rotary embedding turns so fast, and positions times it are exact enough
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON that this package wrote itself: no repeated keys, no NaN. Raises ValueError for any fault."""
+    """Parse JSON that this package wrote itself: no repeated keys, no NaN, no number that a float cannot hold. Raises
+    ValueError for any fault."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -65,10 +72,29 @@ def strict_json(text: str | bytes) -> Any:
     def no_constants(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{digits[:20]} is too large a number")
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def text_json(text: str) -> Any:
+    """`strict_json` whose texts UTF-8 can encode: escapes can stand for halves of characters."""
+    value = strict_json(text)
+    try:
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("not valid text") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,7 @@ class RopeTables:
     of_layer: np.ndarray
 
 
-def frequencies(theta: float, scaling: dict[str, Any] | None, pairs: int, ctx: int) -> tuple[np.ndarray, float]:
+def frequencies(theta: float, scaling: Mapping[str, Any] | None, pairs: int, ctx: int) -> tuple[np.ndarray, float]:
     """(angle per position of each pair: float64 [pairs], amplitude) for a checked rope_scaling."""
     exponents = np.arange(pairs, dtype=np.float64) / pairs
     plain = theta**-exponents
@@ -168,10 +194,9 @@ class ModelDescription:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice)
-                _bad(name, f"{getattr(self, name)!r} is not supported (supported: {known})")
+                _bad(name, f"{shortened(getattr(self, name))} is not supported (supported: {known})")
         for name, limit in _LIMITS.items():
-            if not 1 <= getattr(self, name) <= limit:
-                _bad(name, f"{getattr(self, name)} is not between 1 and {limit}")
+            _check_between(name, getattr(self, name), limit)
         if self.attention_out_bias == self.attention_bias:  # so that equal descriptions compare equal
             object.__setattr__(self, "attention_out_bias", None)
         if self.n_heads % self.n_kv_heads:
@@ -181,17 +206,19 @@ class ModelDescription:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None:
-                if not math.isfinite(value) or value <= 0:
-                    _bad(name, f"{value} is not a positive number")
+                if not _FLOAT32[0] <= value <= _FLOAT32[1]:
+                    _bad(name, f"{value} is not a positive number that float32 has")
                 object.__setattr__(self, name, float(value))
         if self.sliding_windows is not None:
             object.__setattr__(self, "sliding_windows", _checked_windows(self.sliding_windows, self.n_layers))
         self._check_rope()
         self._check_experts()
+        if self.n_tensors > MAX_TENSORS:
+            _bad("n_experts", f"the model would have {self.n_tensors} tensors, a file has room for {MAX_TENSORS}")
 
     def _check_rope(self) -> None:
         if self.rotary_dim is not None and not (0 < self.rotary_dim < self.head_dim and self.rotary_dim % 2 == 0):
-            _bad("rotary_dim", f"{self.rotary_dim} is not an even number below head_dim = {self.head_dim}")
+            _bad("rotary_dim", f"{shortened(self.rotary_dim)} is not an even number below head_dim = {self.head_dim}")
         pairs = (self.rotary_dim or self.head_dim) // 2
         if self.rope_layers is not None:
             object.__setattr__(self, "rope_layers", _checked_layers("rope_layers", self.rope_layers, self.n_layers))
@@ -204,13 +231,19 @@ class ModelDescription:
         local = self.rope_local
         if local is not None:
             if self.sliding_windows is None:
-                _bad("rope_local", "no layer has a sliding window")
+                _bad("rope_local", "no layer has a window in sliding_windows")
             if set(local) != {"theta", "scaling"} or not _is_positive(local["theta"]):
                 _bad("rope_local", "not an object with a positive theta, and scaling")
             scaling = local["scaling"]
             if scaling is not None:
-                scaling = checked_scaling("rope_local", scaling, pairs)
+                scaling = checked_scaling("rope_local.scaling", scaling, pairs)
             object.__setattr__(self, "rope_local", {"theta": float(local["theta"]), "scaling": scaling})
+        ropes = [("rope_theta", self.rope_theta, self.rope_scaling)]
+        if self.rope_local is not None:
+            ropes.append(("rope_local", self.rope_local["theta"], self.rope_local["scaling"]))
+        for name, theta, scaling in ropes:
+            if theta is not None and not _can_turn(theta, scaling, pairs):
+                _bad(name, "its frequencies" + (", with rope_scaling," if scaling else "") + " are beyond all numbers")
 
     def _check_experts(self) -> None:
         if self.n_experts is None:
@@ -219,15 +252,13 @@ class ModelDescription:
                     _bad(name, "there is no n_experts")
             return
         for name, limit in (
-            ("n_experts", 1 << 12),
+            ("n_experts", _MOST_EXPERTS),
             ("experts_used", self.n_experts),
-            ("expert_size", 1 << 22),
+            ("expert_size", _LARGEST_EXPERT),
         ):
-            value = getattr(self, name)
-            if value is None or not 1 <= value <= limit:
-                _bad(name, f"{value} is not between 1 and {limit}")
+            _check_between(name, getattr(self, name), limit)
         if self.mlp_bias or not self.mlp_gated:
-            _bad("n_experts", "experts have a gate and no biases")
+            _bad("n_experts", "experts have a gate and no biases: mlp_gated, mlp_bias")
         if self.expert_layers is not None:
             layers = _checked_layers("expert_layers", self.expert_layers, self.n_layers)
             object.__setattr__(self, "expert_layers", layers)
@@ -244,7 +275,7 @@ class ModelDescription:
     def from_json(cls, text: str) -> ModelDescription:
         """The inverse of `to_json`. Raises ModelFileError naming a field that is unknown, missing or impossible."""
         try:
-            values = strict_json(text)
+            values = text_json(text)
         except ValueError as error:
             raise ModelFileError(f"model description: not valid JSON ({error})") from None
         if not isinstance(values, dict):
@@ -295,32 +326,47 @@ class ModelDescription:
             inv_freq, amplitude = inv_freq[:none], amplitude[:none]
         return RopeTables(inv_freq, amplitude, np.array(of_layer, np.int64))
 
+    @property
+    def n_tensors(self) -> int:
+        """The number of the model's tensors, found without naming them."""
+        ends = 2 + self.learned_positions + (not self.tie_embeddings) + (self.norm == "layer")
+        n, norms = ends, len(self._layer_norms())
+        for experts, layers in Counter(map(self.has_experts, range(self.n_layers))).items():
+            matrices = self._layer_matrices(experts)
+            n += layers * (norms + len(matrices) + sum(map(self._has_bias, matrices)))
+        return n
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model and its shape, in file order.
+        """Every tensor of the model and its shape, in file order: `tensors` as a table."""
+        return dict(self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every tensor of the model, in file order.
 
         Matrices (packed weights, [rows, cols] = [out, in]) come first, then the float32 vectors [n].
         """
-        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, self.hidden_size)}
+        yield "embed.weight", (self.vocab_size, self.hidden_size)
         if self.learned_positions:
-            shapes["positions.weight"] = (self.context_length, self.hidden_size)
+            yield "positions.weight", (self.context_length, self.hidden_size)
         norms = self._layer_norms()
+        matrices = {kind: self._layer_matrices(kind) for kind in set(map(self.has_experts, range(self.n_layers)))}
         for i in range(self.n_layers):
-            for name, shape in self._layer_matrices(i).items():
-                shapes[f"layers.{i}.{name}.weight"] = shape
+            for name, shape in matrices[self.has_experts(i)].items():
+                yield f"layers.{i}.{name}.weight", shape
         if not self.tie_embeddings:
-            shapes["head.weight"] = (self.vocab_size, self.hidden_size)
+            yield "head.weight", (self.vocab_size, self.hidden_size)
         for i in range(self.n_layers):
             for name, size in norms.items():
-                shapes[f"layers.{i}.{name}"] = (size,)
-            for name, (rows, _) in self._layer_matrices(i).items():
+                yield f"layers.{i}.{name}", (size,)
+            for name, (rows, _) in matrices[self.has_experts(i)].items():
                 if self._has_bias(name):
-                    shapes[f"layers.{i}.{name}.bias"] = (rows,)
-        shapes["norm.weight"] = (self.hidden_size,)
+                    yield f"layers.{i}.{name}.bias", (rows,)
+        yield "norm.weight", (self.hidden_size,)
         if self.norm == "layer":
-            shapes["norm.bias"] = (self.hidden_size,)
-        return shapes
+            yield "norm.bias", (self.hidden_size,)
 
-    def _layer_matrices(self, layer: int) -> dict[str, tuple[int, int]]:
+    def _layer_matrices(self, experts: bool) -> dict[str, tuple[int, int]]:
+        """Matrices of a layer, with experts or without, and their shapes."""
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         matrices = {
             "attn.q": (queries, self.hidden_size),
@@ -329,7 +375,7 @@ class ModelDescription:
             "attn.o": (self.hidden_size, queries),
         }
         stems, inner = ["mlp."], self.intermediate_size
-        if self.has_experts(layer):
+        if experts:
             matrices["mlp.router"] = (self.n_experts or 0, self.hidden_size)
             stems, inner = [f"mlp.experts.{e}." for e in range(self.n_experts or 0)], self.expert_size or 0
         for stem in stems:
@@ -397,15 +443,29 @@ def _check_type(name: str, annotation: str, value: Any) -> None:
         "tuple[bool, ...]": lambda v: isinstance(v, (tuple, list)),
     }
     if not checks[annotation.removesuffix(" | None")](value):
-        _bad(name, f"{_shortened(value)} is not of type {annotation.replace('[str, Any]', '')}")
+        _bad(name, f"{shortened(value)} is not of type {annotation.replace('[str, Any]', '')}")
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value from a file, for a message."""
     try:
         text = repr(value)
-    except RecursionError:
-        text = "a deeply nested value"
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
+        text = "a deeply nested value" if isinstance(value, (list, dict)) else "an endless number"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_between(name: str, value: int | None, limit: int) -> None:
+    if value is None or not 1 <= value <= limit:
+        _bad(name, f"{shortened(value)} is not between 1 and {limit}")
+
+
+def _can_turn(theta: float, scaling: Mapping[str, Any] | None, pairs: int) -> bool:
+    """Whether all angles and amplitudes are numbers to compute with, whatever the length of the text."""
+    with np.errstate(all="ignore"):
+        tables = [frequencies(theta, scaling, pairs, ctx) for ctx in (1, _LIMITS["context_length"])]
+    turns = np.array([table for table, _ in tables])
+    return bool(np.all((turns >= 0) & (turns <= _FASTEST))) and all(a <= _FLOAT32[1] for _, a in tables)
 
 
 def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None, ...] | None:
@@ -414,14 +474,14 @@ def _checked_windows(windows: Sequence[Any], n_layers: int) -> tuple[int | None,
         _bad("sliding_windows", f"{len(windows)} entries for {n_layers} layers")
     for window in windows:
         if window is not None and (type(window) is not int or not 1 <= window <= _LIMITS["context_length"]):
-            _bad("sliding_windows", f"{_shortened(window)} is not between 1 and {_LIMITS['context_length']}")
+            _bad("sliding_windows", f"{shortened(window)} is not between 1 and {_LIMITS['context_length']}")
     return tuple(windows) if any(windows) else None
 
 
 def _checked_layers(field: str, layers: Sequence[Any], n_layers: int) -> tuple[bool, ...] | None:
     """One truth value for each layer as a tuple, or None if all are true."""
     if len(layers) != n_layers or not all(isinstance(layer, bool) for layer in layers):
-        _bad(field, f"{_shortened(layers)} is not a truth value for each of {n_layers} layers")
+        _bad(field, f"{shortened(layers)} is not a truth value for each of {n_layers} layers")
     return None if all(layers) else tuple(layers)
 
 
@@ -436,11 +496,13 @@ _SCALING_FIELDS = {
 }
 
 
-def checked_scaling(field: str, scaling: dict[str, Any], pairs: int) -> dict[str, Any]:
+def checked_scaling(field: str, scaling: Any, pairs: int) -> dict[str, Any]:
     """The scaling with its numbers as floats, in a fixed order. Raises ModelFileError, which names the field."""
+    if not isinstance(scaling, dict):
+        _bad(field, f"{shortened(scaling)} is not an object")
     kind = scaling.get("type")
     if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
-        _bad(field, f"type {_shortened(kind)} is not supported ({', '.join(_SCALING_FIELDS)})")
+        _bad(field, f"type {shortened(kind)} is not supported ({', '.join(_SCALING_FIELDS)})")
     expected = _SCALING_FIELDS[kind]
     if set(scaling) != {"type", *expected}:
         _bad(field, f"type {kind} has exactly the fields {', '.join(expected)}")
@@ -450,7 +512,7 @@ def checked_scaling(field: str, scaling: dict[str, Any], pairs: int) -> dict[str
         numbers = value if many else [value]
         zero = name == "low" and _is_number(value) and value == 0  # the only number that may be 0
         if not isinstance(numbers, list) or not (all(map(_is_positive, numbers)) or zero):
-            _bad(field, f"{name} = {_shortened(value)} is not positive")
+            _bad(field, f"{name} = {shortened(value)} is not positive")
         if many and len(numbers) != pairs:
             _bad(field, f"{len(numbers)} {name} where the rotary width needs {pairs}")
         values[name] = [float(v) for v in numbers] if many else float(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.errors import ModelFileError, TokenizerError
-from kvrun.files.description import ModelDescription, strict_json
+from kvrun.files.description import ModelDescription, shortened, strict_json, text_json
 from kvrun.files.regular import open_regular
 from kvrun.options import saved_names
 
@@ -47,7 +48,11 @@ REQUIRED = (
     "header_checksum",
 )
 OPTIONAL = ("chat_template",)
+MAX_TOKENS = 1 << 31
+"""Ids of added tokens are below it."""
 _CHUNK = 16 << 20
+_MOST_NESTED = 16
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Progress = Callable[[int], None]
 """Called with the number of bytes processed since the last call."""
@@ -70,7 +75,7 @@ class ModelFile:
     def __init__(
         self, path: str, memory: mmap.mmap, header: dict[str, Any], data_start: int, mapped: bool = True
     ) -> None:
-        meta = _Metadata(path, header.pop("__metadata__", None))
+        meta = _Metadata(path, header)
         self.path = path
         self.nbytes = len(memory)
         self.description: ModelDescription = meta.description
@@ -87,7 +92,7 @@ class ModelFile:
         self._starts: dict[str, int] = {}
         self._spans: dict[str, memoryview] = {}
         buffer = memoryview(memory).toreadonly()
-        for name, start, end in _checked_layout(path, header, meta, self.nbytes - data_start):
+        for name, start, end in _checked_layout(path, meta, self.nbytes - data_start):
             self._starts[name] = data_start + start
             self._spans[name] = buffer[data_start + start : data_start + end]
             self._add(name, meta)
@@ -201,10 +206,15 @@ def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:
 
 
 class _Metadata:
-    """The checked contents of `__metadata__`."""
+    """The checked contents of a header: of `__metadata__`, and `entries`, all its others, in the order of the data.
 
-    def __init__(self, path: str, meta: Any) -> None:
+    A header may announce any number of tensors; work and memory follow what it has, never what it announces.
+    """
+
+    def __init__(self, path: str, header: dict[str, Any]) -> None:
         self._path = path
+        meta = header["__metadata__"]
+        self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         self._check_strings(meta)
         self._meta: dict[str, str] = meta
         if header_checksum(meta) != meta["header_checksum"]:
@@ -213,15 +223,14 @@ class _Metadata:
             self.description = ModelDescription.from_json(meta["model"])
         except ModelFileError as error:
             raise ModelFileError(f"{path}: {error}") from None
-        self.shapes = self.description.tensor_shapes()
-        self.types = self._weight_types()
         self.tokenizer = self._tokenizer()
+        self.shapes = self._shapes(next(iter(header)))
+        self.types = self._weight_types()
         self.stop_ids = self._stop_ids()
         self.chat_template = meta.get("chat_template")
         self.sampling = self._sampling()
-        self.source = self._object("source")
-        self.checksums = self._object("checksums")
-        self.sizes = tensor_sizes(self.description, self.types)
+        self.source = self._source()
+        self.checksums = self._checksums()
 
     def _fail(self, field: str, reason: str) -> NoReturn:
         raise ModelFileError(f"{self._path}: metadata field {field}: {reason}")
@@ -241,13 +250,17 @@ class _Metadata:
                 self._fail(name, "missing")
         for name, value in meta.items():
             if name not in REQUIRED and name not in OPTIONAL:
-                self._fail(repr(name)[:60], "unknown")
+                self._fail(shortened(name), "unknown")
             if not isinstance(value, str):
                 self._fail(name, "not a string")
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:  # the escapes of JSON can make what UTF-8 cannot encode
+                self._fail(name, "not valid text")
 
     def _json(self, field: str) -> Any:
         try:
-            return strict_json(self._meta[field])
+            return text_json(self._meta[field])
         except ValueError as error:
             self._fail(field, f"not valid JSON ({error})")
 
@@ -257,21 +270,44 @@ class _Metadata:
             self._fail(field, "not a JSON object")
         return value
 
+    def _shapes(self, first: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the description's tensors, each held against the header's entry at its place."""
+        if first != "__metadata__":
+            raise ModelFileError(f"{self._path}: damaged header: __metadata__ is not the first entry")
+        kind, shapes, found = self.tokenizer["kind"], {}, iter(self.entries)
+        for name, shape in self.description.tensors():
+            self._check_place(name, next(found, None))
+            shapes[name] = shape
+        if kind != "none":
+            self._check_place(kind, next(found, None))
+        self._check_place(None, next(found, None))
+        return shapes
+
+    def _check_place(self, expected: str | None, found: str | None) -> None:
+        if found == expected:
+            return
+        if expected is not None and expected not in self.entries:
+            raise ModelFileError(f"{self._path}: tensor {expected} is missing")
+        where = "at the end" if expected is None else f"where {expected} should be"
+        raise ModelFileError(
+            f"{self._path}: tensor {shortened(found)} is {where}: out of order, or not part of this model"
+        )
+
     def _weight_types(self) -> dict[str, str]:
         entries = self._object("weights")
         matrices = {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
         for name in entries:
             if name not in matrices:
-                self._fail("weights", f"{name[:80]} is not a matrix of this model")
+                self._fail("weights", f"{shortened(name)} is not a matrix of this model")
         types = {}
         for name, shape in matrices.items():
             entry = entries.get(name)
             if not isinstance(entry, dict) or set(entry) != {"type", "shape"}:
                 self._fail("weights", f"{name} is missing or has other fields than type and shape")
             if not _is_shape(entry["shape"], shape):
-                self._fail("weights", f"{name} has shape {str(entry['shape'])[:60]}, not {list(shape)}")
+                self._fail("weights", f"{name} has shape {shortened(entry['shape'])}, not {list(shape)}")
             if not isinstance(entry["type"], str) or entry["type"] not in _core.WEIGHT_TYPES:
-                self._fail("weights", f"{name} has the unknown type {str(entry['type'])[:60]}")
+                self._fail("weights", f"{name} has the unknown type {shortened(entry['type'])}")
             if shape[1] % _core.column_multiple(entry["type"]):
                 self._fail("weights", f"{name} has {shape[1]} columns, which is impossible for {entry['type']}")
             types[name] = entry["type"]
@@ -279,15 +315,34 @@ class _Metadata:
 
     def _tokenizer(self) -> dict[str, Any]:
         info = self._object("tokenizer")
-        if info.get("kind") not in TOKENIZER_KINDS:
-            self._fail("tokenizer", f"kind is not one of {', '.join(TOKENIZER_KINDS)}")
-        for key in ("add_bos", "add_eos"):
-            if not isinstance(info.get(key), bool):
-                self._fail("tokenizer", f"{key} is not true or false")
-        for key in ("bos_id", "eos_id", "pad_id", "unk_id"):
-            if key not in info or not (info[key] is None or self._is_token(info[key])):
-                self._fail("tokenizer", f"{key} is neither null nor a token of the vocabulary")
+        checks = self._tokenizer_fields()
+        for key in info:
+            if key not in checks:
+                self._fail("tokenizer", f"{shortened(key)}: unknown field; the file may need a newer kvrun")
+        for key, (check, what, optional) in checks.items():
+            if key in info and not check(info[key]):
+                self._fail("tokenizer", f"{key} is not {what}")
+            if key not in info and not optional:
+                self._fail("tokenizer", f"{key} is missing")
         return info
+
+    def _tokenizer_fields(self) -> dict[str, tuple[Callable[[Any], bool], str, bool]]:
+        """{field: (what its value must pass, the same in words, whether it may be absent)}"""
+        flag = (lambda value: isinstance(value, bool), "true or false")
+        token = (lambda value: value is None or self._is_token(value), "null or a token of the vocabulary")
+        ids = (lambda value: isinstance(value, list) and all(map(_is_id, value)), "a list of token ids")
+        table = (
+            lambda value: isinstance(value, dict) and all(map(_is_id, value.values())),
+            "a table of texts and token ids",
+        )
+        return {
+            "kind": (lambda value: value in TOKENIZER_KINDS, f"one of {', '.join(TOKENIZER_KINDS)}", False),
+            **dict.fromkeys(("add_bos", "add_eos"), (*flag, False)),
+            **dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"), (*token, False)),
+            "added_tokens": (*table, True),
+            "legacy": (*flag, True),
+            **dict.fromkeys(("visible", "lstrip", "rstrip"), (*ids, True)),
+        }
 
     def _stop_ids(self) -> list[int]:
         ids = self._json("stop_ids")
@@ -302,8 +357,38 @@ class _Metadata:
         values = self._object("sampling")
         for key, value in values.items():
             if key not in SAMPLING_KEYS or type(value) not in (int, float) or not 0 <= value < 1e9:
-                self._fail("sampling", f"{key[:60]} is unknown or not a number of 0 or more")
+                self._fail("sampling", f"{shortened(key)} is unknown or not a number of 0 or more")
         return values
+
+    def _source(self) -> dict[str, Any]:
+        value = self._object("source")
+        if not _is_shallow(value, _MOST_NESTED):
+            self._fail("source", "nested too deeply")
+        return value
+
+    def _checksums(self) -> dict[str, str]:
+        values = self._object("checksums")
+        for name in self.entries:
+            if name not in values:
+                self._fail("checksums", f"{name} is missing")
+            if not isinstance(values[name], str) or not _SHA256.fullmatch(values[name]):
+                self._fail("checksums", f"{name} has {shortened(values[name])}, which is no SHA-256")
+        if len(values) > len(self.entries):
+            extra = next(name for name in values if name not in self.entries)
+            self._fail("checksums", f"{shortened(extra)} is not a tensor of this model")
+        return values
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in at most so many levels."""
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_TOKENS
 
 
 def _is_shape(value: Any, shape: tuple[int, ...]) -> bool:
@@ -320,33 +405,21 @@ def header_checksum(meta: Mapping[str, str]) -> str:
     return checksum
 
 
-def tensor_sizes(description: ModelDescription, types: Mapping[str, str]) -> dict[str, int]:
+def tensor_sizes(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> dict[str, int]:
     """Bytes of every tensor in file order, without the tokenizer."""
     return {
         name: 4 * shape[0] if len(shape) == 1 else _core.packed_size(types[name], shape[0], shape[1])
-        for name, shape in description.tensor_shapes().items()
+        for name, shape in shapes.items()
     }
 
 
-def _checked_layout(
-    path: str, entries: dict[str, Any], meta: _Metadata, available: int
-) -> Iterable[tuple[str, int, int]]:
+def _checked_layout(path: str, meta: _Metadata, available: int) -> Iterable[tuple[str, int, int]]:
     """Yield (name, start, end) in file order. The description leaves the file no choice of layout."""
-    expected: dict[str, int | None] = dict(meta.sizes)
-    if meta.tokenizer["kind"] != "none":
-        expected[meta.tokenizer["kind"]] = None
-    for name in entries:
-        if name not in expected:
-            raise ModelFileError(f"{path}: tensor {name[:80]} is not part of this model")
-    position = 0
-    for name, size in expected.items():
-        if name not in entries:
-            raise ModelFileError(f"{path}: tensor {name} is missing")
-        end = _checked_entry(path, name, entries[name], position, size, len(meta.shapes.get(name, ())) == 1)
+    position, sizes = 0, tensor_sizes(meta.shapes, meta.types)
+    for name, entry in meta.entries.items():
+        end = _checked_entry(path, name, entry, position, sizes.get(name), len(meta.shapes.get(name, ())) == 1)
         if end > available:
-            raise ModelFileError(f"{path}: truncated: tensor {name} ends at data byte {end} of {available}")
-        if not isinstance(meta.checksums.get(name), str):
-            raise ModelFileError(f"{path}: metadata field checksums: {name} is missing")
+            raise ModelFileError(f"{path}: truncated: tensor {name} ends at data byte {shortened(end)} of {available}")
         yield name, position, end
         position = end
     if position != available:
@@ -362,10 +435,10 @@ def _checked_entry(path: str, name: str, entry: Any, start: int, size: int | Non
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
         raise ModelFileError(f"{where}: data_offsets are not two integers")
     if offsets[0] != start:
-        raise ModelFileError(f"{where}: starts at data byte {offsets[0]}, not at {start}")
+        raise ModelFileError(f"{where}: starts at data byte {shortened(offsets[0])}, not at {start}")
     nbytes = offsets[1] - offsets[0]
     if nbytes < 1 or size not in (None, nbytes):
-        raise ModelFileError(f"{where}: has {nbytes} bytes, not {size or 'one or more'}")
+        raise ModelFileError(f"{where}: has {shortened(nbytes)} bytes, not {size or 'one or more'}")
     dtype, shape = ("F32", (nbytes // 4,)) if vector else ("U8", (nbytes,))
     if entry["dtype"] != dtype or not _is_shape(entry["shape"], shape):
         raise ModelFileError(f"{where}: is not {dtype} {list(shape)}")

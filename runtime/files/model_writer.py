@@ -142,7 +142,7 @@ class ModelFileWriter(SafeFile):
         self.path = os.fspath(path)
         self._shapes = description.tensor_shapes()
         self._types = dict(types)
-        self._sizes = tensor_sizes(description, types)
+        self._sizes = tensor_sizes(self._shapes, types)
         self._metadata = {
             "format": FORMAT,
             "version": str(VERSION),
