@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from kvrun.commands.arguments import Parser
@@ -41,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     from kvrun.convert.pipeline import convert
 
     try:
-        with _terminable(), stages() as progress:
+        with stages() as progress:
             result = convert(
                 args.checkpoint, args.output, args.type, tokenizer=not args.no_tokenizer, progress=progress
             )
@@ -73,20 +70,3 @@ def _print_summary(result: Any) -> None:
         f"read back: all {len(model.tensor_nbytes)} checksums match; {result.seconds:.1f} s",
     ]
     print("\n".join(map(one_line, lines)), flush=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that the temporary file is removed."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

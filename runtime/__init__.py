@@ -4,13 +4,19 @@
     model = kvrun.load("model.bin")
     print(model.generate("Once upon a time", max_tokens=64))
 
-Importing this loads NumPy and the compiled core; tokenizers and templates load when they are first needed.
+Importing this loads nothing yet: NumPy and the compiled core come with the first name that needs them, tokenizers and
+templates with the first text. So the command can be interrupted from its first moment on, and shows its help at once.
 """
 
+import importlib
+
 from kvrun.errors import ConvertError, KvrunError, ModelFileError, OptionError, TokenizerError
-from kvrun.model import Model, load
-from kvrun.session import Session
 from kvrun.version import __version__
+
+TYPE_CHECKING = False  # as in typing, which takes longer to import than all this
+if TYPE_CHECKING:
+    from kvrun.model import Model, load
+    from kvrun.session import Session
 
 __all__ = [
     "ConvertError",
@@ -23,3 +29,16 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+_HOMES = {"Model": "kvrun.model", "load": "kvrun.model", "Session": "kvrun.session"}
+
+if not TYPE_CHECKING:  # a type checker is to find the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

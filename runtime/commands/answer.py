@@ -23,12 +23,13 @@ from kvrun.commands.arguments import (
     utf8,
 )
 from kvrun.commands.output import Output
-from kvrun.errors import KvrunError, OptionError
+from kvrun.commands.signals import finishing
+from kvrun.errors import OptionError
+from kvrun.model import Model, load
 from kvrun.options import AnswerKeywords, CacheKeywords, SamplingKeywords, StreamKeywords, declared
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
-    from kvrun.model import Model
     from kvrun.session import Session
 
 # Their value may be any text, also one that begins with a dash.
@@ -58,18 +59,16 @@ A model file called like a subcommand is given as ./convert or ./inspect."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer the prompt, or chat: 0 done, 130 if Ctrl-C ended the answer."""
+    """Answer the prompt, or chat; the exit status. KeyboardInterrupt if Ctrl-C ended the answer."""
     args = _parse(argv)
     prompt = _prompt(args)
-    if sys.stdout is None:
-        raise KvrunError("standard output is closed")
-    from kvrun.model import load
-
     model = load(args.model or default_model(), **load_options(args))
     with _session(model, args) as session:
         answer = Answers(session, args)
         if prompt is not None:
-            return 0 if answer(prompt) else 130
+            if not answer(prompt):
+                raise KeyboardInterrupt
+            return 0
         from kvrun.commands.chat import chat
 
         return chat(answer)
@@ -193,15 +192,20 @@ def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
     if os.path.lexists(args.session):
         session = model.restore(args.session)
         _check_cache(session, cache, args.session)
-        if not args.quiet and sys.stderr is not None:
+        if not args.quiet:
             print(f"[session {args.session}: {session.n_tokens} tokens so far]", file=sys.stderr)
     else:
         session = model.session(**cache)
+    stopped = False
     try:
         yield session
+    except (KeyboardInterrupt, SystemExit):
+        stopped = True
+        raise
     finally:
-        if session.n_tokens:
-            session.save(args.session)
+        with finishing(stopped):
+            if session.n_tokens:
+                session.save(args.session)
 
 
 def _check_cache(session: Session, given: dict[str, Any], path: str) -> None:
@@ -268,8 +272,7 @@ class Answers:
         ]
         if session.n_tokens > session.cache.ctx:
             parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
-        if sys.stderr is not None:
-            print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)
+        print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)
 
 
 def _rate(tokens: int, speed: float) -> str:

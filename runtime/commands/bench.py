@@ -23,6 +23,7 @@ from kvrun.errors import OptionError
 from kvrun.measure import plots
 from kvrun.measure.caches import cache_options, default_formats
 from kvrun.measure.speed import ROOM, TESTS, Bench, Plan, Shape
+from kvrun.model import load
 from kvrun.options import MAX_CTX, CacheKeywords, declared, integer
 
 DEFAULT_TESTS = ("prefill", "decode")
@@ -105,8 +106,6 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The report, as JSON has it."""
-    from kvrun.model import load
-
     tests = _tests(args)
     if args.plot is not None:
         if "decode" not in tests:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def chat(answer: Answers) -> int:
-    """Answer what is typed until the end of input; returns the exit status."""
+    """Answer what is typed until the end of input; returns the exit status. KeyboardInterrupt after Ctrl-C in an answer
+    that is not typed for."""
     if sys.stdin is None:
         raise OptionError("standard input is closed")
     if answer.plain:
@@ -25,7 +26,7 @@ def _piped(answer: Answers) -> int:
     for number, line in enumerate(sys.stdin.buffer, 1):
         prompt = utf8(line, f"line {number} of standard input").rstrip("\r\n")
         if prompt.strip() and not answer(prompt):
-            return 130
+            raise KeyboardInterrupt
     return 0
 
 

@@ -1,17 +1,21 @@
 """The command `kvrun`: which command runs, and the one way in which commands end.
 
 A command is a module with `main(argv) -> int`. It raises what goes wrong; here that becomes one line on standard error
-and an exit status: 0 done, 1 a stated error, 2 wrong usage, 130 interrupted.
+and an exit status: 0 done, 1 a stated error, 2 wrong usage, 128 and the number of a signal that ended it (130: Ctrl-C).
+
+An interruption while all this still loads ends in the same way, so nothing that takes long is imported here.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from collections.abc import Sequence
 
 from kvrun.errors import KvrunError, one_line
+
+TYPE_CHECKING = False  # as in typing
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ANSWER = "kvrun.commands.answer"
 COMMANDS = {
@@ -21,29 +25,42 @@ COMMANDS = {
     "perplexity": "kvrun.commands.perplexity",
 }
 """Subcommand: its module. Without one, `ANSWER` runs."""
+SILENT = ("convert",)
+"""Their result is not on standard output."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (those of the process by default); returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    module = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # a locale that lacks a character must not end the command
-            sys.stdout.reconfigure(errors="replace")
-        status: int = importlib.import_module(module or ANSWER).main(arguments[1:] if module else arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
-    except KvrunError as error:
-        return _fail(str(error))
-    except SystemExit as stop:  # argparse, after --help or wrong usage; a signal that is let unwind
-        return stop.code if isinstance(stop.code, int) else 2
+        from kvrun.commands import signals
+        from kvrun.commands.streams import standard_streams
+
+        with_output = sys.stdout is not None
+        try:
+            with standard_streams(), signals.endable():
+                return _stated(list(sys.argv[1:] if argv is None else argv), with_output)
+        finally:
+            if argv is None:
+                signals.nothing_to_lose()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has had enough. Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _stated(arguments: list[str], with_output: bool) -> int:
+    """The exit status of a command; errors are stated."""
+    from kvrun.commands.streams import OutputError
+
+    try:
+        try:
+            return _run(arguments, with_output)
+        finally:
+            sys.stdout.flush()
+    except OutputError as error:
+        return 0 if error.reader_left else _fail(str(error))
+    except KvrunError as error:
+        return _fail(str(error))
+    except SystemExit as stop:  # argparse, after --help or wrong usage; a signal
+        return stop.code if isinstance(stop.code, int) else 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
@@ -51,7 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"not enough memory{f': {error}' if str(error) else ''}")
 
 
+def _run(arguments: list[str], with_output: bool) -> int:
+    from kvrun.commands.signals import loading
+
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    if not with_output and name not in SILENT:
+        raise KvrunError("standard output is closed")
+    with loading():
+        command = importlib.import_module(COMMANDS[name] if name else ANSWER)
+    status: int = command.main(arguments[1:] if name else arguments)
+    return status
+
+
 def _fail(message: str) -> int:
-    if sys.stderr is not None:
-        print("kvrun:", one_line(message), file=sys.stderr)
+    print("kvrun:", one_line(message), file=sys.stderr)
     return 1

@@ -20,8 +20,6 @@ class Output:
         self._terminal = stream.isatty()
         self._at_line_start = True
         self._thinking: Thinking | None = None
-        if hasattr(stream, "reconfigure"):  # a locale that lacks a character must not end the answer
-            stream.reconfigure(errors="replace")
 
     def expect_thinking(self, begun: bool) -> None:
         """The answer that comes may begin with thinking; `begun`: it goes on with it."""

@@ -23,6 +23,7 @@ from kvrun.commands.progress import counted
 from kvrun.measure import plots
 from kvrun.measure.caches import REFERENCE, cache_options, default_formats, fitting
 from kvrun.measure.quality import measure, results, text_chunks
+from kvrun.model import load
 from kvrun.options import CacheKeywords, CacheOptions, declared, integer
 from kvrun.session import new_cache
 
@@ -82,8 +83,6 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The report, as JSON has it."""
-    from kvrun.model import load
-
     chunk_limit = None if args.chunks is None else integer("chunks", args.chunks, low=1)
     with open(args.text, "rb") as file:
         text = utf8(file.read(), f"the text in {args.text}").removeprefix("\ufeff")

@@ -2,13 +2,7 @@
 
 import io
 import os
-import pty
 import re
-import select
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -17,8 +11,7 @@ from kvrun.commands import main as cli
 from kvrun.commands.arguments import default_model_path
 from kvrun.commands.output import Output
 from kvrun.version import __version__
-
-KVRUN = [sys.executable, "-m", "kvrun"]
+from support.commands import Terminal, command, refused
 
 
 @pytest.fixture(scope="module")
@@ -33,31 +26,11 @@ def plain(converted):
     return str(converted("wide"))
 
 
-def command(*arguments, stdin=b"", env=None, **options):
-    done = subprocess.run(
-        [*KVRUN, *map(os.fspath, arguments)],
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, **(env or {})},
-        **options,
-    )
-    return done.returncode, done.stdout, done.stderr.decode()
-
-
 def called(capsys, *arguments):
     """In this process: (exit status, standard output, standard error)."""
     status = cli.main([*arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-def refused(result, *words, status=1):
-    """One line on standard error, nothing on standard output."""
-    assert result[0] == status and not result[1], result
-    assert re.fullmatch(r"kvrun: [^\n]+\n", result[2]), result[2]
-    for word in words:
-        assert word in result[2], result[2]
 
 
 STEADY = ["-n", "12", "--seed", "3", "--ignore-eos"]
@@ -300,48 +273,6 @@ def test_help_and_version(capsys):
 # --- pipes, interruptions, terminals --------------------------------------------------------------
 
 
-def endless(model):
-    return [*KVRUN, model, "--raw", "-p", "a", "--ignore-eos", "--ctx", "200", "--seed", "1"]
-
-
-def test_a_reader_that_leaves(model):
-    with subprocess.Popen(endless(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(5)
-        process.stdout.close()
-        assert process.wait(60) == 0
-        assert process.stderr.read() == b""
-
-
-def test_output_that_cannot_be_written(model):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(endless(model), stdout=full, stderr=subprocess.PIPE, timeout=60)
-    refused((done.returncode, b"", done.stderr.decode()), "No space left")
-
-
-def test_closed_streams(model):
-    for closed in (">&-", "<&-", "2>&-"):
-        status = subprocess.run(
-            ["sh", "-c", f'exec "$@" {closed}', "sh", *KVRUN, model, "-p", "a", *STEADY],
-            capture_output=True,
-            timeout=60,
-        )
-        assert status.returncode == (1 if closed == ">&-" else 0) and b"Traceback" not in status.stderr
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$@" <&-', "sh", *KVRUN, model, "-p", "-"], capture_output=True, timeout=60
-    )
-    refused((done.returncode, done.stdout, done.stderr.decode()), "standard input is closed")
-
-
-def test_ctrl_c_ends_one_answer_with_130(model):
-    with subprocess.Popen(endless(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(5)
-        process.send_signal(signal.SIGINT)
-        _out, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and b"Traceback" not in err and err.startswith(b"[prompt")
-
-
 def test_a_locale_without_the_characters(model):
     wild = ["--temperature", "5", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "60", "--ignore-eos"]
     status, out, err = command(model, "-q", "-p", "a", "--seed", "1", *wild, env={"PYTHONIOENCODING": "ascii"})
@@ -355,43 +286,6 @@ def test_chat_from_a_pipe_keeps_the_conversation(model):
     texts = ["".join(session.stream(p, max_tokens=12, seed=3, ignore_eos=True)) for p in ("one", "two", "three")]
     assert out.decode() == "".join(t + "\n" * (not t.endswith("\n")) for t in texts)
     assert len(err.splitlines()) == 3
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, *arguments):
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            os.environ["TERM"] = "xterm"
-            os.execv(KVRUN[0], [*KVRUN, *arguments])
-        self.seen = ""
-
-    def read(self, pattern, seconds=60):
-        """Wait until what has come since the last match matches."""
-        end = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.seen, re.DOTALL)):
-            assert time.monotonic() < end, f"no {pattern!r} in {self.seen[-2000:]!r}"
-            if select.select([self.fd], [], [], 0.2)[0]:
-                text = os.read(self.fd, 65536).decode("utf-8", "replace")
-                if "\x1b[6n" in text:  # asks where the cursor is
-                    os.write(self.fd, b"\x1b[1;1R")
-                self.seen += text
-        self.seen = self.seen[match.end() :]
-        return match
-
-    def type(self, text):
-        os.write(self.fd, text.encode())
-
-    def status(self):
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                if select.select([self.fd], [], [], 0.2)[0] and not os.read(self.fd, 65536):
-                    break
-            except OSError:
-                break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def test_thinking_is_dimmed_on_a_terminal():

@@ -240,7 +240,7 @@ def test_a_full_disk(hf, tmp_path, monkeypatch):
     refused(tmp_path, hf, "out.bin: cannot write: No space left on device")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupted(tmp_path, number, status):
     config = {
         **CONFIG,
