@@ -19,7 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvrun.errors import TokenizerError
+from kvrun.text.cut import without_tokens_from
 from kvrun.text.pruned import LONGEST, PrunedBpe, byte_characters, read_prunable
+from kvrun.text.sentencepiece_file import first_pieces
 from kvrun.text.special_tokens import CONTINUED, ESCAPE, INNER, START, SpecialTokens
 from kvrun.text.streaming import PER_BYTE, StreamDecoder
 
@@ -55,7 +57,7 @@ class _Backend:
 class JsonBackend(_Backend):
     """`tokenizer.json`: byte-level BPE, or BPE and Unigram in SentencePiece's style."""
 
-    def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int]) -> None:
+    def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int], most: int) -> None:
         self._data = data
         self._stop_ids = stop_ids
         self._lock = threading.RLock()
@@ -64,18 +66,40 @@ class JsonBackend(_Backend):
             spec = read_prunable(data)
         except ValueError as error:
             raise TokenizerError(f"the model's tokenizer.json cannot be used: {error}") from None
-        self._pruned = PrunedBpe(spec, self._build) if spec else None
+        self._pruned: PrunedBpe | None = None
         self._texts: list[str] | None = None
         if spec:
-            added = {t["id"]: SimpleNamespace(**t) for t in spec.get("added_tokens") or []}
-            vocab = spec["model"]["vocab"]
-            self._texts = [*vocab, *(t.content for t in added.values() if t.content not in vocab)]
-            self._describe(added, len(self._texts), spec)
+            self._from_spec(spec, most)
         else:
+            self._from_library(most)
+
+    def _from_spec(self, spec: dict[str, Any], most: int) -> None:
+        """Set up without the library, which is asked to build the whole tokenizer when it is first needed."""
+        added = {t["id"]: SimpleNamespace(**t) for t in spec.get("added_tokens") or []}
+        vocab = spec["model"]["vocab"]
+        texts = [*vocab, *(t.content for t in added.values() if t.content not in vocab)]
+        if len(texts) > most:
+            self._cut(spec, most, {t.content: i for i, t in added.items()})
+            self._from_spec(json.loads(self._data), most)
+            return
+        self._texts = texts
+        self._pruned = PrunedBpe(spec, self._build)
+        self._describe(added, len(texts), spec)
+
+    def _from_library(self, most: int) -> None:
+        main = self._main
+        added = main.get_added_tokens_decoder()
+        if max([main.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)]) > most:
+            self._cut(json.loads(self._data), most, {token.content: i for i, token in added.items()})
+            self._variants.clear()
             main = self._main
-            parts = {part: _state(getattr(main, part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
-            size = main.get_vocab_size(with_added_tokens=True)
-            self._describe(main.get_added_tokens_decoder(), size, parts)
+            added = main.get_added_tokens_decoder()
+        parts = {part: _state(getattr(main, part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
+        self._describe(added, main.get_vocab_size(with_added_tokens=True), parts)
+
+    def _cut(self, spec: dict[str, Any], most: int, added: dict[str, int]) -> None:
+        """Go on with a tokenizer.json that has no tokens from number `most` on."""
+        self._data = json.dumps(without_tokens_from(spec, most, added), ensure_ascii=False).encode("utf-8")
 
     def _describe(self, added: Mapping[int, Any], size: int, parts: Mapping[str, Any]) -> None:
         self.size = max([size, *(i + 1 for i in added)])
@@ -84,6 +108,7 @@ class JsonBackend(_Backend):
             {t.content: i for i, t in special.items()},
             (i for i, t in special.items() if t.lstrip),
             (i for i, t in special.items() if t.rstrip),
+            (i for i, t in special.items() if t.single_word),
         )
         front = [parts.get("normalizer"), parts.get("pre_tokenizer")]
         self.dummy_space = front != [_dummy_space(part, CONTINUED) for part in front]
@@ -272,12 +297,15 @@ class SentencePieceBackend(_Backend):
 
     errors = PER_BYTE
 
-    def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int]) -> None:
-        self._data = data
+    def __init__(self, data: bytes, info: Mapping[str, Any], stop_ids: list[int], most: int) -> None:
         self._model = self._load(data)
+        if self._model.get_piece_size() > most:
+            data = first_pieces(data, most)
+            self._model = self._load(data)
+        self._data = data
         size = self._model.get_piece_size()
-        added = _added_tokens(info)
-        strips = [_token_ids(info, name) for name in ("lstrip", "rstrip")]
+        added = {text: token for text, token in _added_tokens(info).items() if token < most}
+        rules = [_token_ids(info, name) for name in ("lstrip", "rstrip", "single_word")]
         shown = _token_ids(info, "visible") - set(stop_ids)
         self.size = max([size, *(i + 1 for i in added.values())])
         special = {
@@ -286,8 +314,8 @@ class SentencePieceBackend(_Backend):
             if self._model.is_control(i) or self._model.is_unknown(i) or i in stop_ids
         }
         special |= {text: i for text, i in added.items() if i not in shown}
-        self.special = SpecialTokens(special, *strips)
-        self._visible = SpecialTokens({text: i for text, i in added.items() if i in shown}, *strips)
+        self.special = SpecialTokens(special, *rules)
+        self._visible = SpecialTokens({text: i for text, i in added.items() if i in shown}, *rules)
         self._texts: dict[int, bytes] = {i: text.encode("utf-8") for text, i in (special | added).items()}
         self.dummy_space = self._model.normalize("a") != "a"
         # At the start of a text SentencePiece drops one space, or all that are tokens of their own.

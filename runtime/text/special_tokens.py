@@ -15,18 +15,33 @@ SentencePiece's dummy space goes before the first and, with some tokenizers, the
 
 
 class SpecialTokens:
-    """The special tokens of a vocabulary: found in a text, and kept apart from ordinary text."""
+    """The special tokens of a vocabulary: found in a text, and kept apart from ordinary text.
 
-    def __init__(self, ids: Mapping[str, int], lstrip: Iterable[int] = (), rstrip: Iterable[int] = ()) -> None:
+    `lstrip`, `rstrip`: those that take the white space before or after them; `single_word`: those that are only found
+    where no letter or digit is next to them.
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        lstrip: Iterable[int] = (),
+        rstrip: Iterable[int] = (),
+        single_word: Iterable[int] = (),
+    ) -> None:
         self.ids = {text: token for text, token in ids.items() if text}
         self._lstrip, self._rstrip = frozenset(lstrip), frozenset(rstrip)
+        self._single_word = frozenset(single_word)
 
     @cached_property
     def _scanner(self) -> re.Pattern[str]:
         # Compiled when first needed: most texts have neither an escape nor a special token.
         longest_first = sorted(self.ids, key=len, reverse=True)
-        names = "|".join(re.escape(text) for text in longest_first) or "(?!)"
+        names = "|".join(map(self._pattern, longest_first)) or "(?!)"
         return re.compile(f"{ESCAPE}(?P<literal>.)|(?P<special>{names})", re.DOTALL)
+
+    def _pattern(self, text: str) -> str:
+        pattern = re.escape(text)
+        return rf"(?<!\w){pattern}(?!\w)" if self.ids[text] in self._single_word else pattern
 
     def found_in(self, text: str) -> bool:
         return any(name in text for name in self.ids)

@@ -8,6 +8,7 @@ and decoding of a stream.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,8 +22,9 @@ class Tokenizer:
 
     `info` is the model file's tokenizer entry: `kind`, `add_bos`, `add_eos`, `bos_id`, `eos_id`, and for
     `tokenizer.model` optionally `added_tokens` ({text: id}) and `legacy` (dummy space after special tokens
-    too, the default). `data` is the tokenizer file. `vocab_size` is the model's, which may be larger than
-    the tokenizer's. `stop_ids` count as special even where the checkpoint does not say so. Raises
+    too, the default). `data` is the tokenizer file. `vocab_size` is the model's (0: the tokenizer's), which may be
+    larger than the tokenizer's: the other ids have no text. If it is smaller, the tokens beyond it are left out, and
+    their text is made of other tokens. `stop_ids` count as special even where the checkpoint does not say so. Raises
     TokenizerError if it cannot be built.
     """
 
@@ -44,7 +46,7 @@ class Tokenizer:
         self.eos_id: int | None = info.get("eos_id")
         self._before = [self.bos_id] if info.get("add_bos") and self.bos_id is not None else []
         self._after = [self.eos_id] if info.get("add_eos") and self.eos_id is not None else []
-        self._backend = backend(bytes(data), info, list(stop_ids))
+        self._backend = backend(bytes(data), info, list(stop_ids), vocab_size or sys.maxsize)
         self.special: SpecialTokens = self._backend.special
         self._special_ids = frozenset(self.special.ids.values())
         self.vocab_size = max(vocab_size, self._backend.size)

@@ -308,6 +308,16 @@ def test_special_tokens_that_take_white_space_with_them():
     assert escaped != text and ours.encode_escaped(escaped) == expected == ours.encode(text)
 
 
+def test_special_tokens_that_are_whole_words():
+    library = byte_level()
+    library.add_special_tokens([AddedToken("<|user|>", single_word=True), AddedToken("stop", single_word=True)])
+    ours = Tokenizer(INFO, library.to_str().encode())
+    text = "a<|user|> <|user|>b é<|user|> stop, (stop) nonstop stops _stop <|im_end|>stop<|im_end|> >"
+    expected = library.encode(text, add_special_tokens=False).ids
+    assert expected.count(library.token_to_id("stop")) == 3 and library.token_to_id("<|user|>") not in expected
+    assert ours.encode_escaped(text[:-1] + ours.special.escape(">")) == expected == ours.encode(text)
+
+
 # --- tokenizer.model ------------------------------------------------------------------------------
 
 
@@ -471,3 +481,6 @@ def test_added_tokens_of_sentencepiece_that_are_shown_or_take_white_space():
     assert not ours.is_special(340) and ours.is_special(341)
     with pytest.raises(TokenizerError, match="rstrip"):
         Tokenizer(info | {"rstrip": ["x"]}, data)
+    whole = Tokenizer(info | {"single_word": [340, 341]}, data)
+    assert {340, 341} <= {*whole.encode("<tool>, <|user|>")}
+    assert not {340, 341} & {*whole.encode("a<tool> <|user|>b")}

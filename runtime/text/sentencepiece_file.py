@@ -1,0 +1,64 @@
+"""The pieces in the bytes of a tokenizer.model: what the SentencePiece library does not tell or do.
+
+The file is a Protocol Buffers message, ModelProto of sentencepiece_model.proto; its field 1 is there once for each
+piece, a message in which field 3 is the type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_PIECE, _TYPE = 1, 3
+_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # wire types
+_NORMAL = 1
+
+
+def piece_types(data: bytes) -> list[int]:
+    """The type of each piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Raises ValueError if
+    `data` is damaged."""
+    types: list[int] = []
+    for field, _, value, stop in _fields(data, 0, len(data)):
+        if field == _PIECE:
+            found = [_varint(data, start, stop)[0] for f, _, start, _ in _fields(data, value, stop) if f == _TYPE]
+            types.append(found[-1] if found else _NORMAL)
+    return types
+
+
+def first_pieces(data: bytes, n: int) -> bytes:
+    """The same model with its first `n` pieces only. Raises ValueError if `data` is damaged."""
+    out, pieces = bytearray(), 0
+    for field, start, _, stop in _fields(data, 0, len(data)):
+        pieces += field == _PIECE
+        if field != _PIECE or pieces <= n:
+            out += data[start:stop]
+    return bytes(out)
+
+
+def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of the message in data[start:stop]: number, where the field, its value and the next field begin."""
+    while start < stop:
+        tag, value = _varint(data, start, stop)
+        kind = tag & 7
+        if kind == _VARINT:
+            end = _varint(data, value, stop)[1]
+        elif kind == _BYTES:
+            length, value = _varint(data, value, stop)
+            end = value + length
+        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+            end = value + (8 if kind == _EIGHT_BYTES else 4)
+        else:
+            raise ValueError("damaged: a field of unknown kind")
+        if end > stop:
+            raise ValueError("damaged: a field ends beyond its message")
+        yield tag >> 3, start, value, end
+        start = end
+
+
+def _varint(data: bytes, start: int, stop: int) -> tuple[int, int]:
+    """The number that begins at `start`, and where it ends."""
+    number = 0
+    for i in range(start, min(stop, start + 10)):
+        number |= (data[i] & 0x7F) << 7 * (i - start)
+        if not data[i] & 0x80:
+            return number, i + 1
+    raise ValueError("damaged: a number without an end")
