@@ -39,6 +39,11 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(self._prefix + name) is not None
 
+    def names(self) -> list[str]:
+        """The names that are there and not null."""
+        cut = len(self._prefix)
+        return [key[cut:] for key, value in self._values.items() if key.startswith(self._prefix) and value is not None]
+
     def given(self, name: str) -> bool:
         """Whether the name is there, even with a null value: for fields in which null differs from the default."""
         return self._prefix + name in self._values

@@ -1,19 +1,26 @@
-"""The tokenizer of a Hugging Face folder: copied as it is, and tried to see what it adds to a text."""
+"""The tokenizer of a Hugging Face folder, with all tokens that its files declare, and what it adds to a text."""
 
 from __future__ import annotations
 
+import json
 import os
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from kvrun.convert.checkpoint import Vocabulary
+from kvrun.convert.declared_tokens import DeclaredTokens, read_declared_tokens
 from kvrun.convert.fields import Fields, read_json
+from kvrun.convert.sentencepiece_model import CONTROL, USER_DEFINED
 from kvrun.convert.small_files import read_file
-from kvrun.convert.token_ids import token_ids
+from kvrun.convert.token_ids import ENDS, note_of_ends, token_ids, undeclared_ends
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
+from kvrun.text.sentencepiece_file import piece_types
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
 
 # Classes of transformers that take BOS and EOS from tokenizer_config.json, whatever tokenizer.json says.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
@@ -21,74 +28,127 @@ _NAMES = ("bos", "eos", "pad", "unk")
 
 
 def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vocabulary:
-    """tokenizer.json, or else tokenizer.model. Raises ConvertError if there is neither, or it cannot be read."""
+    """tokenizer.json, or else tokenizer.model, with all tokens that the folder's files declare. Raises ConvertError if
+    there is neither, or they cannot be read."""
     settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
-    for kind, probe in (("tokenizer.json", _probe_json), ("tokenizer.model", _probe_sentencepiece)):
+    for kind, read in (("tokenizer.json", _read_json), ("tokenizer.model", _read_sentencepiece)):
         path = os.path.join(folder, kind)
         data = read_file(folder, kind)
         if data is None:
             continue
         if not data:  # SentencePiece would be content with it
             raise ConvertError(f"{path}: the tokenizer cannot be loaded: an empty file")
+        declared = read_declared_tokens(folder, settings)
         try:
-            lookup, special, info = probe(data, settings)
+            found = read(data, declared)
         except ConvertError:
             raise
         except BaseException as error:
             raise ConvertError(f"{path}: the tokenizer cannot be loaded: {refusal(error)}") from None
-        named, numbered = (settings, read_json(folder, "special_tokens_map.json")), (generation, config)
         for name in _NAMES:
-            token = _token_id(name, lookup, named, numbered)
-            info[f"{name}_id"] = token if token is not None else info.get(f"{name}_id")
-        info["kind"] = kind
-        _resolve_added(info, settings)
-        return Vocabulary(kind, data, info, special)
+            token = _token_id(name, found, declared, (generation, config))
+            found.info[f"{name}_id"] = token if token is not None else found.info.get(f"{name}_id")
+        found.info["kind"] = kind
+        if kind == "tokenizer.model":
+            found.info["legacy"] = settings.flag("legacy", not _is_llama(config, settings))
+        _resolve_added(found.info, settings)
+        return Vocabulary(kind, found.data, found.info, found.special, found.notes)
     raise ConvertError(
         f"{folder}: neither tokenizer.json nor tokenizer.model; save the tokenizer with transformers: "
         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 
 
-_Probe = tuple[Callable[[str], "int | None"], dict[str, int], dict[str, Any]]
+@dataclass
+class _Found:
+    """A tokenizer that has been read: its file as it will be stored, and what the runtime must know about it."""
+
+    library: Tokenizer
+    data: bytes
+    info: dict[str, Any]
+    notes: tuple[str, ...]
+    special: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        added = self.library.get_added_tokens_decoder()
+        self.special = {token.content: number for number, token in added.items() if token.special}
 
 
-def _probe_json(data: bytes, settings: Fields) -> _Probe:
-    """(text -> id, special tokens, {"before": ids put before a text, "after": ids put after it})."""
+def _add_declared(library: Tokenizer, declared: DeclaredTokens, control: Collection[str] = ()) -> tuple[str, ...]:
+    """Add the tokens that the folder's files declare, and make those special that end a turn. `control`: others that
+    are special. Returns the notes."""
+    from tokenizers import AddedToken
+
+    notes = declared.add_to(library)
+    added = library.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}.union(control)
+    ends = undeclared_ends({text for text in ENDS if library.token_to_id(text) is not None}, special)
+    if not ends:
+        return notes
+    library.add_tokens([AddedToken(text, special=True) for text in ends])
+    return (*notes, note_of_ends(ends))
+
+
+# --- tokenizer.json
+
+
+def _read_json(data: bytes, declared: DeclaredTokens) -> _Found:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_buffer(data)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    added = tokenizer.get_added_tokens_decoder()
-    special = {token.content: number for number, token in added.items() if token.special}
+    library = Tokenizer.from_buffer(data)
+    library.no_padding()
+    library.no_truncation()
+    old = {number: repr(token) for number, token in library.get_added_tokens_decoder().items()}
+    notes = _add_declared(library, declared)
+    added = library.get_added_tokens_decoder()
+    if {number: repr(token) for number, token in added.items()} != old:
+        data = _with_added_tokens(data, added)
+    before, after = _around_a_text(library)
+    # Which tokens they are is settled later, when the ids of BOS and EOS are known.
+    return _Found(library, data, {"before": before, "after": after}, notes)
+
+
+def _with_added_tokens(data: bytes, added: Mapping[int, AddedToken]) -> bytes:
+    """The tokenizer.json with these added tokens; all else is as it was."""
+    spec = json.loads(data)
+    spec["added_tokens"] = [
+        {
+            "id": number,
+            "content": token.content,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": token.normalized,
+            "special": token.special,
+        }
+        for number, token in sorted(added.items())
+    ]
+    return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _around_a_text(library: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before a text, and those that it puts after it."""
     # A character that the vocabulary has; a small vocabulary may have few.
-    text = next((c for c in string.printable if tokenizer.encode(c, add_special_tokens=False).ids), "a")
-    plain = tokenizer.encode(text, add_special_tokens=False).ids
-    whole = tokenizer.encode(text, add_special_tokens=True).ids
+    text = next((c for c in string.printable if library.encode(c, add_special_tokens=False).ids), "a")
+    plain = library.encode(text, add_special_tokens=False).ids
+    whole = library.encode(text, add_special_tokens=True).ids
     extra = len(whole) - len(plain)
-    # Which tokens they are is settled below, when the ids of BOS and EOS are known.
     split = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
-    return tokenizer.token_to_id, special, {"before": whole[:split], "after": whole[split + len(plain) :]}
+    return whole[:split], whole[split + len(plain) :]
 
 
-def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
+# --- tokenizer.model
+
+
+def _read_sentencepiece(data: bytes, declared: DeclaredTokens) -> _Found:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-    size = processor.get_piece_size()
-    added = _added_tokens(settings)
-    special = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
-    special |= {text: token.id for text, token in added.items() if token.special}
-    # SentencePiece itself finds those that are pieces of the model.
-    own = {t for t, token in added.items() if token.id < size and processor.id_to_piece(token.id) == t}
-    new = {text: token for text, token in added.items() if token.special or text not in own}
-
-    def lookup(text: str) -> int | None:
-        if text in added:
-            return added[text].id
-        number = processor.piece_to_id(text)
-        return number if number != processor.unk_id() or text == processor.id_to_piece(number) else None
-
+    own = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    pieces, types = _renamed(own, declared), piece_types(data)
+    library = _numbering(pieces)
+    control = {piece: i for i, piece in enumerate(pieces) if types[i] == CONTROL}
+    notes = _add_declared(library, declared, control)
     ids = {
         "bos": processor.bos_id(),
         "eos": processor.eos_id(),
@@ -96,65 +156,50 @@ def _probe_sentencepiece(data: bytes, settings: Fields) -> _Probe:
         "unk": processor.unk_id(),
     }
     info: dict[str, Any] = {f"{name}_id": number if number >= 0 else None for name, number in ids.items()}
-    info["added_tokens"] = {text: token.id for text, token in new.items()}
-    for name in ("visible", "lstrip", "rstrip"):
-        info[name] = [token.id for token in new.values() if getattr(token, name)]
-    info["legacy"] = settings.flag("legacy", True)
-    return lookup, special, info
+    # SentencePiece finds its user-defined pieces itself.
+    user_defined = {piece for piece, type in zip(own, types, strict=True) if type == USER_DEFINED}
+    added = library.get_added_tokens_decoder()
+    new = {number: token for number, token in added.items() if token.special or token.content not in user_defined}
+    info["added_tokens"] = {token.content: number for number, token in new.items()}
+    info["visible"] = [number for number, token in new.items() if not token.special]
+    for name in ("lstrip", "rstrip", "single_word"):
+        info[name] = [number for number, token in new.items() if getattr(token, name)]
+    found = _Found(library, data, info, notes)
+    found.special = control | found.special
+    return found
 
 
-@dataclass(frozen=True)
-class _Added:
-    """A token of tokenizer_config.json; one that is not special is shown as text."""
-
-    id: int
-    special: bool
-    lstrip: bool
-    rstrip: bool
-
-    @property
-    def visible(self) -> bool:
-        return not self.special
+def _renamed(pieces: list[str], declared: DeclaredTokens) -> list[str]:
+    """The pieces, some with the text that the folder's files give their ids, unless another piece has that text."""
+    kept = {piece for i, piece in enumerate(pieces) if i not in declared.numbered}
+    texts = {i: token.content for i, token in declared.numbered.items() if token.content not in kept}
+    return [texts.get(i, piece) for i, piece in enumerate(pieces)]
 
 
-def _added_tokens(settings: Fields) -> dict[str, _Added]:
-    """The tokens, by text, that tokenizer_config.json adds to a SentencePiece model."""
-    entries = settings.get("added_tokens_decoder", {})
-    if not isinstance(entries, dict):
-        settings.fail("added_tokens_decoder", "not a JSON object")
-    result: dict[str, _Added] = {}
-    for key, entry in entries.items():
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if not key.isdecimal() or not isinstance(content, str):
-            settings.fail("added_tokens_decoder", f"entry {key[:40]!r} is not a token")
-        flags = (entry.get(name) is True for name in ("special", "lstrip", "rstrip"))
-        result[content] = _Added(int(key), *flags)
-    return result
+def _numbering(pieces: list[str]) -> Tokenizer:
+    """A tokenizer that only numbers tokens: those that are added follow the pieces."""
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
 
 
-def _token_id(
-    name: str,
-    lookup: Callable[[str], int | None],
-    named: tuple[Fields | None, ...],
-    numbered: tuple[Fields | None, ...],
-) -> int | None:
+def _token_id(name: str, found: _Found, declared: DeclaredTokens, numbered: tuple[Fields | None, ...]) -> int | None:
     """The id of a named special token, by its text or else by the id in the configs."""
-    for source in named:
-        if source is None:
-            continue
-        value = source.get(f"{name}_token")
-        text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            continue
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            source.fail(f"{name}_token", "not valid Unicode")
-        if (number := lookup(text)) is not None:
+    if (named := declared.named.get(f"{name}_token")) is not None:
+        number: int | None = found.library.token_to_id(named.token.content)
+        if number is not None:
             return number
     for source in numbered:
         ids = token_ids(source, f"{name}_token_id") if source else []
         if ids:
             return ids[0]
     return None
+
+
+def _is_llama(config: Fields, settings: Fields) -> bool:
+    """Whether transformers loads the tokenizer with its class for Llama, which puts a dummy space before the text only,
+    and not after each special token, unless told otherwise. Other families may name that class, but do not get it."""
+    return config.get("model_type") == "llama" and settings.text("tokenizer_class", "") in _LLAMA_CLASSES
 
 
 def _resolve_added(info: dict[str, Any], settings: Fields) -> None:

@@ -41,6 +41,7 @@ _SETTINGS = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
 )

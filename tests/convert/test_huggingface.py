@@ -326,7 +326,7 @@ def test_a_damaged_tokenizer(tmp_path):
 
 
 def trained_sentencepiece():
-    """A tokenizer.model with 38 pieces."""
+    """A small tokenizer.model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50),
@@ -347,7 +347,7 @@ def test_a_library_that_gives_up(tmp_path, monkeypatch):
     def panic(*args):
         raise PanicException("range end index\nout of range")
 
-    monkeypatch.setattr(hf_tokenizer, "_probe_json", panic)
+    monkeypatch.setattr(hf_tokenizer, "undeclared_ends", panic)
     with pytest.raises(ConvertError, match="tokenizer.json: the tokenizer cannot be loaded: range end index$"):
         open_checkpoint(str(hf_folder(tmp_path / "hf")))
 
@@ -434,7 +434,8 @@ def test_stop_ids(tmp_path):
         )
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "generation_config.json", {"eos_token_id": [10, 11]})
-    assert set(open_checkpoint(str(folder)).stop_ids) == {1, 4, 9, 10, 11}
+    # <|eot_id|> ends a turn, though the file has it as an ordinary token.
+    assert set(open_checkpoint(str(folder)).stop_ids) == {1, 4, 5, 9, 10, 11}
     write_json(folder / "generation_config.json", {"eos_token_id": "x"})
     with pytest.raises(ConvertError, match="eos_token_id"):
         open_checkpoint(str(folder))
@@ -528,7 +529,8 @@ def test_the_name_of_a_model_in_the_hubs_cache(tmp_path):
 def test_sentencepiece(tmp_path):
     folder, model = hf_folder(tmp_path / "hf", tokenizer=False), trained_sentencepiece()
     (folder / "tokenizer.model").write_bytes(model)
-    piece = sentencepiece.SentencePieceProcessor(model_proto=model).id_to_piece(3)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    piece, size = processor.id_to_piece(3), processor.get_piece_size()
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -538,20 +540,21 @@ def test_sentencepiece(tmp_path):
             "legacy": False,
             "added_tokens_decoder": {
                 "3": {"content": piece, "special": False},
-                "39": {"content": "<|im_end|>", "special": True, "rstrip": True},
-                "40": {"content": "<tool>", "special": False, "lstrip": True},
+                str(size): {"content": "<|im_end|>", "special": True, "rstrip": True},
+                str(size + 1): {"content": "<tool>", "special": False, "lstrip": True, "single_word": True},
             },
         },
     )
     vocabulary = open_checkpoint(str(folder)).vocabulary
     info = vocabulary.model_entry(40)
     assert (vocabulary.kind, vocabulary.data) == ("tokenizer.model", model)
-    assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (1, 39, None, 0)
+    assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (1, size, None, 0)
     assert (info["add_bos"], info["add_eos"], info["legacy"], info["added_tokens"]) == (
         True,
         False,
         False,
-        {"<|im_end|>": 39, "<tool>": 40},
+        {"<s>": 1, piece: 3, "<|im_end|>": size, "<tool>": size + 1},
     )
-    assert (info["visible"], info["lstrip"], info["rstrip"]) == ([40], [40], [39])
-    assert 39 in open_checkpoint(str(folder)).stop_ids
+    assert (info["visible"], info["lstrip"], info["rstrip"]) == ([3, size + 1], [size + 1], [size])
+    assert info["single_word"] == [size + 1]
+    assert size in open_checkpoint(str(folder)).stop_ids

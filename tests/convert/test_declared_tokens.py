@@ -1,0 +1,208 @@
+"""Tokens that the files of a Hugging Face folder declare: added, numbered and found as transformers does it.
+
+tests/fixtures/declared_tokens.json has what transformers made of the same folders (make_declared_tokens.py).
+"""
+
+import json
+
+import pytest
+
+from kvrun.convert.fields import read_json
+from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.source import open_checkpoint
+from kvrun.errors import ConvertError
+from kvrun.text.tokenizer import Tokenizer
+from support import ROOT
+from support.declared_tokens import letters, pieces, write_folder
+from support.make_checkpoint import CONFIG, hf_folder, write_json
+
+FIXTURE = json.loads((ROOT / "tests/fixtures/declared_tokens.json").read_text(encoding="utf-8"))
+ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", **ENDS}
+
+
+def read(folder, base, **files):
+    """The vocabulary of a folder of `base` with these files, and its tokenizer."""
+    path = write_folder(folder, base, files)
+    vocabulary = read_tokenizer(str(path), read_json(str(path), "config.json"), None)
+    return vocabulary, Tokenizer(vocabulary.model_entry(300), vocabulary.data, 300, vocabulary.stops())
+
+
+@pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda case: case["what"])
+def test_tokens_are_those_of_transformers(tmp_path, case):
+    vocabulary, tokenizer = read(tmp_path, case["base"], **case["files"])
+    assert [tokenizer.encode(text, add_special=False) for text in FIXTURE["texts"]] == case["ids"]
+    named = case["eos"] is not None or case["base"] == "letters"
+    assert vocabulary.info["eos_id"] == (case["eos"] if named else 2)
+    # SentencePiece says itself what its unknown token is.
+    assert {t: i for t, i in vocabulary.special.items() if t != "<unk>"} == {
+        t: i for t, i in case["special"].items() if t != "<unk>"
+    }
+
+
+def test_declared_tokens_are_shown_or_hidden_and_matched_as_they_are_declared(tmp_path):
+    decoder = {"260": {"content": "<|im_start|>", "special": False}, "261": {"content": "<tool>", "special": True}}
+    vocabulary, tokenizer = read(tmp_path, "letters", tokenizer_config=ENDS | {"added_tokens_decoder": decoder})
+    assert "<tool>" in vocabulary.special and "<|im_start|>" not in vocabulary.special
+    # Text that a user typed becomes the token that is not special, never the one that is.
+    typed = tokenizer.encode_escaped(tokenizer.special.escape("a<tool>b<|im_start|>c"))
+    assert typed.count(260) == 1 and 261 not in typed
+    assert tokenizer.decode([260, 261, 258], skip_special=True) == "<|im_start|>"
+    assert json.loads(vocabulary.data)["model"] == letters()["model"]
+
+
+def test_a_tokenizer_file_that_says_all_is_kept_as_it_is(tmp_path):
+    path = write_folder(tmp_path, "letters", {"tokenizer_config": ENDS})
+    assert read(tmp_path, "letters", tokenizer_config=ENDS)[0].data == (path / "tokenizer.json").read_bytes()
+    assert read(tmp_path / "model", "pieces", tokenizer_config=LLAMA)[0].data == pieces()
+
+
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+def test_other_ids_than_the_files_say_are_noted(tmp_path, base):
+    tokens = {"299": {"content": "<x>", "special": True}, "298": {"content": "<y>", "special": True}}
+    vocabulary, _ = read(tmp_path, base, tokenizer_config=ENDS | {"added_tokens_decoder": tokens})
+    size = 262 if base == "letters" else 271
+    assert [vocabulary.special["<y>"], vocabulary.special["<x>"]] == [size, size + 1]
+    assert len(vocabulary.notes) == 1
+    assert f"'<y>' has id {size}" in vocabulary.notes[0] and "not 298" in vocabulary.notes[0]
+    assert "tokenizer_config.json says (and 1 more" in vocabulary.notes[0]
+
+
+def test_a_piece_gets_the_text_that_the_files_give_its_id(tmp_path):
+    tokens = {"2": {"content": "</s>", "special": True}, "260": {"content": "<|im_end|>", "special": True}}
+    settings = ENDS | {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": tokens}
+    vocabulary, tokenizer = read(tmp_path, "pieces", tokenizer_config=settings)
+    assert vocabulary.special["<|im_end|>"] == 260 and not vocabulary.notes
+    assert tokenizer.encode("<|im_end|>", add_special=False) == [260]
+    assert tokenizer.decode([260]) == "<|im_end|>"
+
+
+def test_control_pieces_need_no_declaration(tmp_path):
+    vocabulary, tokenizer = read(tmp_path, "pieces")
+    assert vocabulary.special == {"<s>": 1, "</s>": 2} and vocabulary.stops() == [2] and not vocabulary.notes
+    assert tokenizer.encode("</s>", add_special=False) == [2]
+
+
+@pytest.mark.parametrize(
+    "model_type, class_, said, legacy",
+    [
+        ("llama", "LlamaTokenizer", None, False),
+        ("llama", "LlamaTokenizerFast", None, False),
+        ("llama", "LlamaTokenizer", True, True),
+        ("mistral", "LlamaTokenizer", None, True),
+        ("mistral", "LlamaTokenizer", False, False),
+        ("llama", "PreTrainedTokenizerFast", None, True),
+    ],
+)
+def test_the_dummy_space_after_special_tokens(tmp_path, model_type, class_, said, legacy):
+    folder = hf_folder(tmp_path / "hf", CONFIG, tokenizer=False)
+    (folder / "tokenizer.model").write_bytes(pieces())
+    write_json(folder / "config.json", CONFIG | {"model_type": model_type})
+    write_json(folder / "tokenizer_config.json", ENDS | {"tokenizer_class": class_, "legacy": said})
+    vocabulary = read_tokenizer(str(folder), read_json(str(folder), "config.json"), None)
+    assert vocabulary.info["legacy"] is legacy
+
+
+# --- names without a token
+
+
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+@pytest.mark.parametrize("name", ["bos", "eos"])
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+def test_an_end_that_names_no_token_is_refused(tmp_path, base, name, file):
+    files = {"tokenizer_config": ENDS, file: ENDS | {f"{name}_token": {"content": "<|nothing|>"}}}
+    with pytest.raises(ConvertError) as error:
+        read(tmp_path, base, **files)
+    message = str(error.value)
+    assert f"{file}.json: field {name}_token: '<|nothing|>' is no token" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+def test_an_end_that_another_file_declares_is_a_token(tmp_path, base):
+    for i, files in enumerate(
+        (
+            {"added_tokens": {"<|im_end|>": 271}},
+            {"special_tokens_map": {"additional_special_tokens": ["<|im_end|>"]}},
+            {"tokenizer_config": {"extra_special_tokens": {"turn_token": "<|im_end|>"}}},
+            {"tokenizer_config": {"pad_token": "<|im_end|>"}},
+        )
+    ):
+        files["tokenizer_config"] = ENDS | {"eos_token": "<|im_end|>"} | files.get("tokenizer_config", {})
+        vocabulary, _ = read(tmp_path / str(i), base, **files)
+        assert vocabulary.info["eos_id"] == vocabulary.special["<|im_end|>"] == (262 if base == "letters" else 271)
+
+
+def test_no_end_is_what_an_empty_name_says(tmp_path):
+    vocabulary, _ = read(tmp_path, "letters", tokenizer_config={"bos_token": "", "eos_token": None})
+    assert (vocabulary.info["bos_id"], vocabulary.info["eos_id"]) == (None, None)
+
+
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+@pytest.mark.parametrize(
+    "file, content, says",
+    [
+        ("tokenizer_config", {"eos_token": 2}, "eos_token: 2 is not a token"),
+        ("tokenizer_config", {"eos_token": ["</s>"]}, "eos_token: .* is not a token"),
+        ("tokenizer_config", {"eos_token": {"text": "</s>"}}, "eos_token: .* is not a token"),
+        ("tokenizer_config", {"eos_token": {"content": "</s>", "lstrip": 1}}, "eos_token: .* is not a token"),
+        ("tokenizer_config", {"image_token": "\udc80"}, "image_token: not valid Unicode"),
+        ("tokenizer_config", {"extra_special_tokens": "<x>"}, "extra_special_tokens: not a list of tokens"),
+        ("tokenizer_config", {"extra_special_tokens": [3]}, "extra_special_tokens: 3 is not a token"),
+        ("tokenizer_config", {"extra_special_tokens": {"a": ["<x>"]}}, "extra_special_tokens: .* is not a token"),
+        ("tokenizer_config", {"additional_special_tokens": {"a": 3}}, "additional_special_tokens: not a list"),
+        ("tokenizer_config", {"added_tokens_decoder": []}, "added_tokens_decoder: not a JSON object"),
+        ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": "<x>"}}}, "entry '-1' is not a token"),
+        ("tokenizer_config", {"added_tokens_decoder": {"9" * 5000: {"content": "<x>"}}}, "entry '99.* is not a token"),
+        ("tokenizer_config", {"added_tokens_decoder": {"3": "<x>"}}, "entry '3' is not a token"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"3": {"content": 3}}},
+            "added_tokens_decoder: .* is not a token",
+        ),
+        ("special_tokens_map", {"pad_token": 2}, "pad_token: 2 is not a token"),
+        ("special_tokens_map", {"additional_special_tokens": "<x>"}, "additional_special_tokens: not a list"),
+        ("added_tokens", {"<x>": "270"}, "<x>: '270' is not a token id"),
+        ("added_tokens", {"<x>": 1.5}, "<x>: 1.5 is not a token id"),
+        ("added_tokens", {"\udc80": 270}, "not valid Unicode"),
+    ],
+)
+def test_what_is_no_token_is_refused_by_name(tmp_path, base, file, content, says):
+    with pytest.raises(ConvertError, match=f"{file}.json: field .*{says}") as error:
+        read(tmp_path, base, **{file: content})
+    assert "\n" not in str(error.value)
+
+
+# --- tokens that end a turn
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+def test_a_known_end_that_is_not_special(tmp_path, base, text):
+    vocabulary, tokenizer = read(tmp_path, base, tokenizer_config=ENDS, added_tokens={text: 262})
+    token = tokenizer.encode(text, add_special=False)[-1]
+    assert token in vocabulary.stops() and vocabulary.special[text] == token
+    assert tokenizer.is_special(token) and tokenizer.decode([token], skip_special=True) == ""
+    assert token not in tokenizer.encode_escaped(tokenizer.special.escape(f"a{text}"))
+    assert any(text in note and "end a turn" in note for note in vocabulary.notes)
+
+
+def test_a_known_end_that_is_only_in_the_vocabulary(tmp_path):
+    path = write_folder(tmp_path, "letters", {"tokenizer_config": ENDS})
+    spec = letters()
+    spec["model"]["vocab"]["<|im_end|>"] = spec["model"]["vocab"].pop("the")
+    spec["model"]["merges"].pop()
+    write_json(path / "tokenizer.json", spec)
+    vocabulary = read_tokenizer(str(path), read_json(str(path), "config.json"), None)
+    tokenizer = Tokenizer(vocabulary.model_entry(300), vocabulary.data, 300, vocabulary.stops())
+    assert tokenizer.encode("a<|im_end|>") == [64, 257] and set(vocabulary.stops()) == {257, 259}
+    assert "<|im_end|>" in vocabulary.notes[0]
+
+
+def test_notes_and_stops_reach_the_checkpoint(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 40, "content": "<|eom_id|>", "special": False})
+    write_json(folder / "tokenizer.json", spec)
+    checkpoint = open_checkpoint(str(folder))
+    assert 40 in checkpoint.stop_ids and any("<|eom_id|>" in note for note in checkpoint.notes)
+    assert str(folder / "added_tokens.json") in checkpoint.files
