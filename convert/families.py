@@ -251,6 +251,7 @@ def text_config(config: Fields) -> Fields:
             text = config.section("text_config")
             if text is None:
                 return config.fail("text_config", f"missing; {name} has one")
+            text = text.without("final_logit_softcapping")  # which transformers obeys in text models only
             return text.or_else("tie_word_embeddings", config.get("tie_word_embeddings"))
     return config
 

@@ -32,6 +32,13 @@ def head_dim_of(fields: Fields, name: str, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
+def refuse_other_attention(config: Fields) -> None:
+    """Raise ConvertError for what transformers obeys in configs of any class."""
+    for name in ("is_causal", "use_bidirectional_attention"):
+        config.refuse(name, (name == "is_causal",), "attention to later tokens: not a decoder")
+    config.refuse("per_layer_config", ({},), "layers that differ in more than their kind are not supported")
+
+
 def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
     def integer(name: str, maximum: int = (1 << 31) - 1) -> int:
         value: int = config.integer(name, defaults.get(name, REQUIRED), maximum=maximum)
@@ -41,13 +48,14 @@ def _sizes(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = config.integer("head_dim", defaults.get("head_dim"))
     if head_dim is None:
         head_dim = head_dim_of(config, "num_attention_heads", hidden, heads)
+    kv_heads = defaults.get("num_key_value_heads", heads)
     return {
         "vocab_size": integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": integer("intermediate_size"),
         "n_layers": integer("num_hidden_layers", MAX_LAYERS),
         "n_heads": heads,
-        "n_kv_heads": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
+        "n_kv_heads": config.integer("num_key_value_heads", heads if config.given("num_key_value_heads") else kv_heads),
         "head_dim": head_dim,
         "context_length": config.integer("max_position_embeddings", defaults.get("max_position_embeddings", 2048)),
         "norm_eps": config.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
@@ -102,10 +110,13 @@ def qwen3(config: Fields) -> dict[str, Any]:
 def _qwen_windows(config: Fields, n_layers: int) -> list[int | None] | None:
     """Only if use_sliding_window says so do layers have windows: those from max_window_layers on."""
     if not config.flag("use_sliding_window", False):
+        kinds = config.get("layer_types", [])
+        if isinstance(kinds, list) and SLIDING in kinds:
+            config.fail("use_sliding_window", f"not true, but layer_types has {SLIDING}")
         return None
     first = config.integer("max_window_layers", 28, minimum=0)
-    default = [SLIDING if i >= first else FULL for i in range(n_layers)]
-    return windows_of(config, n_layers, default, None if config.given("sliding_window") else 4096)
+    slides = "sliding_window" in config or not config.given("sliding_window")
+    return windows_of(config, n_layers, [SLIDING if slides and i >= first else FULL for i in range(n_layers)], 4096)
 
 
 def mixtral(config: Fields) -> dict[str, Any]:
@@ -150,7 +161,9 @@ def windows_of(config: Fields, n_layers: int, kinds: list[str], width: int | Non
     kinds = config.get("layer_types", kinds)
     if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {FULL, SLIDING}:
         config.fail("layer_types", f"not {FULL} or {SLIDING} for each of {n_layers} layers")
-    width = config.integer("sliding_window", width)
+    width = config.integer("sliding_window", None if config.given("sliding_window") else width)
+    if width is None and SLIDING in kinds:
+        config.fail("sliding_window", f"missing or null, but layers have {SLIDING}")
     return [width if kind == SLIDING else None for kind in kinds]
 
 
@@ -168,9 +181,8 @@ def smollm3(config: Fields) -> dict[str, Any]:
     layers = config.get("no_rope_layers", [int((i + 1) % step != 0) for i in range(n)])  # 1 where there is RoPE
     if not isinstance(layers, list) or len(layers) != n or not all(layer in (0, 1) for layer in layers):
         config.fail("no_rope_layers", f"not 0 or 1 for each of {n} layers")
-    windows = None
-    if config.flag("use_sliding_window", False) and "sliding_window" in config:
-        windows = windows_of(config, n, [FULL if rope else SLIDING for rope in layers], None)
+    slides = config.flag("use_sliding_window", False) and "sliding_window" in config
+    windows = windows_of(config, n, [SLIDING if slides and not rope else FULL for rope in layers], None)
     return values | {
         "mlp_bias": config.flag("mlp_bias", False),
         "rope_layers": [bool(rope) for rope in layers],
@@ -246,7 +258,6 @@ _GEMMA = {
 
 
 def _gemma(config: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    config.refuse("use_bidirectional_attention", (False,), "attention to later tokens: not a decoder")
     sizes = _sizes(config, {**_GEMMA, **defaults})
     scalar = config.number("query_pre_attn_scalar", 256.0)
     return {

@@ -20,7 +20,7 @@ from kvrun.convert.checkpoint import (
     with_halves_apart,
 )
 from kvrun.convert.families import HF, Family, family_of_config, text_config
-from kvrun.convert.family_config import refuse_quantised
+from kvrun.convert.family_config import refuse_other_attention, refuse_quantised
 from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
 from kvrun.convert.hf_tokenizer import read_tokenizer
@@ -62,6 +62,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     config = without_quantization(config)
     family, text = family_of_config(config), text_config(config)
     refuse_quantised(text)
+    refuse_other_attention(text)
     name = _model_name(folder)
     description = describe(text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)})
     stored = with_factors(_read_headers(folder), fp8_block)

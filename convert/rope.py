@@ -70,6 +70,8 @@ def ropes_by_kind(config: Fields, head_dim: int, context: int, thetas: tuple[flo
         rope = (parameters.section(kind) if parameters is not None else None) or Fields({}, config.where)
         older = config.section("rope_scaling") if kind == FULL else None
         if older is not None and config.get("rope_scaling"):
+            if older.get("type", "default") != "default" and "rope_type" not in older:
+                older.fail("type", "newer versions of transformers ignore it in this class; call it rope_type")
             rope = Fields({**_object(parameters, kind), **config.get("rope_scaling")}, older.where)
         rope.refuse("partial_rotary_factor", (1,), _PARTIAL)
         theta = rope.number("rope_theta", theta)
@@ -121,12 +123,17 @@ def _yarn(rope: Fields, theta: float, width: int, context: int, original: int) -
     factor = rope.number("factor", context / original)
     m = rope.number("attention_factor", None)
     if m is None:
-        scales = [rope.number(key, None) for key in ("mscale", "mscale_all_dim")]
+        scales = [_unless_0(rope, key, None) for key in ("mscale", "mscale_all_dim")]
         m = _yarn_amplitude(factor)
         if None not in scales:
             m = _yarn_amplitude(factor, scales[0]) / _yarn_amplitude(factor, scales[1])
-    fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+    fast, slow = _unless_0(rope, "beta_fast", 32.0), _unless_0(rope, "beta_slow", 1.0)
     return yarn(rope.where, theta, width, factor, original, fast, slow, m, rope.flag("truncate", True))
+
+
+def _unless_0(rope: Fields, name: str, default: float | None) -> Any:
+    """A positive number; in transformers, 0 stands for the default too."""
+    return default if rope.get(name) == 0 else rope.number(name, default)
 
 
 def _yarn_amplitude(factor: float, m: float = 1.0) -> float:

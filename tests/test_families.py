@@ -200,6 +200,19 @@ def describe(tmp_path, name, **changes):
             "layer_types: not full_attention or sliding_attention",
         ),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
+        *((name, {"is_causal": False}, "is_causal: False: attention to later tokens") for name in ("mistral", "gpt2")),
+        ("mistral", {"per_layer_config": {"1": {"num_key_value_heads": 3}}}, "per_layer_config: .* are not supported"),
+        (
+            "qwen2",
+            {"use_sliding_window": False},
+            "use_sliding_window: not true, but layer_types has sliding_attention",
+        ),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "sliding_window: missing or null, but layers have"),
+        (
+            "gemma3",
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling: field type: newer versions of transformers ignore it",
+        ),
         ("gemma2", {"hidden_activation": "relu"}, "hidden_activation: 'relu' is not supported yet"),
         ("gemma2", {"attn_logit_softcapping": -2.0}, "attn_logit_softcapping: -2.0 is not a positive number"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: not 0 or 1 for each of 4 layers"),
@@ -290,12 +303,63 @@ def test_older_ways_to_say_the_same(tmp_path, family):
     assert old == description("smollm3", family)
 
 
+def with_null(tmp_path, name, field):
+    folder = with_config(tmp_path, name)
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: None}))
+    return folder
+
+
 def test_null_is_not_the_default(tmp_path):
-    folder = Path(with_config(tmp_path, "mistral", sliding_window=None))
-    assert open_checkpoint(str(folder), tokenizer=False).description.sliding_windows == (4096, 4096)
-    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": None}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert open_checkpoint(str(folder), tokenizer=False).description.sliding_windows is None
+    assert describe(tmp_path, "mistral", sliding_window=None).sliding_windows == (4096, 4096)  # taken out
+    folder = with_null(tmp_path, "mistral", "sliding_window")
+    assert open_checkpoint(folder, tokenizer=False).description.sliding_windows is None
+    assert (
+        open_checkpoint(with_null(tmp_path, "olmo2", "num_key_value_heads"), tokenizer=False).description.n_kv_heads
+        == 3
+    )
+    for name in ("gemma2", "gemma3", "olmo3"):
+        with pytest.raises(ConvertError, match="sliding_window: missing or null, but layers have sliding_attention"):
+            open_checkpoint(with_null(tmp_path, name, "sliding_window"), tokenizer=False)
+
+
+def test_fields_that_a_class_does_not_use(tmp_path, family):
+    """Seen in transformers: the logits of such a checkpoint are the same with and without them."""
+    for name, changes in [
+        ("gemma3", {"attn_logit_softcapping": 2.0}),
+        ("gemma3-images", {"text_config": with_text(final_logit_softcapping=5.0)}),
+        ("mistral", {"attention_bias": True, "mlp_bias": True, "layer_types": ["full_attention"] * 2}),
+        ("phi3", {"attention_bias": True}),
+        ("qwen2", {"attention_bias": False, "mlp_bias": True, "final_logit_softcapping": 3.0}),
+        ("gemma2", {"hidden_act": "silu", "use_sliding_window": False, "rope_local_base_freq": 5.0}),
+        ("granite", {"logit_scale": 3.0, "sliding_window": 5, "position_embedding_type": "nope"}),
+        ("olmo2", {"clip_qkv": 0.1, "sliding_window": 5, "use_qk_norm": False}),
+        ("qwen3", {"max_window_layers": 1, "sliding_window": 5, "qk_norm": False}),
+        ("qwen3moe", {"max_window_layers": 1, "sliding_window": 5}),
+        ("gpt2", {"hidden_act": "silu", "rope_theta": 5.0, "reorder_and_upcast_attn": True}),
+    ]:
+        assert describe(tmp_path, name, **changes) == description(name, family), name
+
+
+def with_text(**changes):
+    config = json.loads((FAMILIES / "gemma3-images" / "config.json").read_text())
+    return config["text_config"] | changes
+
+
+def test_layers_of_smollm3_with_a_window(tmp_path):
+    """use_sliding_window decides only where there are no layer_types."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    found = describe(tmp_path, "smollm3", layer_types=kinds, sliding_window=10, use_sliding_window=False)
+    assert found.sliding_windows == (10, None, None, 10)
+    found = describe(tmp_path, "smollm3", layer_types=None, sliding_window=10, use_sliding_window=True)
+    assert found.sliding_windows == (None, None, None, 10)
+    assert describe(tmp_path, "smollm3", layer_types=None, sliding_window=10).sliding_windows is None
+
+
+def test_zeros_of_yarn_that_mean_the_default(tmp_path, family):
+    plain = json.loads((FAMILIES / "qwen2" / "config.json").read_text())["rope_parameters"]
+    zeros = {"mscale": 0, "mscale_all_dim": 0.0, "beta_slow": 0, "beta_fast": plain["beta_fast"]}
+    assert describe(tmp_path, "qwen2", rope_parameters=plain | zeros) == description("qwen2", family)
 
 
 def test_defaults_of_a_config_that_says_little(tmp_path):
