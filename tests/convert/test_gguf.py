@@ -241,9 +241,15 @@ def test_every_truncation_is_refused(path):
 
 def test_other_versions_and_byte_orders(path):
     content = path.read_bytes()
-    for version in (b"\1\0\0\0", b"\4\0\0\0", b"\0\0\0\3"):
+    for version, says in (
+        (b"\1\0\0\0", "version 1 is not supported"),
+        (b"\4\0\0\0", "version 4 is not supported"),
+        (b"\0\0\0\0", "version 0 is not supported"),
+        (b"\0\0\0\3", "big-endian"),
+        (b"\0\0\0\2", "big-endian"),
+    ):
         path.write_bytes(content[:4] + version + content[8:])
-        with pytest.raises(ConvertError, match="version"):
+        with pytest.raises(ConvertError, match=says):
             open_checkpoint(str(path))
 
 
