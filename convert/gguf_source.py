@@ -24,7 +24,7 @@ from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.sampling import sampling_defaults
-from kvrun.convert.tensors import StoredTensor
+from kvrun.convert.tensors import StoredTensor, is_readable
 from kvrun.convert.token_ids import token_id
 from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription
@@ -41,6 +41,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
     family = family_of_gguf(meta)
     available = _all_tensors(files)
     _drop_copied_head(available)
+    _check_scales(available)
     facts = _take_facts(path, available)
     description = describe(
         path,
@@ -113,6 +114,8 @@ def _tensors_of(
     if any(map(_ONE_EXPERT.fullmatch, available)):
         wanted = [(ours, _of_one_expert(ours, theirs)) for ours, theirs in wanted]
     tensors = select_tensors(path, available, wanted, description)
+    for tensor in tensors.values():
+        _check_readable(tensor)
     if family.gguf_permuted:
         order = (*range(0, description.head_dim, 2), *range(1, description.head_dim, 2))
         return with_halves_apart(tensors, family.gguf_permuted, order)
@@ -126,8 +129,32 @@ def _vector(tensor: StoredTensor | None) -> list[float] | None:
         return None
     if len(tensor.shape) != 1:
         raise ConvertError(f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, not one dimension")
+    _check_readable(tensor)
     values: list[float] = tensor.vector().tolist()
     return values
+
+
+def _check_readable(tensor: StoredTensor) -> None:
+    if not is_readable(tensor.type):
+        raise ConvertError(
+            f"{tensor.path}: tensor {tensor.name} has type {tensor.type.upper()}, which is not supported yet; "
+            "use a file of another type (Q4_K_M, Q8_0, ...)"
+        )
+
+
+def _check_scales(available: dict[str, StoredTensor]) -> None:
+    """Raise ConvertError if a matrix is to be multiplied by a number in a tensor of its own (files in NVFP4 have such).
+    Factors of 1 are removed."""
+    for name in [name for name in available if name.endswith(".scale")]:
+        stem = name.removesuffix(".scale").removesuffix(".weight")
+        if f"{stem}.weight" not in available:
+            continue
+        if any(value != 1.0 for value in _vector(available[name]) or ()):
+            raise ConvertError(
+                f"{available[name].path}: tensor {name}: factors beside the weights are not supported yet; "
+                "use a file of another type (Q4_K_M, Q8_0, ...)"
+            )
+        del available[name]
 
 
 def _drop_copied_head(available: dict[str, StoredTensor]) -> None:

@@ -17,6 +17,7 @@ from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint
 from kvrun.convert.source import open_checkpoint
 from kvrun.convert.tensors import PLAIN
+from kvrun.convert.transcoding import EXACT
 from kvrun.convert.weight_types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError
 from kvrun.files.model_file import ModelFile
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 class ConvertResult:
     """The finished, checked file.
 
-    `notes` has a line for whatever was left out, for each quantised type that was dequantised, and for each type that
+    `notes` has a line for whatever was left out, for each quantised type that became another, and for each type that
     could not be used because of a tensor's shape.
     """
 
@@ -75,9 +76,9 @@ def convert(
         if not name.endswith((".bias", "norm.weight"))
     }
     with _writer(checkpoint, output, source, types) as writer:
-        _write_tensors(writer, source, types, progress or _silent)
+        rounded = _write_tensors(writer, source, types, progress or _silent)
         model = writer.finish(_counted("checking", writer.nbytes, progress or _silent))
-    return ConvertResult(model, time.monotonic() - started, _notes(source, types, type))
+    return ConvertResult(model, time.monotonic() - started, _notes(source, types, type, rounded))
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -123,8 +124,12 @@ def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, s
     )
 
 
-def _write_tensors(writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress) -> None:
-    """Pack slabs on several threads, a few ahead of the one that is written."""
+def _write_tensors(
+    writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress
+) -> list[tuple[str, int]]:
+    """Pack slabs on several threads, a few ahead of the one that is written. Returns tensors of types that are kept,
+    each with the number of blocks that had to be rounded all the same."""
+    rounded: list[tuple[str, int]] = []
     workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     slabs = {name: list(tensor.slabs()) for name, tensor in source.tensors.items()}
     add = _counted("converting", sum(tensor.nbytes for tensor in source.tensors.values()), progress)
@@ -132,7 +137,10 @@ def _write_tensors(writer: ModelFileWriter, source: Checkpoint, types: dict[str,
     def work(task: tuple[str, int, int]) -> tuple[int, np.ndarray]:
         name, start, stop = task
         tensor = source.tensors[name]
-        data = tensor.packed(start, stop, types[name]) if name in types else tensor.floats(start, stop).reshape(-1)
+        if name in types:
+            data = tensor.packed(start, stop, types[name], lambda blocks: rounded.append((name, blocks)))
+        else:
+            data = tensor.floats(start, stop).reshape(-1)
         return (stop - start) * tensor.row_bytes, data
 
     def done_in_order(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
@@ -154,9 +162,10 @@ def _write_tensors(writer: ModelFileWriter, source: Checkpoint, types: dict[str,
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return rounded
 
 
-def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
+def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: list[tuple[str, int]]) -> list[str]:
     """The notes of a `ConvertResult`."""
     changed = Counter((source.tensors[name].type, type) for name, type in types.items())
     wanted = Counter(
@@ -165,16 +174,28 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str) -> list[str]:
     return [
         *source.notes,
         *(
-            f"{_tensors(count)} of type {theirs.upper()} dequantised and stored as {ours}"
+            f"{_tensors(count)} of type {theirs.upper()} "
+            + (
+                f"stored as {ours}, every value kept"
+                if EXACT.get(theirs) == ours
+                else f"dequantised and stored as {ours}"
+            )
             for (theirs, ours), count in sorted(changed.items())
             if theirs != ours and theirs not in PLAIN
         ),
+        *_of_rounded(rounded),
         *(
             f"{_tensors(count)} stored as {ours}: {kind} takes a multiple of {_core.column_multiple(kind)} columns"
             for (kind, ours), count in sorted(wanted.items())
             if kind != ours
         ),
     ]
+
+
+def _of_rounded(rounded: list[tuple[str, int]]) -> Iterator[str]:
+    if rounded:
+        blocks, tensors = sum(n for _, n in rounded), len({name for name, _ in rounded})
+        yield f"but in {_tensors(tensors)} {blocks} blocks with scales too small for float16 rounded, by 3e-8 at most"
 
 
 def _tensors(count: int) -> str:

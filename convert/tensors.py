@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
 from kvrun import _core
+from kvrun.convert.transcoding import EXACT, transcoded
 from kvrun.errors import ConvertError
 from kvrun.files.regular import open_regular
 
@@ -18,6 +20,21 @@ SLAB = 16 << 20
 
 PLAIN = {row.name: row.block_bytes for row in _core.WEIGHT_TYPES.values() if row.block == 1}
 """Types of plain numbers, and the bytes of a number."""
+
+
+@cache
+def is_readable(kind: str) -> bool:
+    """Whether there are values behind raw rows of this type: one of ours, or of GGML's that the gguf package reads."""
+    if kind in _core.WEIGHT_TYPES:
+        return True
+    import gguf
+
+    try:
+        number = gguf.GGMLQuantizationType[kind.upper()]
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[number][1]), np.uint8), number)
+    except (KeyError, NotImplementedError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -89,10 +106,18 @@ class StoredTensor:
         """All values of a small tensor: float32 [n]."""
         return self.floats(0, self.rows).reshape(-1)
 
-    def packed(self, start: int, stop: int, type: str) -> np.ndarray:
-        """Rows start to stop in the core's layout: uint8 [n]. If `type` is the tensor's, no value changes."""
+    def packed(self, start: int, stop: int, type: str, rounded: Callable[[int], None] | None = None) -> np.ndarray:
+        """Rows start to stop in the core's layout: uint8 [n]. If `type` is the tensor's, or the one in `EXACT` for it,
+        no value changes; of a type that cannot quite be kept, `rounded` is called with the number of blocks that did.
+        """
         if type == self.type:
             return _core.pack_raw(type, self.raw(start, stop), stop - start, self.shape[1])
+        if type == EXACT.get(self.type):
+            with suppress(OverflowError):  # then the range of the values is at fault, which is refused below
+                blocks, changed = transcoded(self.type, self.raw(start, stop))
+                if changed and rounded:
+                    rounded(changed)
+                return _core.pack_raw(type, blocks, stop - start, self.shape[1])
         values = self.floats(start, stop)
         self._check_range(values, type)
         return _core.pack(type, values)
@@ -110,9 +135,5 @@ class StoredTensor:
     def _dequantized(self, raw: np.ndarray) -> np.ndarray:
         import gguf
 
-        kind = self.type.upper()
-        try:
-            values: np.ndarray = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
-        except (KeyError, NotImplementedError):
-            raise ConvertError(f"{self.path}: tensor {self.name} has type {kind}, which is not supported yet") from None
+        values: np.ndarray = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[self.type.upper()])
         return values.astype(np.float32, copy=False)

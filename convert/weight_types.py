@@ -7,6 +7,7 @@ import textwrap
 
 from kvrun import _core
 from kvrun.convert.tensors import PLAIN, StoredTensor
+from kvrun.convert.transcoding import EXACT
 from kvrun.files.description import ModelDescription
 
 _BY_BITS = sorted(_core.WEIGHT_TYPES.values(), key=lambda row: -row.bits)
@@ -18,8 +19,9 @@ _SENSITIVE = ("embed.weight", "positions.weight", "head.weight")
 _FEW_BITS = 6
 """Embedding and output head do not get fewer: they cost little and matter most."""
 
-_KEPT_WELL = {"q2_k": "q6_k", "q3_k": "q6_k", "f8_e4m3": "bf16"}
-"""For types that are not ours: one whose rounding is small beside their own. Of all others q8_0."""
+_KEPT_WELL = {**EXACT, "q2_k": "q6_k", "f8_e4m3": "bf16"}
+"""For types that are not ours: one that holds their values, or else whose rounding is small beside their own. Of all
+others q8_0."""
 
 
 def finer(kind: str) -> str:
@@ -45,9 +47,11 @@ def types_help() -> str:
         if finer(row.name) != row.name:
             become.setdefault(finer(row.name), []).append(row.name)
     changes = "; ".join(f"of {_listed(kinds)} to {kind}" for kind, kinds in become.items())
+    kept = {kind: [old.upper() for old, new in EXACT.items() if new == kind] for kind in sorted(set(EXACT.values()))}
     same = (
-        "keep the type, and every value, of tensors that have one of those below; others are dequantised: Q2_K and Q3_K"
-        " become q6_k, fp8 becomes bf16, all other types of GGUF become q8_0"
+        "keep the type of tensors that have one of those below, and every value; also every value of "
+        + "; ".join(f"{_listed(old)} as {new}" for new, old in kept.items())
+        + ". Others are dequantised and rounded: Q2_K to q6_k, fp8 to bf16, all other types of GGUF to q8_0"
     )
     quantised = (
         f"{_listed([f'{row.bits:.1f}' for row in blocks])} bits per weight, GGML's arithmetic; q4_k is better than q4_1"

@@ -104,7 +104,7 @@ def test_other_gguf_types_are_dequantised_with_a_note(tmp_path):
     stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_1", "ffn_gate": "IQ4_NL"})
     result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
     assert result.notes == [
-        "2 tensors of type IQ4_NL dequantised and stored as q8_0",
+        "2 tensors of type IQ4_NL stored as q8_0, every value kept",
         "2 tensors of type Q5_1 dequantised and stored as q8_0",
     ]
     found, _ = read_named(tmp_path / "model.bin", GGUF)

@@ -2,13 +2,16 @@
 
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 
 from kvrun import _core
 from kvrun.convert import TYPES, convert
 from kvrun.convert.families import FAMILIES, GGUF
+from kvrun.convert.transcoding import EXACT, transcoded
 from kvrun.convert.weight_types import target_type
+from kvrun.errors import ConvertError
 from kvrun.files.description import ModelDescription
 from support import numpy_reader
 from support.make_checkpoint import CONFIG, gguf_shapes, hf_folder, hf_shapes, random_tensors, save_gguf, straight
@@ -50,18 +53,120 @@ def test_every_type_of_gguf_keeps_its_quality(tmp_path):
     kinds = [weight.type for name, weight in result.model.weights.items() if name.startswith("layers.1.")]
     assert kinds == ["q4_k", "q6_k", "q6_k", "q6_k", "q8_0", "q8_0", "q8_0"]
     assert result.notes == [
-        "2 tensors of type IQ4_NL dequantised and stored as q8_0",
+        "2 tensors of type IQ4_NL stored as q8_0, every value kept",
         "2 tensors of type Q2_K dequantised and stored as q6_k",
-        "2 tensors of type Q3_K dequantised and stored as q6_k",
+        "2 tensors of type Q3_K stored as q6_k, every value kept",
         "3 tensors of type Q5_1 dequantised and stored as q8_0",
         "2 tensors of type Q5_K dequantised and stored as q8_0",
     ]
     for name, expected in stored.items():
         error = np.sqrt(((found[name] - expected) ** 2).mean() / (expected**2).mean())
-        if "attn_q" in name or "attn_k" in name or "norm" in name:
+        if any(part in name for part in ("attn_q", "attn_k", "attn_output", "ffn_up", "norm")):
             assert np.array_equal(found[name], expected.reshape(found[name].shape)), name
         else:
             assert error < (0.02 if "attn" in name else 0.008), name
+
+
+def random_rows(kind, rows=33, cols=512):
+    """Random blocks of a type, uint8 [rows, bytes], with every scale that a float16 can be, negative ones too."""
+    number = gguf.GGMLQuantizationType[kind.upper()]
+    values, width = gguf.GGML_QUANT_SIZES[number]
+    rng = np.random.default_rng(9)
+    blocks = rng.integers(0, 256, (rows * cols // values, width)).astype(np.uint8)
+    if kind == "mxfp4":
+        blocks[:, 0] = rng.integers(104, 147, len(blocks))
+    else:
+        at = 0 if kind == "iq4_nl" else width - 2
+        scales = rng.integers(0, 0x7C00, (len(blocks), 1)) | rng.integers(0, 2, (len(blocks), 1)) << 15
+        blocks[:, at : at + 2] = scales.astype("<u2").view(np.uint8)
+    return blocks.reshape(rows, -1), gguf.quants.dequantize(blocks.reshape(rows, -1), number)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_types_whose_values_another_holds(kind):
+    raw, expected = random_rows(kind)
+    blocks, rounded = transcoded(kind, raw)
+    assert rounded == 0
+    packed = _core.pack_raw(EXACT[kind], blocks, *expected.shape)
+    assert np.array_equal(_core.unpack(EXACT[kind], packed, *expected.shape).view("u4"), expected.view("u4"))
+    found = numpy_reader.unpack(EXACT[kind], packed.tobytes(), *expected.shape)
+    assert np.array_equal(found.view("u4"), expected.view("u4"))
+
+
+def test_mxfp4_beyond_float16():
+    """Large scales are kept with larger codes, as far as they go; of small ones even codes are, others are rounded."""
+    raw = random_rows("mxfp4")[0].reshape(-1, 17)
+    raw[0, 1:], raw[1, 1:] = 0x22, 0x80  # doubled numbers 2, and zeros
+    for exponent, largest in ((146, 0.0), (103, 2.0**-25), (100, 2.0**-25), (0, 2.0**-25)):
+        raw[:, 0] = exponent
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.MXFP4)
+        blocks, rounded = transcoded("mxfp4", raw)
+        found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+        wrong = (found != expected).any(axis=1)
+        assert np.abs(found - expected).max() <= largest and rounded == wrong.sum()
+        assert not wrong[1] and wrong[0] == (exponent < 103) and wrong.any() == (largest > 0)
+    raw[:, 0] = 147
+    with pytest.raises(OverflowError):
+        transcoded("mxfp4", raw)
+    raw[:, 1:] = 0x80
+    assert transcoded("mxfp4", raw)[1] == 0
+
+
+def test_mxfp4_in_a_model(tmp_path):
+    tensors = random_tensors(gguf_shapes())
+    stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "MXFP4", "attn_q": "MXFP4"}, tensors=tensors)
+    result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+    assert result.notes == ["4 tensors of type MXFP4 stored as q8_0, every value kept"]
+    found = read_named(tmp_path / "model.bin")
+    assert np.array_equal(found["blk.1.ffn_up.weight"], stored["blk.1.ffn_up.weight"])
+    assert np.array_equal(found["blk.0.attn_q.weight"], straight(stored["blk.0.attn_q.weight"], 4))
+    tensors["blk.0.ffn_up.weight"][3:5] = 1e-8
+    save_gguf(tmp_path / "m.gguf", {"ffn_up": "MXFP4"}, tensors=tensors)
+    assert convert(tmp_path / "m.gguf", tmp_path / "model.bin").notes == [
+        "2 tensors of type MXFP4 stored as q8_0, every value kept",
+        "but in 1 tensor 4 blocks with scales too small for float16 rounded, by 3e-8 at most",
+    ]
+    tensors["blk.0.ffn_up.weight"][3] = 1e8
+    stored = save_gguf(tmp_path / "m.gguf", {"ffn_up": "MXFP4"}, tensors=tensors)
+    with pytest.raises(
+        ConvertError, match=r"blk.0.ffn_up.weight holds 1.\d+e\+08, too large for q8_0: use --type bf16"
+    ):
+        convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+    convert(tmp_path / "m.gguf", tmp_path / "model.bin", "bf16")
+    assert np.array_equal(read_named(tmp_path / "model.bin")["blk.0.ffn_up.weight"], stored["blk.0.ffn_up.weight"])
+
+
+def test_exact_only_if_the_type_is_not_another(tmp_path):
+    """With a type asked for, tensors get that one; where it holds their values it does so exactly."""
+    stored = save(tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "model.bin", "q8_0")
+    found = read_named(tmp_path / "model.bin")
+    assert np.array_equal(found["blk.0.ffn_up.weight"], stored["blk.0.ffn_up.weight"])
+    expected = _core.pack("q8_0", stored["blk.0.attn_output.weight"])
+    assert np.array_equal(found["blk.0.attn_output.weight"], _core.unpack("q8_0", expected, 256, 256))
+
+
+@pytest.mark.parametrize("kind", ["Q1_0", "Q8_K", "I32", "F64"])
+def test_types_that_cannot_be_read_are_refused_before_anything_is_written(tmp_path, kind):
+    number = gguf.GGMLQuantizationType[kind]
+    values, width = gguf.GGML_QUANT_SIZES[number]
+    for name, shape in (("blk.1.ffn_up.weight", (512, 256)), ("rope_freqs.weight", (256,))):
+        blocks = np.zeros((*shape[:-1], shape[-1] // values * width), np.uint8)
+        save_gguf(tmp_path / "m.gguf", extra={name: (blocks, number)}, **SIZES)
+        with pytest.raises(ConvertError, match=f"tensor {name} has type {kind}, which is not supported yet") as caught:
+            convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model.bin").exists()
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_up.scale", "blk.0.ffn_up.weight.scale"])
+def test_factors_beside_the_weights(tmp_path, name):
+    tensors = random_tensors(gguf_shapes())
+    save_gguf(tmp_path / "m.gguf", tensors={**tensors, name: np.array([0.5], np.float32)})
+    with pytest.raises(ConvertError, match=f"tensor {name}: factors beside the weights are not supported yet"):
+        convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+    save_gguf(tmp_path / "m.gguf", tensors={**tensors, name: np.ones(1, np.float32)})
+    convert(tmp_path / "m.gguf", tmp_path / "model.bin")
 
 
 def test_every_type_of_gguf_exactly_as_f32(tmp_path):

@@ -172,9 +172,10 @@ def random_blocks(kind, shape):
     return blocks.reshape(shape[0], -1)
 
 
-def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="smollm", **sizes):
+def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="smollm", extra=None, **sizes):
     """Write a Llama GGUF file. `types`: GGML type by tensor name or part of it; `metadata` replaces or, with
-    None, removes keys. Returns {name: float32 values as gguf dequantises them}."""
+    None, removes keys; `extra`: raw rows and their type, by name, instead of a tensor or besides. Returns {name:
+    float32 values as gguf dequantises them}."""
     import gguf
 
     types, metadata = types or {}, dict(metadata or {})
@@ -201,7 +202,11 @@ def save_gguf(path, types=None, metadata=None, tensors=None, tokens=None, pre="s
     for key, value in values.items():
         _add(writer, key, value)
     stored = {}
+    for name, (rows, kind) in (extra or {}).items():
+        writer.add_tensor(name, rows, raw_dtype=kind)
     for name, a in tensors.items():
+        if name in (extra or {}):
+            continue
         kind = gguf.GGMLQuantizationType[next((t for part, t in types.items() if part in name), "F32").upper()]
         if kind.name in HALVES and a.ndim == 1:
             kind = gguf.GGMLQuantizationType.F32
