@@ -21,7 +21,8 @@ from kvrun.convert.transcoding import EXACT
 from kvrun.convert.weight_types import TYPES, target_type, wanted_type
 from kvrun.errors import ConvertError, OptionError
 from kvrun.files.model_file import ModelFile
-from kvrun.files.model_writer import ModelFileWriter, check_output
+from kvrun.files.model_writer import ModelFileWriter
+from kvrun.files.safe_file import check_output
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, the bytes done so far, and the bytes in all."""

@@ -186,7 +186,7 @@ def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
     if args.session is None:
         yield model.session(**cache)
         return
-    from kvrun.files.model_writer import check_output
+    from kvrun.files.safe_file import check_output
 
     check_output(args.session)
     if os.path.lexists(args.session):

@@ -156,26 +156,35 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: 
     path = os.fspath(path)
     try:
         with open(path, "rb", opener=open_regular) as file:
-            size = os.fstat(file.fileno()).st_size
-            header, data_start = _read_header(path, file, size)
-            if mapped:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                read = len(memory)
-            else:
-                memory = _core.anonymous(size)
-                _core.advise_huge(memory)
-                file.seek(0)
-                read = file.readinto(memory)
+            model = open_model(path, file, mapped)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot read: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL in the path, or a file that has become empty
+    except ValueError as error:  # a NUL in the path
         raise ModelFileError(f"{path!r}: cannot read: {error}") from None
-    if read < size:
-        raise ModelFileError(f"{path}: the file shrank while it was opened")
-    model = ModelFile(path, memory, header, data_start, mapped)
     if verify:
         model.verify()
     return model
+
+
+def open_model(path: str, file: Any, mapped: bool = True) -> ModelFile:
+    """The same of an open file, which messages call `path`. Raises OSError too."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    header, data_start = _read_header(path, file, size)
+    if mapped:
+        try:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # it has become empty
+            raise ModelFileError(f"{path}: the file shrank while it was opened") from None
+        read = len(memory)
+    else:
+        memory = _core.anonymous(size)
+        _core.advise_huge(memory)
+        file.seek(0)
+        read = file.readinto(memory)
+    if read < size:
+        raise ModelFileError(f"{path}: the file shrank while it was opened")
+    return ModelFile(path, memory, header, data_start, mapped)
 
 
 def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:

@@ -1,4 +1,4 @@
-"""Writing of model files: streamed under a temporary name, read back, then renamed."""
+"""Writing of model files: streamed to a file without a name, read back, then named."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import IO, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kvrun.errors import ModelFileError
 from kvrun.files.description import ModelDescription
@@ -21,100 +19,14 @@ from kvrun.files.model_file import (
     ModelFile,
     Progress,
     header_checksum,
-    read_model_file,
+    open_model,
     tensor_sizes,
 )
-
-
-class SafeFile:
-    """A file that is written under a temporary name in the same folder; a context manager.
-
-    `commit` gives it its final name; leaving the block without that removes the file. `nbytes` is the size it will
-    have. Raises ModelFileError if it cannot be written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], nbytes: int) -> None:
-        self.path = os.fspath(path)
-        self._target = check_output(self.path, nbytes)
-        self._temporary: str | None = None
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Any:
-        # Nothing may come between opening the file and being able to remove it, not even a signal.
-        try:
-            with self._reported():
-                self._open_temporary()
-            self._begin()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._temporary is None:
-            return
-        try:
-            if self._file is not None:
-                self._file.close()
-        except OSError:  # what was still buffered does not fit on the disk; the file is removed anyway
-            pass
-        with suppress(FileNotFoundError):
-            os.unlink(self._temporary)
-        self._temporary = None
-
-    @property
-    def _open(self) -> IO[bytes]:
-        """The file, which is there within the block."""
-        assert self._file is not None
-        return self._file
-
-    def put(self, data: Any, at: int | None = None) -> None:
-        """Write a buffer at an offset, or after what was written last."""
-        with self._reported():
-            if at is not None:
-                self._open.seek(at)
-            self._open.write(data)
-
-    def commit(self) -> None:
-        """Flush to disk and rename."""
-        self._to_disk()
-        self._rename()
-
-    def _begin(self) -> None:
-        """Called when the file is open, for a subclass to write something first."""
-
-    def _to_disk(self) -> None:
-        with self._reported():
-            self._open.flush()
-            os.fsync(self._open.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that reading back reads from the disk and not from the page cache
-                os.posix_fadvise(self._open.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._open.close()
-
-    def _rename(self) -> None:
-        assert self._temporary is not None
-        with self._reported():
-            os.replace(self._temporary, self._target)
-            self._temporary = None
-            _sync_folder(os.path.dirname(self._target))
-
-    def _open_temporary(self) -> None:
-        folder, name = os.path.split(self._target)
-        self._temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
-        # Not tempfile: its files are private, and a model file should have the permissions of any new file.
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "r+b", buffering=1 << 20)
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ModelFileError(f"{self.path}: cannot write: {error.strerror or error}") from None
+from kvrun.files.safe_file import SafeFile
 
 
 class ModelFileWriter(SafeFile):
-    """Writes a model file, streaming, under a temporary name in the same folder; a context manager.
+    """Writes a model file, streaming; a context manager.
 
         with ModelFileWriter(path, description, types, tokenizer_info=info, tokenizer=data, ...) as writer:
             for name in description.tensor_shapes():
@@ -123,7 +35,7 @@ class ModelFileWriter(SafeFile):
 
     `types` gives the weight type of every matrix. Every tensor is written once, in any order. `finish`
     flushes to disk, reads the file back against its checksums and only then gives it its name. Leaving the
-    block without `finish` removes the temporary file. Raises ModelFileError if the file cannot be written.
+    block without `finish` leaves nothing. Raises ModelFileError if the file cannot be written.
     """
 
     def __init__(
@@ -195,11 +107,9 @@ class ModelFileWriter(SafeFile):
             raise ValueError(f"tensor {missing[0]} was not written")
         self.put(self._header(), at=0)
         self._to_disk()
-        assert self._temporary is not None
-        model = read_model_file(self._temporary)
+        model = open_model(self.path, self._open)
         model.verify(progress)
-        self._rename()
-        model.path = self.path
+        self._name()
         return model
 
     def _weights_json(self) -> str:
@@ -236,46 +146,6 @@ def header_bytes(path: str, entries: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def check_output(path: str | os.PathLike[str], nbytes: int = 0) -> str:
-    """The real path to write to. Raises ModelFileError if a file of `nbytes` cannot be created there."""
-    path = os.fspath(path)
-    try:
-        target = os.path.realpath(path)
-        if os.path.isdir(target) or path.endswith(os.sep):
-            raise ModelFileError(f"{path}: cannot write: it is a folder; give the name of a file in it")
-        # Renaming over a device or a pipe would remove it.
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise ModelFileError(f"{path}: cannot write: it exists and is not a regular file")
-        folder = os.path.dirname(target)
-        if not os.path.isdir(folder):
-            raise ModelFileError(f"{path}: cannot write: there is no folder {os.path.dirname(path)}")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ModelFileError(f"{path}: cannot write: no permission in folder {folder}")
-        disk = shutil.disk_usage(folder)
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path!r}: cannot write: {error}") from None
-    if disk.total and disk.free < nbytes:
-        raise ModelFileError(
-            f"{path}: cannot write: No space left on device "
-            f"({nbytes / 1e6:.1f} MB needed, {disk.free / 1e6:.1f} MB free)"
-        )
-    return target
-
-
 def dumps(value: Any) -> str:
     """Compact JSON, as headers contain it."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename durable where the system can sync a folder."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)

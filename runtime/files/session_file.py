@@ -18,8 +18,9 @@ import numpy as np
 from kvrun.errors import KvrunError, ModelFileError
 from kvrun.files.description import strict_json
 from kvrun.files.model_file import MAX_HEADER, header_checksum
-from kvrun.files.model_writer import SafeFile, dumps, header_bytes
+from kvrun.files.model_writer import dumps, header_bytes
 from kvrun.files.regular import open_regular
+from kvrun.files.safe_file import SafeFile
 from kvrun.options import CacheOptions
 from kvrun.text.templates import check_messages
 
@@ -57,7 +58,8 @@ class SavedSession:
 
 
 def write_session_file(path: str | os.PathLike[str], saved: SavedSession) -> None:
-    """Write under a temporary name, flush to disk, rename. Raises ModelFileError if the file cannot be written."""
+    """Write the file whole or not at all (`SafeFile`): the owner's alone, unless it replaces one that others may read.
+    Raises ModelFileError if it cannot be written."""
     tensors = {"kv": saved.kv, "tokens": saved.tokens, "logits": saved.logits}
     arrays = {
         name: np.ascontiguousarray(value, _NUMPY[_DTYPES[name]]) for name, value in tensors.items() if value is not None
@@ -73,7 +75,7 @@ def write_session_file(path: str | os.PathLike[str], saved: SavedSession) -> Non
     metadata["header_checksum"] = header_checksum(metadata)
     sizes = {name: len(array) for name, array in arrays.items()}
     header = header_bytes(os.fspath(path), {"__metadata__": metadata, **_entries(sizes)})
-    with SafeFile(path, len(header) + sum(array.nbytes for array in arrays.values())) as file:
+    with SafeFile(path, len(header) + sum(array.nbytes for array in arrays.values()), private=True) as file:
         file.put(header)
         for array in arrays.values():
             file.put(array)

@@ -337,7 +337,7 @@ def test_nothing_is_left_of_an_interrupted_write(tmp_path):
     for fault in (KeyboardInterrupt, ValueError, SystemExit):
         with pytest.raises(fault), open_writer(tmp_path / "model.bin") as writer:
             writer.write("embed.weight", [_core.pack("f32", values()["embed.weight"])])
-            assert len(leftovers(tmp_path)) == 2
+            assert leftovers(tmp_path) == ["model.bin"]
             raise fault
         assert leftovers(tmp_path) == ["model.bin"] and (tmp_path / "model.bin").read_bytes() == b"older"
 
