@@ -350,7 +350,7 @@ class _Metadata:
             **dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"), (*token, False)),
             "added_tokens": (*table, True),
             "legacy": (*flag, True),
-            **dict.fromkeys(("visible", "lstrip", "rstrip"), (*ids, True)),
+            **dict.fromkeys(("visible", "lstrip", "rstrip", "single_word"), (*ids, True)),
         }
 
     def _stop_ids(self) -> list[int]:
