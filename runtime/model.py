@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from kvrun import _core
 from kvrun.errors import KvrunError, ModelFileError, OptionError, TokenizerError
 from kvrun.files.model_file import ModelFile, read_model_file
-from kvrun.options import CacheKeywords, GenerateKeywords, LoadKeywords, declared, documented, resolve
+from kvrun.options import (
+    DEFAULT_KV,
+    CacheKeywords,
+    GenerateKeywords,
+    LoadKeywords,
+    declared,
+    documented,
+    path_text,
+    resolve,
+)
 from kvrun.session import Session
 
 if TYPE_CHECKING:
@@ -44,16 +53,25 @@ def load(
     start, rather than as they are first used.
     `device` "cuda": run on an NVIDIA GPU, which takes a copy of the weights and has the caches; `device_memory`: most
     bytes of its memory to use (docs/cuda.md).
-    ModelFileError if the file cannot be used, OptionError if `threads` is not a positive integer, or the device is not
+    ModelFileError if the file cannot be used, OptionError for an option that cannot be used, or a device that is not
     there or too small, MemoryError.
     """
-    values = resolve(LoadKeywords, {"threads": threads, "device": device, "device_memory": device_memory})
+    given = {
+        "threads": threads,
+        "precise": precise,
+        "mmap": mmap,
+        "prefault": prefault,
+        "device": device,
+        "device_memory": device_memory,
+    }
+    values = resolve(LoadKeywords, given)
+    path = path_text("path", path)
     gpu = _open_device(values["device"], values["device_memory"])
     count = values["threads"] or _core.max_threads()
-    file = read_model_file(path, mapped=mmap)
-    if prefault:
+    file = read_model_file(path, mapped=values["mmap"])
+    if values["prefault"]:
         file.prefault()
-    return Model(file, count, precise, prefault, gpu)
+    return Model(file, count, values["precise"], values["prefault"], gpu)
 
 
 def _open_device(name: str, limit: int | None) -> CudaDevice | None:
@@ -100,7 +118,7 @@ class Model:
 
     def session(
         self,
-        kv: str = "f16",
+        kv: str = DEFAULT_KV,
         kv_k: str | None = None,
         kv_v: str | None = None,
         ctx: int | None = None,
@@ -118,15 +136,17 @@ class Model:
     def restore(self, path: str | os.PathLike[str]) -> Session:
         """A session that goes on from a file of `Session.save`, with the cache options it was saved with.
 
-        ModelFileError if the file is damaged, or was saved with another model or version of the format.
+        ModelFileError if the file is damaged, or was saved with another model or version of the format, OptionError
+        if `path` is no path.
         """
         from kvrun.files.session_file import read_session_file
 
+        path = path_text("path", path)
         saved = read_session_file(path, self.file.fingerprint, self.vocab_size)
         try:
             return Session.from_saved(self, saved)
         except (OptionError, ValueError) as error:
-            raise ModelFileError(f"{os.fspath(path)}: this session cannot be restored: {error}") from None
+            raise ModelFileError(f"{path}: this session cannot be restored: {error}") from None
 
     @documented(GenerateKeywords, max_tokens=512)
     def generate(self, prompt: str | Sequence[Any], **options: Unpack[GenerateKeywords]) -> str:

@@ -5,9 +5,12 @@ of the commands with its help, the sampler's keyword, and the default that a mod
 is one line in `SamplingKeywords`, and its arithmetic in the core's sampler.
 """
 
+import decimal
 import inspect
 import math
+import numbers
 import operator
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +23,10 @@ from kvrun.errors import OptionError
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-MAX_SEED = 2**64 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+DEFAULT_KV = "q8"
+"""Format of a cache where none is given: no measure tells its answers from those of f16, and it is half as large and
+faster (docs/figures.md)."""
 DEFAULT_CTX = 8192
 MAX_CTX = 2**31 - 1
 WINDOW, WINDOW_Q2 = 64, 128
@@ -42,8 +48,9 @@ class Option:
     """One option. `default`: its value where none is given, or None is.
 
     `help` says what it is, or of a switch what turning it from its default does. `low`, itself excluded with `above`,
-    and `high` limit a number, `choices` a text. `stated`: the default in words. `saved`: a model file may have a
-    default of its own. `short`: the command's other name for it. `name` and `kind` come from the declaration.
+    and `high` limit a number, `choices` a text; `several` texts are a list. `stated`: the default in words. `saved`: a
+    model file may have a default of its own. `short`: the command's other name for it. `name` and `kind` come from the
+    declaration.
     """
 
     default: Any
@@ -52,6 +59,7 @@ class Option:
     high: int | None = None
     above: bool = False
     choices: tuple[str, ...] | None = None
+    several: bool = False
     stated: str | None = None
     saved: Saved | None = None
     short: str | None = None
@@ -59,15 +67,21 @@ class Option:
     kind: type = str
 
     def check(self, value: Any) -> Any:
-        """The value as `kind`. OptionError, naming the option, for one that is no number or beyond the limits."""
+        """The value as `kind`. OptionError, naming the option, for one of another kind or beyond the limits."""
         if value is None and self.default is None:
             return None
         if self.kind is int:
             return integer(self.name, value, self.low, self.high)
         if self.kind is float:
             return number(self.name, value, self.low, self.high, self.above)
+        if self.kind is bool:
+            return switch(self.name, value)
+        if self.several:
+            return texts(self.name, value)
+        if not isinstance(value, str):
+            raise OptionError(f"{self.name}: must be text, not {shown(value)}")
         if self.choices and value not in self.choices:
-            raise OptionError(f"{self.name}: {value!r} is not one of {', '.join(self.choices)}")
+            raise OptionError(f"{self.name}: {shown(value)} is not one of {', '.join(self.choices)}")
         return value
 
     @property
@@ -81,7 +95,9 @@ class Option:
 class SamplingKeywords(TypedDict, total=False):
     """How the next token is chosen: the keywords of the core's `Sampler`."""
 
-    seed: Annotated[int | None, Option(None, "same seed, same text", 0, MAX_SEED, stated="random")]
+    seed: Annotated[
+        int | None, Option(None, "same seed, same text; below 0: random", MIN_SEED, MAX_SEED, stated="random")
+    ]
     temperature: Annotated[
         float | None,
         Option(0.8, "0 takes the likeliest token", 0, saved=Saved("temperature", "general.sampling.temp")),
@@ -117,7 +133,7 @@ class AnswerKeywords(TypedDict, total=False):
     """What is made of a prompt, and where its answer ends."""
 
     max_tokens: Annotated[int, Option(-1, "most tokens; -1: no limit", -1, short="-n")]
-    stop: Annotated[str | Iterable[str], Option((), "end before this text; repeatable")]
+    stop: Annotated[str | Iterable[str], Option((), "end before this text; repeatable", several=True)]
     ignore_eos: Annotated[bool, Option(False, "go on where the model would end")]
     raw: Annotated[bool, Option(False, "go on from the text as it is, without the model's chat template")]
     think: Annotated[bool, Option(True, "tell the model to answer without thinking, if its template can")]
@@ -126,7 +142,7 @@ class AnswerKeywords(TypedDict, total=False):
 class CacheKeywords(TypedDict, total=False):
     """A session's key/value cache."""
 
-    kv: Annotated[str, Option("f16", "format of the key/value cache")]
+    kv: Annotated[str, Option(DEFAULT_KV, "format of the key/value cache")]
     kv_k: Annotated[str | None, Option(None, "format of the keys, if another")]
     kv_v: Annotated[str | None, Option(None, "format of the values, if another")]
     ctx: Annotated[
@@ -187,8 +203,13 @@ def resolve(group: type, given: Mapping[str, Any], defaults: Mapping[str, Any] |
         if name not in options:
             raise TypeError(f"{name!r} is not an option; there is {', '.join(options)}")
     values = {name: option.default for name, option in options.items()}
-    for source in (defaults or {}, given):
-        values.update((name, value) for name, value in source.items() if value is not None)
+    for name, value in (defaults or {}).items():
+        try:
+            values[name] = options[name].check(value)
+        except OptionError as error:
+            if given.get(name) is None:
+                raise OptionError(f"{error}; this is the model file's own default: give another value") from None
+    values.update((name, value) for name, value in given.items() if value is not None)
     return {name: option.check(values[name]) for name, option in options.items()}
 
 
@@ -246,7 +267,7 @@ class CacheOptions:
         for name, value in (("kv", kv), ("kv_k", k), ("kv_v", v)):
             if not isinstance(value, str) or value not in _core.KV_FORMATS:
                 known = ", ".join(sorted(_core.KV_FORMATS))
-                raise OptionError(f"{name}: there is no cache format {value!r}; there is {known}")
+                raise OptionError(f"{name}: there is no cache format {shown(value)}; there is {known}")
         if window is None:  # q2 gains most from a longer one
             window = WINDOW_Q2 if "q2" in (k, v) else WINDOW
         least = least_ctx(sinks, window)
@@ -270,28 +291,76 @@ def least_ctx(sinks: int, window: int) -> int:
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int, between `low` and `high`; OptionError naming the option otherwise."""
+    plain = _plain(value)
     try:
-        if isinstance(value, bool):
+        if isinstance(plain, bool):
             raise TypeError
-        whole = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+        whole = int(plain) if isinstance(plain, float) and plain.is_integer() else operator.index(plain)
     except TypeError:
-        raise OptionError(f"{name}: must be a whole number, not {value!r}") from None
+        raise OptionError(f"{name}: must be a whole number, not {shown(value)}") from None
     _check_range(name, whole, low, high, above=False)
     return whole
 
 
 def number(name: str, value: Any, low: float | None = None, high: float | None = None, above: bool = False) -> float:
     """`value` as a finite float between `low` (excluded with `above`) and `high`; OptionError otherwise."""
+    plain = _plain(value)
     try:
-        if isinstance(value, (bool, str, bytes)):
+        if isinstance(plain, bool) or not isinstance(plain, (numbers.Real, decimal.Decimal)):
             raise TypeError
-        real = float(value)
+        real = float(plain)
     except (TypeError, ValueError, OverflowError):
-        raise OptionError(f"{name}: must be a number, not {value!r}") from None
+        raise OptionError(f"{name}: must be a number, not {shown(value)}") from None
     if not math.isfinite(real):
         raise OptionError(f"{name}: must be a finite number, not {real}")
     _check_range(name, real, low, high, above)
     return real
+
+
+def switch(name: str, value: Any) -> bool:
+    """`value` if it is True or False; OptionError otherwise."""
+    plain = _plain(value)
+    if not isinstance(plain, bool):
+        raise OptionError(f"{name}: must be True or False, not {shown(value)}")
+    return plain
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """`value`, one text or several, as a list; OptionError if it is anything else, or a text is empty."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        raise OptionError(f"{name}: must be text or a list of texts, not {shown(value)}")
+    found = list(value)
+    for text in found:
+        if not isinstance(text, str) or not text:
+            raise OptionError(f"{name}: a stop string must be text of at least one character, not {shown(text)}")
+    return found
+
+
+def path_text(name: str, value: Any) -> str:
+    """A path as text; OptionError if `value` is none."""
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise OptionError(f"{name}: must be the path of a file, not {shown(value)}") from None
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever a stranger's class, or an int of a million digits, has against it
+        text = f"a value of {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy, or of a library like it, as Python's own."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def _check_range(name: str, value: float, low: float | None, high: float | None, above: bool) -> None:
@@ -302,4 +371,4 @@ def _check_range(name: str, value: float, low: float | None, high: float | None,
         limits.append(f"more than {low}" if above else f"at least {low}")
     if high is not None:
         limits.append(f"at most {high}")
-    raise OptionError(f"{name}: must be {' and '.join(limits)}, not {value}")
+    raise OptionError(f"{name}: must be {' and '.join(limits)}, not {shown(value)}")

@@ -22,6 +22,7 @@ from kvrun.options import (
     declared,
     documented,
     integer,
+    path_text,
     resolve,
 )
 from kvrun.text.streaming import StopStrings
@@ -39,13 +40,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stats:
-    """Counts and seconds of one `stream`; time spent by the caller between two pieces is not in them."""
+    """Counts and seconds of one `stream`; time spent by the caller between two pieces is not in them.
+
+    `prompt_overflow`, as soon as `stream` has returned: tokens of the prompt (of messages: of what is not in the
+    session yet) that the cache has no room for, so that the answer is made without them. `evicted_tokens`: those of the
+    whole text that are more than the cache keeps, at first those that it will be with the prompt. The oldest go, after
+    the sinks, and in tiles: up to 63 may be there still. Layers with a sliding window do not count. `seed`: that of the
+    answer's random numbers, None where there are none (`temperature` 0).
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     answer_tokens: int = 0
+    prompt_overflow: int = 0
+    evicted_tokens: int = 0
+    seed: int | None = None
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -94,6 +105,8 @@ class Session:
         self.model = model
         self.cache = CacheOptions.resolve(model.description.usual_context, **cache)
         self._kv: Cache = new_cache(model.engine, self.cache, model.prefault)
+        # What a sliding window leaves behind it would not show in any case.
+        self._can_outgrow = any(not 0 < window <= self.cache.ctx for window in model.engine.sliding_windows)
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False
@@ -178,11 +191,12 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write text, cache and conversation to a file that `Model.restore` goes on from, exactly.
 
-        ModelFileError when it cannot be written, KvrunError when `messages` hold what JSON cannot; a file of
-        that name is then as it was.
+        ModelFileError when it cannot be written, OptionError when `path` is no path, KvrunError when `messages` hold
+        what JSON cannot; a file of that name is then as it was.
         """
         from kvrun.files.session_file import SavedSession, write_session_file
 
+        path = path_text("path", path)
         self._end_running()
         text, fed = self._text, self._kv.n_tokens
         saved = SavedSession(
@@ -259,13 +273,16 @@ class Session:
         (OptionError for others). Sampling options that are not given are the model file's defaults, if it has any.
 
         Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
-        interrupting it keeps in the session what was shown. A new stream ends the one before.
+        interrupting it keeps in the session what was shown. A new stream ends the one before. `stats` says at once
+        whether the prompt fits into the cache.
         """
         values = resolve(StreamKeywords, options, self.model.file.sampling)
         stops, limit = StopStrings(values["stop"]), values["max_tokens"]
         self._end_running()
         turn = self._turn(prompt, values["raw"], values["think"])
         self.answer_begins_thinking = turn.chat is not None and opens_thinking(turn.chat.rendered)
+        total = len(turn.ids) + (0 if turn.fresh else self.n_tokens)
+        self.stats = Stats(prompt_overflow=self._beyond(len(turn.ids)), evicted_tokens=self._beyond(total))
         if limit:
             _ = self.model.tokenizer  # a model without one should say so now
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
@@ -312,6 +329,10 @@ class Session:
         ids = self.model.tokenizer.encode_escaped(rest, continued=not fresh and bool(known))
         return self._something(_Turn(ids, fresh, _Conversation(messages, text)))
 
+    def _beyond(self, n_tokens: int) -> int:
+        """Of so many tokens, those that the cache has no room for."""
+        return max(0, n_tokens - self.cache.ctx) if self._can_outgrow else 0
+
     def _template(self) -> ChatTemplate:
         if self.model.chat is None:
             raise OptionError("the model has no chat template: give the prompt as text, not as messages")
@@ -323,7 +344,6 @@ class Session:
         self, turn: _Turn, values: Mapping[str, Any], limit: int, stops: StopStrings, stop_ids: frozenset[int]
     ) -> Generator[str, None, None]:
         self._text.rendered = None  # not known again before the end, so that an interruption in between does no harm
-        self.stats = Stats()
         new = turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids
         self._text.append(new)
         if turn.chat is not None:
@@ -370,8 +390,9 @@ class Session:
 
     def _sampler(self, values: Mapping[str, Any]) -> _core.Sampler:
         options = {name: values[name] for name in declared(SamplingKeywords)}
-        if options["seed"] is None:
-            options["seed"] = int.from_bytes(os.urandom(8), "little")
+        if options["seed"] is None or options["seed"] < 0:
+            options["seed"] = int.from_bytes(os.urandom(4), "little")
+        self.stats.seed = options["seed"] if options["temperature"] else None
         sampler = _core.Sampler(**options)
         if sampler.repeat_penalty != 1:
             for token in self._text.recent():
@@ -436,6 +457,7 @@ class Session:
             seconds = time.perf_counter() - began
             if logits is not None:
                 self._logits = (self._kv.n_tokens, logits)
+            self.stats.evicted_tokens = max(self.stats.evicted_tokens, self._beyond(self._kv.n_tokens))
             if prompt:
                 self.stats.prompt_tokens += len(chunk)
                 self.stats.prompt_seconds += seconds

@@ -249,7 +249,9 @@ class Answers:
             turn = [{"role": "system", "content": self._system}, {"role": "user", "content": prompt}]
         stream, complete = None, False
         try:
+            before = self.session.n_tokens
             stream = self.session.stream(turn, **self._options)
+            self._warn(before)
             if not self.plain:
                 self._out.expect_thinking(self.session.answer_begins_thinking)
             for piece in stream:
@@ -263,6 +265,22 @@ class Answers:
             self._report()
         return complete
 
+    def _warn(self, before: int) -> None:
+        """Say that the answer will be made without some of the text: each time of a prompt, once of a conversation."""
+        session, stats = self.session, self.session.stats
+        ctx, sinks = session.cache.ctx, session.cache.sinks
+        after = f" after the first {sinks}" if sinks else ""
+        rest = f"the oldest {{}}{after} are left out of it; a larger --ctx keeps more"
+        if stats.prompt_overflow:
+            size, dropped = stats.prompt_overflow + ctx, stats.prompt_overflow
+            _note(f"the prompt has {size:,} tokens, the cache keeps {ctx:,}: " + rest.format(f"{dropped:,}"))
+        elif stats.evicted_tokens and before <= ctx:
+            size, dropped = stats.evicted_tokens + ctx, stats.evicted_tokens
+            _note(
+                f"the text has {size:,} tokens with this prompt, the cache keeps {ctx:,}: "
+                + rest.format(f"{dropped:,}")
+            )
+
     def _report(self) -> None:
         session, stats = self.session, self.session.stats
         parts = [
@@ -270,9 +288,15 @@ class Answers:
             f"answer {_rate(stats.answer_tokens, stats.decode_tokens_per_second)}",
             f"KV cache {session.kv_bytes / 1e6:.1f} MB",
         ]
-        if session.n_tokens > session.cache.ctx:
+        if stats.seed is not None and (self._options["seed"] is None or self._options["seed"] < 0):
+            parts.append(f"seed {stats.seed}")
+        if stats.evicted_tokens:
             parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
         print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)
+
+
+def _note(text: str) -> None:
+    print("kvrun:", text, file=sys.stderr, flush=True)
 
 
 def _rate(tokens: int, speed: float) -> str:

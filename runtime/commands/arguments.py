@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from kvrun.errors import OptionError
-from kvrun.options import CacheKeywords, LoadKeywords, Option, declared, number
+from kvrun.options import CacheKeywords, LoadKeywords, Option, declared, number, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +39,7 @@ def whole(name: str) -> dict[str, Any]:
         try:
             return int(text)
         except ValueError:
-            raise OptionError(f"{name}: must be a whole number, not {text!r}") from None
+            raise OptionError(f"{name}: must be a whole number, not {shown(text)}") from None
 
     return {"metavar": "N", "type": convert}
 
@@ -49,9 +51,28 @@ def real(name: str) -> dict[str, Any]:
         try:
             return float(text)
         except ValueError:
-            raise OptionError(f"{name}: must be a number, not {text!r}") from None
+            raise OptionError(f"{name}: must be a number, not {shown(text)}") from None
 
     return {"metavar": "X", "type": convert}
+
+
+def several(name: str, type: Callable[[str], Any] = str, **more: Any) -> dict[str, Any]:
+    """Arguments of add_argument for values with spaces or commas between them, each made by `type` and, where these are
+    given, one of `choices`; `more`: other arguments."""
+    choices = more.pop("choices", None)
+
+    class Extend(argparse.Action):
+        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+            text = values if isinstance(values, str) else " ".join(values)
+            items = re.split(r"\s*,\s*|\s+", text.strip())
+            if "" in items:
+                raise OptionError(f"{name}: a value is missing in {shown(text)}")
+            for item in items:
+                if choices is not None and item not in choices:
+                    raise argparse.ArgumentError(self, f"{shown(item)} is not one of {', '.join(choices)}")
+            setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), *map(type, items)])
+
+    return {"nargs": "+", "action": Extend, **more}
 
 
 # --- declared options --------------------------------------------------------------------------------

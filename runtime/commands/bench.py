@@ -16,6 +16,7 @@ from kvrun.commands.arguments import (
     add_option,
     default_model,
     load_options,
+    several,
     whole,
 )
 from kvrun.commands.progress import announced_steps
@@ -48,26 +49,26 @@ and cache) times speed, as a share of the memory's read bandwidth measured in th
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("kvrun bench", _DESCRIPTION)
     add = parser.add_argument
-    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add("model", metavar="MODEL", nargs="?", help="model file; without it, the small default model")
-    add("--test", choices=(*TESTS, "all"), action="append", help="repeatable (prefill and decode)")
+    add(
+        "--test",
+        **several("test", choices=(*TESTS, "all"), nargs=None, metavar="TEST"),
+        help=f"{', '.join(TESTS)} or all; repeatable (prefill and decode)",
+    )
     add(
         "--depth",
-        **whole("depth"),
-        **several,
+        **several("depth", **whole("depth")),
         help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)",
     )
-    add("--prefill", **whole("prefill"), **several, help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
+    add("--prefill", **several("prefill", **whole("prefill")), help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
     add(
         "--kv",
-        metavar="FORMAT",
-        **several,
+        **several("kv", metavar="FORMAT"),
         help=f"cache formats, K/V for a pair ({_list(default_formats())})",
     )
     add(
         "--shape",
-        metavar="SHAPE",
-        **several,
+        **several("shape", metavar="SHAPE"),
         help="attention of one layer of another model: HEADS/KV_HEADS/HEAD_DIM, such as 32/8/128",
     )
     add(

@@ -16,6 +16,7 @@ from kvrun.commands.arguments import (
     add_load_option,
     add_option,
     load_options,
+    several,
     utf8,
     whole,
 )
@@ -48,9 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text", metavar="FILE", required=True, help="UTF-8 text to measure on")
     add(
         "--kv",
-        metavar="FORMAT",
-        nargs="+",
-        action="extend",
+        **several("kv", metavar="FORMAT"),
         help=f"cache formats, K/V for a pair ({' '.join(default_formats())})",
     )
     add("--ctx", **whole("ctx"), help="tokens of a chunk (2048, or the model's context length if less)")

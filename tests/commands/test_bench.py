@@ -11,7 +11,7 @@ import pytest
 
 from kvrun import _core
 from kvrun._core import bench as core
-from kvrun.commands import bench
+from kvrun.commands import bench, perplexity
 from kvrun.commands import main as cli
 from kvrun.files.model_file import read_model_file
 from kvrun.measure import speed
@@ -302,6 +302,12 @@ def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
         (["--runs", "0"], ["runs", "at least 1"]),
         (["--kv", "q3"], ["'q3'", "f16"]),
         (["--kv", "f16/"], ["'f16/'", "K/V"]),
+        (["--kv", "f16,,q4"], ["kv", "missing", "'f16,,q4'"]),
+        (["--kv", "f16,"], ["kv", "missing"]),
+        (["--depth", ",1"], ["depth", "missing"]),
+        (["--depth", ""], ["depth", "missing"]),
+        (["--depth", "1,x"], ["depth", "'x'"]),
+        (["--test", "decode,"], ["test", "missing"]),
         (["--threads", "0"], ["threads", "at least 1"]),
         (["--window", "-1"], ["window", "at least 0"]),
         (["--sinks", "-1"], ["sinks", "at least 0"]),
@@ -324,8 +330,29 @@ def test_more_memory_than_there_is(model, capsys, monkeypatch):
     refused(capsys, model, "--depth", "100000", words=["100000", "GB", "--depth"])
 
 
+def test_several_values_with_commas_or_spaces(capsys):
+    """Wherever there may be several: parsed alike."""
+    given = [
+        ["--kv", "f16", "q4/q2", "--depth", "0", "5", "7", "--prefill", "3", "--test", "decode", "--test", "prefill"],
+        ["--kv", "f16,q4/q2", "--depth", "0,5,7", "--prefill", "3", "--test", "decode,prefill"],
+        ["--kv", "f16,", "q4/q2", "--depth", "0, 5", "7", "--prefill", "3", "--test", "decode, prefill"],
+        ["--kv", "f16", "--kv", "q4/q2", "--depth", "0,5", "--depth", "7", "--prefill", " 3 ", "--test=decode,prefill"],
+    ]
+    parsed = [vars(bench.build_parser().parse_args(["--shape", "8/2/64,32/8/128", *arguments])) for arguments in given]
+    assert all(each == parsed[0] for each in parsed)
+    assert (parsed[0]["kv"], parsed[0]["depth"], parsed[0]["test"]) == (
+        ["f16", "q4/q2"],
+        [0, 5, 7],
+        ["decode", "prefill"],
+    )
+    assert parsed[0]["shape"] == ["8/2/64", "32/8/128"]
+    arguments = ["m", "--text", "t", "--kv", "f16,q4/q2"]
+    assert perplexity.build_parser().parse_args(arguments).kv == ["f16", "q4/q2"]
+
+
 def test_wrong_usage(model, capsys, tmp_path):
-    refused(capsys, model, "--test", "sleep", words=["sleep", "kvrun bench --help"], status=2)
+    for tests in ("sleep", "decode,sleep"):
+        refused(capsys, model, "--test", tests, words=["'sleep'", "prefill", "kvrun bench --help"], status=2)
     refused(capsys, model, "--no-such-option", words=["--no-such-option"], status=2)
     refused(capsys, str(tmp_path / "none.bin"), words=["none.bin"])
     assert cli.main(["bench", "--help"]) == 0

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import subprocess
 
 import pytest
 
@@ -11,7 +12,7 @@ from kvrun.commands import main as cli
 from kvrun.commands.arguments import default_model_path
 from kvrun.commands.output import Output
 from kvrun.version import __version__
-from support.commands import Terminal, command, refused
+from support.commands import KVRUN, Terminal, command, refused
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +109,19 @@ def test_sampling_options_reach_the_session(model, capsys):
 def test_cache_options_reach_the_session(model, capsys):
     sizes = []
     for options in (
+        [],
         ["--kv", "f16"],
-        ["--kv-v", "f32"],
+        ["--kv", "f16", "--kv-v", "f32"],
         ["--kv", "f32"],
-        ["--ctx", "30000"],
-        ["--sinks", "8000"],
-        ["--window", "7000"],
+        ["--kv", "f16", "--ctx", "30000"],
+        ["--kv", "f16", "--sinks", "8000"],
+        ["--kv", "f16", "--window", "7000"],
+        ["--kv", "q8"],
     ):
-        err = called(capsys, model, "-p", "a", "-n", "1", "--ctx", "9000", "--threads", "1", *options)[2]
+        err = called(capsys, model, "-p", "a", "-n", "1", "--seed", "1", "--ctx", "9000", *options)[2]
         sizes.append(float(err.split()[-2]))
-    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] and len(set(sizes)) == 6
+    assert sizes[0] < sizes[1] < sizes[2] < sizes[3] < sizes[4] and len(set(sizes)) == 7
+    assert sizes[0] == sizes[7]
 
 
 def test_stop_strings(model, capsys):
@@ -138,9 +142,47 @@ def test_prompts_that_look_like_options(model, capsys):
     assert called(capsys, "-q", "-p", "a", "--stop", "--", *STEADY, model)[0] == 0
 
 
-def test_more_tokens_than_the_cache_keeps(model, capsys):
-    status, _out, err = called(capsys, model, "-p", "word " * 300, "--ctx", "132", *STEADY)
-    assert status == 0 and "the cache keeps 132]" in err
+def test_a_prompt_that_does_not_fit(model, capsys):
+    """Said before the answer, also without statistics."""
+    ids = kvrun.load(model).tokenize("word " * 300)
+    status, out, err = called(capsys, model, "--raw", "-p", "word " * 300, "--ctx", "132", *STEADY)
+    line = (
+        f"kvrun: the prompt has {len(ids):,} tokens, the cache keeps 132: the oldest {len(ids) - 132:,} after the "
+        "first 4 are left out of it; a larger --ctx keeps more"
+    )
+    first, second = err.splitlines()
+    assert status == 0 and out and first == line and second.endswith("the cache keeps 132]")
+    assert called(capsys, model, "-q", "--raw", "-p", "word " * 300, "--ctx", "132", *STEADY)[2] == line + "\n"
+    assert called(capsys, model, "-q", "--raw", "-p", "word " * 100, *STEADY)[2] == ""
+    with subprocess.Popen(
+        [*KVRUN, model, "--raw", "-p", "word " * 300, "--ctx", "132", "--ignore-eos"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr.readline().decode() == line + "\n"  # of an answer that never ends
+        process.kill()
+
+
+def test_a_conversation_that_outgrows_the_cache(model):
+    """Said once, when a prompt does it."""
+    lines = "".join(f"{'word ' * 10}{i}\n" for i in range(6))
+    status, _out, err = command(model, "-q", "--ctx", "132", "--sinks", "0", *STEADY, stdin=lines.encode())
+    assert status == 0
+    assert re.fullmatch(
+        r"kvrun: the text has \d+ tokens with this prompt, the cache keeps 132: the oldest \d+ are left out of it; "
+        r"a larger --ctx keeps more\n",
+        err,
+    )
+
+
+def test_a_seed_that_is_drawn_is_reported(model, capsys):
+    options = ["-p", "a", "-n", "20", "--ignore-eos"]
+    for seed in (["--seed", "-1"], []):
+        _status, out, err = called(capsys, model, *options, *seed)
+        drawn = re.search(r"; seed (\d+)\]", err)[1]
+        assert called(capsys, model, "-q", *options, "--seed", drawn)[1] == out
+    for seed in (["--seed", "5"], ["--temperature", "0"]):
+        assert "seed" not in called(capsys, model, *options, *seed)[2]
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -217,7 +259,10 @@ def test_prompts_that_cannot_be(model, tmp_path, capsys):
         (["--top-p", "2"], "top_p"),
         (["--min-p", "-1"], "min_p"),
         (["--repeat-penalty", "0"], "repeat_penalty"),
-        (["--seed", "-1"], "seed"),
+        (["--seed", "1.5"], "seed"),
+        (["--seed", str(2**64)], "18446744073709551615"),
+        (["--top-k", str(2**31)], "at most 2147483647, not 2147483648"),
+        (["--top-k", "9" * 5000], "top-k"),
         (["-n", "-2"], "max_tokens"),
         (["-n", "few"], "max-tokens"),
         (["--stop", ""], "stop string"),

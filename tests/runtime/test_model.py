@@ -93,11 +93,20 @@ def test_errors_are_of_one_family():
         kvrun.load("there/is/none.bin")
 
 
-def test_importing_loads_nothing_heavy():
-    heavy = "numpy tokenizers sentencepiece jinja2 rich prompt_toolkit gguf safetensors torch transformers argparse"
-    code = f"import sys, kvrun; print(*(m for m in {heavy.split()} if m in sys.modules)); kvrun.load; import numpy"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "\n"
+def test_what_importing_loads():
+    """Nothing that takes long; with a model, NumPy and the core."""
+    heavy = "tokenizers sentencepiece jinja2 rich prompt_toolkit gguf safetensors torch transformers argparse"
+    code = f"import sys, kvrun; {{}}print(*(m for m in {heavy.split()} if m in sys.modules), 'numpy' in sys.modules)"
+    for first, loaded in ("", "False\n"), ("kvrun.load; ", "True\n"), ("from kvrun import Session; ", "True\n"):
+        done = subprocess.run([sys.executable, "-c", code.format(first)], capture_output=True, text=True, check=True)
+        assert done.stdout == loaded
+
+
+def test_public_names():
+    assert set(kvrun.__all__) <= set(dir(kvrun))
+    assert all(getattr(kvrun, name) is not None for name in kvrun.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = kvrun.lod
 
 
 def test_the_program_in_the_readme(converted, tmp_path, capsys, monkeypatch):

@@ -467,7 +467,7 @@ def test_logits_that_are_no_numbers(model):
         ({"top_p": -0.5}, "top_p"),
         ({"min_p": 2}, "min_p"),
         ({"repeat_penalty": 0}, "repeat_penalty.*more than 0"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"seed": "x"}, "seed"),
         ({"max_tokens": -2}, "max_tokens"),
@@ -503,12 +503,12 @@ def test_cache_options_that_cannot_be(model, options, message):
 
 
 def test_cache_options(model):
-    usual = {"k": "f16", "v": "f16", "ctx": 2048, "sinks": 4, "window": 64, "prefault": False}
+    usual = {"k": "q8", "v": "q8", "ctx": 2048, "sinks": 4, "window": 64, "prefault": False}
     model.session()
     assert model.engine.cache.options == usual
     model.session(kv_v="f32", ctx=500, sinks=0, window=0)
     assert model.engine.cache.options == {
-        "k": "f16",
+        "k": "q8",
         "v": "f32",
         "ctx": 500,
         "sinks": 0,

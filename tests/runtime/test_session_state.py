@@ -506,8 +506,8 @@ def test_the_command_goes_on_where_it_ended(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--kv", "f32"], "--kv-k: the session in .* has f16, not f32; leave the option out"),
-        (["--kv-v", "f32"], "--kv-v: .* has f16"),
+        (["--kv", "f32"], "--kv-k: the session in .* has q8, not f32; leave the option out"),
+        (["--kv-v", "f32"], "--kv-v: .* has q8"),
         (["--ctx", 900], "--ctx: .* has 2048, not 900"),
         (["--sinks", 5], "--sinks: .* has 4"),
         (["--window", 65], "--window: .* has 64"),

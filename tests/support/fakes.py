@@ -40,7 +40,7 @@ class FakeEngine:
     def __init__(self, vocab_size):
         self.vocab_size, self.script, self.fed, self.calls, self.fault = vocab_size, [], [], [], {}
 
-    max_chunk = 512
+    max_chunk, sliding_windows = 512, (0,)
 
     def new_cache(self, **options):
         """`cache` is the last one made."""
