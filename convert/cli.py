@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
             )
     except MemoryError:
         raise ConvertError(f"{args.checkpoint}: not enough memory to convert it") from None
+    for note in result.notes:
+        print("kvrun:", one_line(note), file=sys.stderr)
     if args.verbose or sys.stdout.isatty():
         _print_summary(result)
     return 0
@@ -64,7 +66,6 @@ def _print_summary(result: Any) -> None:
         types[weight.type] = types.get(weight.type, 0) + 1
     lines = [
         f"{model.path}: {model.description.name} ({model.description.architecture})",
-        *result.notes,
         f"{model.nbytes / 1e6:.1f} MB, {result.n_weights / 1e6:.1f} M weights at "
         f"{result.bits_per_weight:.2f} bits: " + ", ".join(f"{count} {name}" for name, count in sorted(types.items())),
         f"read back: all {len(model.tensor_nbytes)} checksums match; {result.seconds:.1f} s",

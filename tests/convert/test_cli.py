@@ -73,18 +73,21 @@ def test_nothing_is_printed_when_piped(hf, tmp_path):
     assert read_model_file(tmp_path / "model.bin", verify=True).weights["embed.weight"].type == "q8_0"
 
 
+NOTE = "kvrun: 2 tensors of type Q5_1 dequantised and stored as q8_0\n"
+
+
 def test_the_summary(tmp_path):
     save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_1"})
     result = run("convert", tmp_path / "m.gguf", "-o", tmp_path / "model.bin", "-v")
-    assert (result.returncode, result.stderr) == (0, "")
-    for text in (
-        "2 tensors of type Q5_1 dequantised and stored as q8_0",
-        "bits",
-        "checksums match",
-        "MB",
-        " s",
-    ):
+    assert (result.returncode, result.stderr) == (0, NOTE)
+    for text in ("model.bin: ", "bits", "checksums match", "MB", " s"):
         assert text in result.stdout
+
+
+def test_what_is_not_as_the_checkpoint_says_is_said_when_piped_too(tmp_path):
+    save_gguf(tmp_path / "m.gguf", {"ffn_up": "Q5_1"})
+    result = run("convert", tmp_path / "m.gguf", "-o", tmp_path / "model.bin", process=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", NOTE)
 
 
 def test_a_terminal_gets_a_bar_and_the_summary(hf, tmp_path):

@@ -170,6 +170,7 @@ def written(tmp_path_factory):
         "visible": [19],
         "lstrip": [19],
         "rstrip": [19],
+        "single_word": [19],
     }
     sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repeat_penalty": 1.1}
     path = tmp_path_factory.mktemp("fields") / "model.bin"
