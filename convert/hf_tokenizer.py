@@ -162,8 +162,10 @@ def _read_sentencepiece(data: bytes, declared: DeclaredTokens) -> _Found:
     new = {number: token for number, token in added.items() if token.special or token.content not in user_defined}
     info["added_tokens"] = {token.content: number for number, token in new.items()}
     info["visible"] = [number for number, token in new.items() if not token.special]
-    for name in ("lstrip", "rstrip", "single_word"):
+    for name in ("lstrip", "rstrip"):
         info[name] = [number for number, token in new.items() if getattr(token, name)]
+    if single := [number for number, token in new.items() if token.single_word]:
+        info["single_word"] = single  # files without it can be read by older versions
     found = _Found(library, data, info, notes)
     found.special = control | found.special
     return found
