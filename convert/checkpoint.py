@@ -12,6 +12,8 @@ from kvrun.convert.views import rows_of
 from kvrun.errors import ConvertError, ModelFileError
 from kvrun.files.description import ModelDescription
 
+_NAMED = ("bos_id", "eos_id", "pad_id", "unk_id")
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -26,16 +28,34 @@ class Vocabulary:
     """One line for each thing that is not as the checkpoint says."""
     ends: tuple[int, ...] = ()
     """Further tokens that end a turn or a text."""
+    size: int = 0
+    """How many tokens the tokenizer has; 0 if that is not known."""
 
     def model_entry(self, vocab_size: int) -> dict[str, Any]:
         """The model file's `tokenizer` entry. Ids beyond the embedding are dropped: no token has them."""
         info: dict[str, Any] = {"kind": self.kind, "add_bos": False, "add_eos": False}
-        info |= dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"))
+        info |= dict.fromkeys(_NAMED)
         info |= self.info
-        for key in ("bos_id", "eos_id", "pad_id", "unk_id"):
+        for key in _NAMED:
             if info[key] is not None and info[key] >= vocab_size:
                 info[key] = None
         return info
+
+    def without_rows(self, vocab_size: int, stop_ids: Iterable[int]) -> list[str]:
+        """One line for each thing that is left out since the embedding has only `vocab_size` rows."""
+        notes = []
+        if self.size > vocab_size:
+            notes.append(
+                f"{self.size - vocab_size} of the tokenizer's {self.size} tokens left out, since the embedding has "
+                f"{vocab_size} rows: their text is made of other tokens"
+            )
+        entry = self.model_entry(vocab_size)
+        named = {key: self.info[key] for key in _NAMED if self.info.get(key) is not None and entry[key] is None}
+        stops = sorted({token for token in stop_ids if token >= vocab_size} - {*named.values()})
+        if named or stops:
+            ids = ", ".join([*(f"{key} {token}" for key, token in named.items()), *map("stop id {}".format, stops)])
+            notes.append(f"left out, since the embedding has {vocab_size} rows: {ids}")
+        return notes
 
     def stops(self) -> list[int]:
         return [*ends_of_turn(self.special), *self.ends]

@@ -7,7 +7,7 @@ too. Which of them are added, and in what order they are numbered, is as in tran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,9 @@ class DeclaredTokens:
         names = {token.content for token in named}
         added = [replace(token, special=token.special or token.content in names) for token in tokens.values()]
         library.add_tokens([token.for_library() for token in added])
-        return self._renumbered(library)
+        return renumbered(
+            library, ((token.content, number) for number, token in self.numbered.items()), self.numbered_by
+        )
 
     def _check_ends(self, library: Tokenizer) -> None:
         """BOS and EOS must be tokens for another reason than that they are called so: a model knows no others."""
@@ -94,17 +96,16 @@ class DeclaredTokens:
                     f"{shown(text)} is no token of this tokenizer; correct it, or remove it to have config.json's id",
                 )
 
-    def _renumbered(self, library: Tokenizer) -> tuple[str, ...]:
-        wrong = [(token.content, number) for number, token in self.numbered.items() if token.content]
-        wrong = [(text, number) for text, number in wrong if library.token_to_id(text) != number]
-        if not wrong:
-            return ()
-        text, number = wrong[0]
-        more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
-        said = f"and not {number} as {self.numbered_by} says{more}"
-        return (
-            f"token {shown(text)} has id {library.token_to_id(text)}, as transformers numbers added tokens, {said}",
-        )
+
+def renumbered(library: Tokenizer, said: Iterable[tuple[str, int]], where: str) -> tuple[str, ...]:
+    """A line about the tokens that have another id than the file `where` says, if there are any."""
+    wrong = [(text, number) for text, number in said if text and library.token_to_id(text) != number]
+    if not wrong:
+        return ()
+    text, number = wrong[0]
+    more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+    said_so = f"and not {number} as {where} says{more}"
+    return (f"token {shown(text)} has id {library.token_to_id(text)}, as transformers numbers added tokens, {said_so}",)
 
 
 def read_declared_tokens(folder: str, settings: Fields) -> DeclaredTokens:

@@ -41,8 +41,8 @@ def _bpe(vocabulary: GgufVocabulary, rules: PreTokenizer, defaults: dict[str, in
         data = text.encode("utf-8")
     except UnicodeEncodeError:
         vocabulary.ggml.fail("tokens", "not valid UTF-8")
-    ends = tuple(vocabulary.ends())
-    return Vocabulary("tokenizer.json", data, info, vocabulary.special(), tuple(vocabulary.notes), ends)
+    ends, notes = tuple(vocabulary.ends()), tuple(vocabulary.notes)
+    return Vocabulary("tokenizer.json", data, info, vocabulary.special(), notes, ends, len(vocabulary))
 
 
 def _pre_tokenizer_name(vocabulary: GgufVocabulary) -> str:

@@ -60,7 +60,8 @@ def sentencepiece(vocabulary: GgufVocabulary, name: str, strips: bool) -> Vocabu
     info |= {"added_tokens": {}, "legacy": True}
     if strips:
         info["rstrip"] = [i for text, i in special.items() if text not in _PHI3_KEEPS]
-    return Vocabulary("tokenizer.model", data, info, special, tuple(vocabulary.notes), tuple(vocabulary.ends()))
+    ends, notes = tuple(vocabulary.ends()), tuple(vocabulary.notes)
+    return Vocabulary("tokenizer.model", data, info, special, notes, ends, len(vocabulary))
 
 
 def _scores(ggml: Fields, size: int) -> list[float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvrun.convert.checkpoint import Vocabulary
-from kvrun.convert.declared_tokens import DeclaredTokens, read_declared_tokens
+from kvrun.convert.declared_tokens import DeclaredTokens, read_declared_tokens, renumbered
 from kvrun.convert.fields import Fields, read_json
 from kvrun.convert.sentencepiece_model import CONTROL, USER_DEFINED
 from kvrun.convert.small_files import read_file
@@ -52,7 +52,8 @@ def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vo
         if kind == "tokenizer.model":
             found.info["legacy"] = settings.flag("legacy", not _is_llama(config, settings))
         _resolve_added(found.info, settings)
-        return Vocabulary(kind, found.data, found.info, found.special, found.notes)
+        size = found.library.get_vocab_size(with_added_tokens=True)
+        return Vocabulary(kind, found.data, found.info, found.special, found.notes, size=size)
     raise ConvertError(
         f"{folder}: neither tokenizer.json nor tokenizer.model; save the tokenizer with transformers: "
         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -98,20 +99,22 @@ def _read_json(data: bytes, declared: DeclaredTokens) -> _Found:
     library = Tokenizer.from_buffer(data)
     library.no_padding()
     library.no_truncation()
+    spec = json.loads(data)
+    said = [(token["content"], token["id"]) for token in spec.get("added_tokens") or []]
+    notes = renumbered(library, said, "tokenizer.json")
     old = {number: repr(token) for number, token in library.get_added_tokens_decoder().items()}
-    notes = _add_declared(library, declared)
+    notes += _add_declared(library, declared)
     added = library.get_added_tokens_decoder()
     if {number: repr(token) for number, token in added.items()} != old:
-        data = _with_added_tokens(data, added)
+        data = _with_added_tokens(spec, added)
     before, after = _around_a_text(library)
     # Which tokens they are is settled later, when the ids of BOS and EOS are known.
     return _Found(library, data, {"before": before, "after": after}, notes)
 
 
-def _with_added_tokens(data: bytes, added: Mapping[int, AddedToken]) -> bytes:
-    """The tokenizer.json with these added tokens; all else is as it was."""
-    spec = json.loads(data)
-    spec["added_tokens"] = [
+def _with_added_tokens(spec: dict[str, Any], added: Mapping[int, AddedToken]) -> bytes:
+    """The parsed tokenizer.json with these added tokens; all else is as it was."""
+    tokens = [
         {
             "id": number,
             "content": token.content,
@@ -123,7 +126,7 @@ def _with_added_tokens(data: bytes, added: Mapping[int, AddedToken]) -> bytes:
         }
         for number, token in sorted(added.items())
     ]
-    return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return json.dumps({**spec, "added_tokens": tokens}, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
 def _around_a_text(library: Tokenizer) -> tuple[list[int], list[int]]:

@@ -174,6 +174,7 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: list[
     )
     return [
         *source.notes,
+        *source.vocabulary.without_rows(source.description.vocab_size, source.stop_ids),
         *(
             f"{_tensors(count)} of type {theirs.upper()} "
             + (

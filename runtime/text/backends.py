@@ -79,8 +79,7 @@ class JsonBackend(_Backend):
         vocab = spec["model"]["vocab"]
         texts = [*vocab, *(t.content for t in added.values() if t.content not in vocab)]
         if len(texts) > most:
-            self._cut(spec, most, {t.content: i for i, t in added.items()})
-            self._from_spec(json.loads(self._data), most)
+            self._from_spec(self._cut(spec, most, {t.content: i for i, t in added.items()}), most)
             return
         self._texts = texts
         self._pruned = PrunedBpe(spec, self._build)
@@ -97,9 +96,11 @@ class JsonBackend(_Backend):
         parts = {part: _state(getattr(main, part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
         self._describe(added, main.get_vocab_size(with_added_tokens=True), parts)
 
-    def _cut(self, spec: dict[str, Any], most: int, added: dict[str, int]) -> None:
+    def _cut(self, spec: dict[str, Any], most: int, added: dict[str, int]) -> dict[str, Any]:
         """Go on with a tokenizer.json that has no tokens from number `most` on."""
-        self._data = json.dumps(without_tokens_from(spec, most, added), ensure_ascii=False).encode("utf-8")
+        spec = without_tokens_from(spec, most, added)
+        self._data = json.dumps(spec, ensure_ascii=False).encode("utf-8")
+        return spec
 
     def _describe(self, added: Mapping[int, Any], size: int, parts: Mapping[str, Any]) -> None:
         self.size = max([size, *(i + 1 for i in added)])
@@ -303,7 +304,8 @@ class SentencePieceBackend(_Backend):
             data = first_pieces(data, most)
             self._model = self._load(data)
         self._data = data
-        size = self._model.get_piece_size()
+        self._rows = most
+        size = min(self._model.get_piece_size(), most)
         added = {text: token for text, token in _added_tokens(info).items() if token < most}
         rules = [_token_ids(info, name) for name in ("lstrip", "rstrip", "single_word")]
         shown = _token_ids(info, "visible") - set(stop_ids)
@@ -357,7 +359,8 @@ class SentencePieceBackend(_Backend):
     def _encode(self, text: str, where: str) -> list[int]:
         prefix = where == START or (where == INNER and self._prefix_inside)
         ids: list[int] = (self._model if prefix else self._unprefixed).encode(text)
-        return ids
+        # Bytes that the library wants to have, but that are no tokens of the model, are unknown.
+        return [token if token < self._rows else self._model.unk_id() for token in ids]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         stream = self.stream(skip_special, True, int)

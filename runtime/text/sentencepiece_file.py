@@ -10,28 +10,33 @@ from collections.abc import Iterator
 
 _PIECE, _TYPE = 1, 3
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # wire types
-_NORMAL = 1
+_NORMAL, _BYTE = 1, 6
 
 
 def piece_types(data: bytes) -> list[int]:
     """The type of each piece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Raises ValueError if
     `data` is damaged."""
-    types: list[int] = []
-    for field, _, value, stop in _fields(data, 0, len(data)):
-        if field == _PIECE:
-            found = [_varint(data, start, stop)[0] for f, _, start, _ in _fields(data, value, stop) if f == _TYPE]
-            types.append(found[-1] if found else _NORMAL)
-    return types
+    return [_type(data, value, stop) for field, _, value, stop in _fields(data, 0, len(data)) if field == _PIECE]
 
 
 def first_pieces(data: bytes, n: int) -> bytes:
-    """The same model with its first `n` pieces only. Raises ValueError if `data` is damaged."""
+    """The same model with its first `n` pieces only, and after them what others are bytes, since the library wants all
+    of these. Raises ValueError if `data` is damaged."""
     out, pieces = bytearray(), 0
-    for field, start, _, stop in _fields(data, 0, len(data)):
+    for field, start, value, stop in _fields(data, 0, len(data)):
         pieces += field == _PIECE
-        if field != _PIECE or pieces <= n:
+        if field != _PIECE or pieces <= n or _type(data, value, stop) == _BYTE:
             out += data[start:stop]
     return bytes(out)
+
+
+def _type(data: bytes, start: int, stop: int) -> int:
+    """The type of the piece in data[start:stop]."""
+    kind = _NORMAL
+    for field, _, value, _ in _fields(data, start, stop):
+        if field == _TYPE:
+            kind = _varint(data, value, stop)[0]
+    return kind
 
 
 def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:

@@ -6,15 +6,19 @@ tests/fixtures/declared_tokens.json has what transformers made of the same folde
 import json
 
 import pytest
+from tokenizers import pre_tokenizers
 
+import kvrun
 from kvrun.convert.fields import read_json
 from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.pipeline import convert
+from kvrun.convert.sentencepiece_model import BYTE_PIECES
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT
 from support.declared_tokens import letters, pieces, write_folder
-from support.make_checkpoint import CONFIG, hf_folder, write_json
+from support.make_checkpoint import CONFIG, hf_folder, save_gguf, tokenizer_json, write_json
 
 FIXTURE = json.loads((ROOT / "tests/fixtures/declared_tokens.json").read_text(encoding="utf-8"))
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -66,6 +70,17 @@ def test_other_ids_than_the_files_say_are_noted(tmp_path, base):
     assert len(vocabulary.notes) == 1
     assert f"'<y>' has id {size}" in vocabulary.notes[0] and "not 298" in vocabulary.notes[0]
     assert "tokenizer_config.json says (and 1 more" in vocabulary.notes[0]
+
+
+def test_an_added_token_of_tokenizer_json_follows_the_others(tmp_path):
+    path = write_folder(tmp_path, "letters", {"tokenizer_config": ENDS})
+    spec = letters()
+    spec["added_tokens"][-1]["id"] = 280
+    write_json(path / "tokenizer.json", spec)
+    vocabulary = read_tokenizer(str(path), read_json(str(path), "config.json"), None)
+    assert Tokenizer(vocabulary.model_entry(300), vocabulary.data, 300).encode("<tool>") == [261]
+    assert len(vocabulary.notes) == 1 and "'<tool>' has id 261" in vocabulary.notes[0]
+    assert "not 280 as" in vocabulary.notes[0] and "tokenizer.json says" in vocabulary.notes[0]
 
 
 def test_a_piece_gets_the_text_that_the_files_give_its_id(tmp_path):
@@ -170,6 +185,59 @@ def test_what_is_no_token_is_refused_by_name(tmp_path, base, file, content, says
     with pytest.raises(ConvertError, match=f"{file}.json: field .*{says}") as error:
         read(tmp_path, base, **{file: content})
     assert "\n" not in str(error.value)
+
+
+# --- more tokens than rows
+
+
+def test_tokens_and_ids_without_a_row_are_left_out_with_a_note(tmp_path):
+    folder = hf_folder(tmp_path / "hf", CONFIG | {"pad_token_id": 40})
+    extra = ["[PAD2]", {"content": "[PAD3]"}]
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": extra, "unk_token": "[PAD3]"}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", {"eos_token_id": [1, 5, 40, 99]})
+    result = convert(folder, tmp_path / "model")
+    assert result.notes == [
+        "2 of the tokenizer's 42 tokens left out, since the embedding has 40 rows: their text is made of other tokens",
+        "left out, since the embedding has 40 rows: pad_id 40, unk_id 40, stop id 99",
+    ]
+    info = result.model.tokenizer_info
+    assert (info["bos_id"], info["eos_id"], info["pad_id"], info["unk_id"]) == (0, 1, None, None)
+    assert result.model.stop_ids == [1, 5]
+    model = kvrun.load(tmp_path / "model", threads=1)
+    plain = tokenizer_json()["model"]["vocab"]
+    assert model.tokenize("[PAD2]A") == [plain[c] for c in "AD2A"]  # it has no other letters
+    session = model.session()
+    for prompt in ("A[PAD2]B", "A[PAD3]", "B"):
+        list(session.stream(prompt, max_tokens=2, raw=True))
+
+
+@pytest.mark.parametrize("form", ["gpt2", "llama"])
+def test_tokens_of_gguf_files_without_a_row(tmp_path, form):
+    """The last two tokens of 264 have no row: a word, and a control token."""
+    if form == "llama":
+        bytes_, words, kind = sorted(BYTE_PIECES), ["\u2581", "t", "h", "th"], 6
+    else:
+        bytes_, words, kind = sorted(pre_tokenizers.ByteLevel.alphabet()), ["ab", "cd", "ef", "th"], 1
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *words, "<|im_end|>"]
+    metadata = {
+        "tokenizer.ggml.model": form,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[kind] * 256, 1, 1, 1, 1, 3],
+        "tokenizer.ggml.scores": [-float(i) for i in range(264)],
+        "tokenizer.ggml.merges": ["a b", "c d", "e f", "t h"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 263,
+    }
+    save_gguf(tmp_path / "m.gguf", metadata=metadata, vocab=262)
+    result = convert(tmp_path / "m.gguf", tmp_path / "model")
+    assert result.notes[-1] == "left out, since the embedding has 262 rows: eos_id 263"
+    assert result.notes[-2].startswith("2 of the tokenizer's 264 tokens left out, since the embedding has 262 rows:")
+    model = kvrun.load(tmp_path / "model", threads=1)
+    for text in ("th", "<|im_end|>"):
+        ids = model.tokenize(text, add_special=False)
+        assert len(ids) > 1 and max(ids) < 262 and model.detokenize(ids).strip() == text
+    list(model.session().stream("a<|im_end|>th", max_tokens=2, raw=True))
 
 
 # --- tokens that end a turn

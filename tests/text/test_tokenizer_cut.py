@@ -101,15 +101,29 @@ def test_sentencepiece_is_the_model_with_fewer_pieces(rows):
     assert sentencepiece.SentencePieceProcessor(model_proto=first_pieces(whole, rows)).get_piece_size() == rows
 
 
+def test_bytes_without_a_row_are_unknown():
+    """SentencePiece wants all 256 or none, so that a model with fewer has the others at its end."""
+    here = sorted(BYTE_PIECES - {"<0xA9>", "<0x0A>"})
+    entries = [("<unk>", 0.0, UNKNOWN), *((byte, 0.0, BYTE) for byte in here), ("x", -1.0, NORMAL)]
+    entries += [("<0x0A>", 0.0, BYTE), ("<0xA9>", 0.0, BYTE)]
+    ours = Tokenizer(
+        {"kind": "tokenizer.model"}, model_bytes(entries, BPE, {"unk": 0}, Normalizer(dummy_prefix=False)), 256
+    )
+    assert ours.vocab_size == 256
+    assert ours.encode("x\u00e9\nx") == [255, 1 + here.index("<0xC3>"), 0, 0, 255]
+
+
 def test_an_added_token_of_sentencepiece_without_a_row_is_text():
     ours = Tokenizer(MODEL | {"added_tokens": {"<x>": 271, "<y>": 272}, "visible": [272]}, pieces(None), 272)
     assert ours.encode("<x>")[-1:] == [271]
     assert 272 not in ours.encode("<y>") and ours.decode(ours.encode("<y>"), skip_special=True) == "<y>"
 
 
-def test_a_vocabulary_without_its_letters_is_refused_in_one_line():
+def test_a_model_without_its_unknown_token_is_refused_in_one_line():
+    data = model_bytes([("a", 0.0, NORMAL), ("b", 0.0, NORMAL), ("<unk>", 0.0, UNKNOWN)], BPE, {}, Normalizer(False))
+    assert Tokenizer(MODEL, data, 3).vocab_size == 3
     with pytest.raises(TokenizerError) as error:
-        Tokenizer(MODEL, pieces(None), 100)
+        Tokenizer(MODEL, data, 2)
     assert "\n" not in str(error.value)
 
 
