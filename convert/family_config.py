@@ -19,13 +19,6 @@ ACTIVATIONS = {
 }
 
 
-def refuse_quantised(config: Fields) -> None:
-    """Raise ConvertError if the config says that the checkpoint is quantised."""
-    for name in ("quantization_config", "compression_config"):
-        if name in config:
-            config.fail(name, "quantised checkpoints are not supported yet; use the original one")
-
-
 def head_dim_of(fields: Fields, name: str, hidden: int, heads: int) -> int:
     if hidden % heads:
         fields.fail(name, f"{heads} does not divide the hidden size {hidden}")

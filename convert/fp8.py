@@ -1,17 +1,21 @@
-"""Checkpoints in fp8: float8_e4m3fn with a factor for each block of a matrix (DeepSeek-V3, Qwen3-FP8)."""
+"""Checkpoints in fp8: float8_e4m3fn times a factor, which a block of a matrix has (DeepSeek-V3, Qwen3-FP8), a row, or
+all of it (Ministral 3)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from kvrun.convert.fields import Fields, shown
+from kvrun.convert.quantised import WHOLE
 from kvrun.convert.tensors import PLAIN, StoredTensor
 from kvrun.errors import ConvertError
 
-_FIELD = "quantization_config"
-_SUFFIX = "_scale_inv"
+_SUFFIXES = ("_scale_inv", "_scale")
+"""What the name of the factors has after that of a matrix; the first is DeepSeek's, and as little an inverse."""
+_OF_INPUTS = (".activation_scale", ".input_scale")
+"""Tensors beside such a matrix: factors of its inputs, which kvrun quantises in its own way."""
 
 
 def _values() -> np.ndarray:
@@ -43,67 +47,47 @@ class Fp8Tensor(StoredTensor):
         if self.row_order:
             size = len(self.row_order)
             rows = rows // size * size + np.array(self.row_order)[rows % size]
-        factors = self.factors.floats(0, self.factors.rows)[(first + rows) // self.block[0]]
+        factors = self.factors.floats(0, self.factors.rows).reshape(-1, -(-self.shape[1] // self.block[1]))
+        factors = factors[(first + rows) // self.block[0]]
         values: np.ndarray = (
             VALUES[self.raw(start, stop)] * np.repeat(factors, self.block[1], axis=1)[:, : self.shape[1]]
         )
         return values
 
 
-def block_shape(config: Fields) -> tuple[int, int] | None:
-    """The block size of an fp8 checkpoint, None if it is not quantised. Raises ConvertError for any other method."""
-    settings = config.get(_FIELD)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method != "fp8":
-        config.fail(_FIELD, f"quant_method {shown(method)} is not supported (fp8 is); use the original checkpoint")
-    if settings.get("fmt", "e4m3") != "e4m3":
-        config.fail(_FIELD, f"fmt {shown(settings['fmt'])} is not supported (e4m3 is)")
-    block = settings.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 1 << 20 for n in block):
-        config.fail(_FIELD, "weight_block_size is not two numbers: only fp8 with factors for blocks is supported")
-    return block[0], block[1]
-
-
-def without_quantization(config: Fields) -> Fields:
-    """The config as it would be if the checkpoint were not quantised."""
-    return config.without(_FIELD)
-
-
 def with_factors(tensors: dict[str, StoredTensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:
-    """fp8 matrices together with their factors, which are tensors of their own: NAME.weight_scale_inv."""
+    """fp8 matrices together with their factors, which are tensors of their own: NAME_scale_inv or NAME_scale. `block`
+    has the rows and columns that one of them is for, unless it is for a row or for the whole matrix."""
     result = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.type != "f8_e4m3":
             continue
         if block is None:
             raise ConvertError(
-                f"{tensor.path}: tensor {name} has type F8_E4M3, but config.json has no {_FIELD} "
+                f"{tensor.path}: tensor {name} has type F8_E4M3, but config.json has no quantization_config "
                 "to say how it is scaled"
             )
-        factors = result.pop(name + _SUFFIX, None)
+        factors = next((result.pop(name + suffix) for suffix in _SUFFIXES if name + suffix in result), None)
         if factors is None:
-            raise ConvertError(f"{tensor.path}: tensor {name}{_SUFFIX} is missing: {name} is in fp8")
+            raise ConvertError(f"{tensor.path}: tensor {name}{_SUFFIXES[0]} is missing: {name} is in fp8")
+        for other in _OF_INPUTS:
+            result.pop(name.removesuffix(".weight") + other, None)
         result[name] = _joined(tensor, factors, block)
     return result
 
 
 def _joined(tensor: StoredTensor, factors: StoredTensor, block: tuple[int, int]) -> Fp8Tensor:
-    shape = tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=False))
-    if len(tensor.shape) != 2 or factors.shape != shape or factors.type not in PLAIN:
-        raise ConvertError(
-            f"{factors.path}: tensor {factors.name} is {factors.type} {list(factors.shape)}, but {tensor.name} "
-            f"{list(tensor.shape)} takes one float for each block of {block[0]} x {block[1]}"
-        )
-    return Fp8Tensor(
-        tensor.name,
-        tensor.path,
-        tensor.offset,
-        tensor.shape,
-        tensor.type,
-        tensor.row_bytes,
-        factors=factors,
-        block=block,
-        start=tensor.offset,
+    if len(tensor.shape) == 2 and 0 not in tensor.shape and factors.type in PLAIN:
+        rows, cols = tensor.shape
+        for height, width in (block, (rows, cols), (1, cols)):
+            height, width = min(height, rows), min(width, cols)
+            grid = (-(-rows // height), -(-cols // width))
+            one_dimension = grid[1] == 1 and factors.shape in ((grid[0],), ()) and grid[0] == math.prod(factors.shape)
+            if factors.shape == grid or one_dimension:
+                values = {f.name: getattr(tensor, f.name) for f in fields(StoredTensor)}
+                return Fp8Tensor(**values, factors=factors, block=(height, width), start=tensor.offset)
+    blocks = f" or each block of {block[0]} x {block[1]}" if block != WHOLE else ""
+    raise ConvertError(
+        f"{factors.path}: tensor {factors.name} is {factors.type} {list(factors.shape)}, but {tensor.name} "
+        f"{list(tensor.shape)} takes one float, or one for each row{blocks}"
     )

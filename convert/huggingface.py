@@ -20,10 +20,11 @@ from kvrun.convert.checkpoint import (
     with_halves_apart,
 )
 from kvrun.convert.families import HF, Family, family_of_config, text_config
-from kvrun.convert.family_config import refuse_other_attention, refuse_quantised
+from kvrun.convert.family_config import refuse_other_attention
 from kvrun.convert.fields import Fields, read_json, shown
-from kvrun.convert.fp8 import block_shape, with_factors, without_quantization
+from kvrun.convert.fp8 import with_factors
 from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.quantised import fp8_block, refuse_packed
 from kvrun.convert.safetensors_file import DTYPES, read_safetensors_header
 from kvrun.convert.sampling import sampling_defaults
 from kvrun.convert.small_files import read_text
@@ -58,14 +59,12 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     config = read_json(folder, "config.json")
     if config is None:
         raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint{_gguf_hint(folder)}")
-    fp8_block = block_shape(config)
-    config = without_quantization(config)
     family, text = family_of_config(config), text_config(config)
-    refuse_quantised(text)
+    block = fp8_block(config, text)
     refuse_other_attention(text)
     name = _model_name(folder)
     description = describe(text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)})
-    stored = with_factors(_read_headers(folder), fp8_block)
+    stored = with_factors(_read_headers(folder), block)
     notes: list[str] = []
     if text is not config:
         stored, notes = _text_only(stored)
@@ -133,6 +132,7 @@ def _read_headers(folder: str) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise ConvertError(f"{path}: tensor {name} is also in {tensors[name].path}")
             tensors[name] = found[name]
+    refuse_packed(folder, tensors)
     return tensors
 
 

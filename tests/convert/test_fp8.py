@@ -160,18 +160,127 @@ def refused(folder, tmp_path, says, config=CONFIG8, tensors=None):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"quant_method": "awq"}, "quantization_config: quant_method 'awq' is not supported"),
         ({}, "quant_method None"),
-        ([], "quant_method None"),
-        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
-        ({"quant_method": "fp8"}, "weight_block_size"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size"),
-        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, "one float for each block of 64 x 128"),
+        ([], "not a JSON object"),
+        ({"quant_method": ["fp8"]}, r"quant_method \['fp8'\]"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 and fmt 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"blocks of \[128, 0\] are not two numbers"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "blocks of 128 are not two numbers"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, "or one for each row or each block of 64 x 128"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "takes one float, or one for each row$"),
         (None, "type F8_E4M3, but config.json has no quantization_config"),
     ],
 )
-def test_other_quantisations_are_refused(folder, tmp_path, settings, says):
+def test_other_settings_are_refused(folder, tmp_path, settings, says):
     refused(folder, tmp_path, says, {**CONFIG8, "quantization_config": settings})
+
+
+FP8_GROUP = {"type": "float", "num_bits": 8, "strategy": "channel", "symmetric": True}
+OTHER_METHODS = {
+    "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "GPTQ": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+    "AutoRound": {"quant_method": "auto-round", "bits": 4},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes,": {"load_in_8bit": True},
+    r"compressed-tensors \('pack-quantized'\)": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": FP8_GROUP | {"type": "int", "num_bits": 4}}},
+    },
+    r"compressed-tensors \('mixed'\)": {
+        "quant_method": "compressed-tensors",
+        "format": "mixed",
+        "config_groups": {"a": {"weights": FP8_GROUP}, "b": {"weights": FP8_GROUP | {"num_bits": 4}}},
+    },
+    r"compressed-tensors \('float-quantized'\)": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"a": {"weights": FP8_GROUP}},
+        "sparsity_config": {"format": "sparse-24-bitmask"},
+    },
+    r"compressed-tensors \(None\)": {"quant_method": "compressed-tensors", "config_groups": [7]},
+    "MLX": {"bits": 4, "group_size": 64, "mode": "affine"},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {}}},
+    "quanto": {"quant_method": "quanto", "weights": "int8"},
+    "HQQ": {"quant_method": "hqq"},
+    "MXFP4": {"quant_method": "mxfp4"},
+    r"NVIDIA ModelOpt \('NVFP4'\)": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "FP-Quant": {"quant_method": "fp_quant"},
+    "ExLlamaV2": {"quant_method": "exl2"},
+    "quant_method 'new'": {"quant_method": "new"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+@pytest.mark.parametrize("where", ["quantization_config", "quantization", "compression_config"])
+def test_other_methods_are_named(folder, tmp_path, name, where):
+    says = (
+        f"field {where}: quantised with {name}.* convert an unquantised checkpoint of the model, or a GGUF file of it$"
+    )
+    config = {key: value for key, value in CONFIG8.items() if key != "quantization_config"}
+    refused(folder, tmp_path, says, {**config, where: OTHER_METHODS[name]})
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("qweight", "GPTQ or AWQ"),
+        ("weight_packed", "compressed-tensors"),
+        ("SCB", "bitsandbytes"),
+        ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        ("W_q", "HQQ"),
+        ("weight._data", "quanto"),
+        ("biases", "MLX"),
+    ],
+)
+def test_methods_are_known_by_their_tensors(folder, tmp_path, name, method):
+    config = {key: value for key, value in CONFIG8.items() if key != "quantization_config"}
+    name = "model.layers.0.mlp.up_proj." + name
+    tensors = checkpoint()[0] | {name: ("I32", np.zeros((3, 1), np.int32))}
+    refused(folder, tmp_path, f"tensor {name}: quantised with {method}, which is not supported", config, tensors)
+
+
+# --- factors of whole matrices and of rows
+
+
+METHODS = {
+    "Ministral 3": ({"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}, "_scale_inv"),
+    "FBGEMM": ({"quant_method": "fbgemm_fp8"}, "_scale"),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": FP8_GROUP}}},
+        "_scale",
+    ),
+    "ModelOpt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "_scale"),
+    "blocks by default": ({"quant_method": "fp8"}, "_scale_inv"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), ("rows",), ("rows", 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_factors_of_matrices_and_of_rows(tmp_path, method, shape, dtype):
+    settings, suffix = METHODS[method]
+    config = {**CONFIG8, "quantization_config": settings}
+    folder = hf_folder(tmp_path / "hf", config)
+    rng = np.random.default_rng(3)
+    numbers = np.array([number(code) for code in range(256)], np.float32)
+    stored, expected = {}, {}
+    for name, a in random_tensors(hf_shapes(config)).items():
+        stored[name], expected[name] = ("F32", a), a
+        if "_proj" not in name:
+            continue
+        codes = rng.choice([c for c in range(256) if c & 127 != 127], a.shape).astype(np.uint8)
+        factors = rng.uniform(1e-4, 3e-3, [len(a) if n == "rows" else n for n in shape]).astype(np.float32)
+        factors = (to_bf16(factors).astype(np.uint32) << 16).view(np.float32).reshape(factors.shape)
+        stored[name] = ("F8_E4M3", codes)
+        stored[name + suffix] = (dtype, factors if dtype == "F32" else to_bf16(factors))
+        # What the inputs are quantised with is not the weights' concern.
+        stored[name.removesuffix("weight") + "activation_scale"] = ("F32", np.ones((), np.float32))
+        stored[name.removesuffix("weight") + "input_scale"] = ("F32", np.ones((), np.float32))
+        expected[name] = numbers[codes] * factors.reshape(-1, 1)
+    save(folder / "model.safetensors", stored)
+    convert(folder, tmp_path / "model.bin", "f32")
+    assert_values(matrices(tmp_path / "model.bin"), expected)
 
 
 def test_damaged_checkpoints_are_refused(folder, tmp_path):
@@ -180,7 +289,7 @@ def test_damaged_checkpoints_are_refused(folder, tmp_path):
     without = {key: value for key, value in stored.items() if key != name + "_scale_inv"}
     refused(folder, tmp_path, f"{name}_scale_inv is missing", tensors=without)
     bad = {**stored, name + "_scale_inv": ("F32", np.ones((3, 1), np.float32))}
-    refused(folder, tmp_path, "takes one float for each block", tensors=bad)
+    refused(folder, tmp_path, "takes one float, or one for each row or each block of 128 x 128$", tensors=bad)
     codes = stored[name][1].copy()
     codes[5, 5] = 0xFF
     refused(folder, tmp_path, "holds NaN", tensors={**stored, name: ("F8_E4M3", codes)})
