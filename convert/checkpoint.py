@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvrun.convert.fields import valid
 from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.token_ids import ends_of_turn
 from kvrun.convert.views import rows_of
@@ -84,7 +85,7 @@ class Checkpoint:
 def describe(where: str, values: Mapping[str, Any]) -> ModelDescription:
     """The description from a family's values. Raises ConvertError, which names the file, if they are contradictory."""
     try:
-        return ModelDescription(**values)
+        return ModelDescription(**{**values, "name": valid(values["name"])})
     except ModelFileError as error:
         raise ConvertError(f"{where}: {error}") from None
 

@@ -21,6 +21,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def valid(text: str) -> str:
+    """A name with ? for what is no Unicode: names of files may be any bytes, and those in a file too."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class Fields:
     """Values under names; `where` (a file) and the name appear in errors. A null value counts as absent."""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvrun import _core
 from kvrun.convert.checkpoint import Checkpoint
+from kvrun.convert.fields import valid
 from kvrun.convert.source import open_checkpoint
 from kvrun.convert.tensors import PLAIN
 from kvrun.convert.transcoding import EXACT
@@ -71,6 +72,8 @@ def convert(
     check_output(output)
     source = open_checkpoint(checkpoint, tokenizer)
     _check_not_source(output, source)
+    if source.chat_template != (source.chat_template and valid(source.chat_template)):
+        raise ConvertError(f"{checkpoint}: its chat template is not valid Unicode")
     types = {
         name: target_type(name, tensor, type, source.description)
         for name, tensor in source.tensors.items()
@@ -109,7 +112,7 @@ def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, s
     found = Counter(source.tensors[name].type for name in types)
     info: dict[str, Any] = {
         "form": source.form,
-        "name": os.path.basename(os.path.abspath(checkpoint)),
+        "name": valid(os.path.basename(os.path.abspath(checkpoint))),
         "types": dict(sorted(found.items())),
     }
     return ModelFileWriter(

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from kvrun.convert import convert
 from kvrun.convert.small_files import LIMIT, TOKENIZER_LIMIT
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
@@ -226,3 +227,23 @@ def test_an_index_that_names_what_is_no_file(tmp_path):
     write_json(path, {"weight_map": {"model.norm.weight": "x.safetensors"}})
     pipe(root / "x.safetensors")
     assert "not a regular file" in refusal(root)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_names_that_are_no_unicode(tmp_path):
+    """Files may be called by any bytes; a model's name is only shown."""
+    folder = hf_folder(tmp_path / os.fsdecode(b"tiny\xff"))
+    model = convert(folder, tmp_path / "model.bin").model
+    assert (model.description.name, model.source["name"]) == ("tiny?", "tiny?")
+    save_gguf(tmp_path / "m.gguf", metadata={"general.name": "QQ"})
+    odd = tmp_path / os.fsdecode(b"\xfe.gguf")
+    odd.write_bytes((tmp_path / "m.gguf").read_bytes().replace(b"QQ", b"\xfeQ"))
+    model = convert(odd, tmp_path / "model.bin").model
+    assert (model.description.name, model.source["name"]) == ("?Q", "?.gguf")
+
+
+def test_a_chat_template_that_is_no_unicode(tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    write_json(folder / "chat_template.json", {"chat_template": "a\ud800"})
+    with pytest.raises(ConvertError, match="hf: its chat template is not valid Unicode"):
+        convert(folder, tmp_path / "model.bin")
