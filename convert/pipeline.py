@@ -130,9 +130,9 @@ def _writer(checkpoint: str, output: str, source: Checkpoint, types: dict[str, s
 
 def _write_tensors(
     writer: ModelFileWriter, source: Checkpoint, types: dict[str, str], progress: Progress
-) -> list[tuple[str, int]]:
-    """Pack slabs on several threads, a few ahead of the one that is written. Returns tensors of types that are kept,
-    each with the number of blocks that had to be rounded all the same."""
+) -> Counter[str]:
+    """Pack slabs on several threads, a few ahead of the one that is written. Returns for each type of theirs that is
+    kept the number of blocks that had to be rounded all the same."""
     rounded: list[tuple[str, int]] = []
     workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     slabs = {name: list(tensor.slabs()) for name, tensor in source.tensors.items()}
@@ -142,7 +142,7 @@ def _write_tensors(
         name, start, stop = task
         tensor = source.tensors[name]
         if name in types:
-            data = tensor.packed(start, stop, types[name], lambda blocks: rounded.append((name, blocks)))
+            data = tensor.packed(start, stop, types[name], lambda blocks: rounded.append((tensor.type, blocks)))
         else:
             data = tensor.floats(start, stop).reshape(-1)
         return (stop - start) * tensor.row_bytes, data
@@ -166,10 +166,13 @@ def _write_tensors(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return rounded
+    total: Counter[str] = Counter()
+    for kind, blocks in rounded:
+        total[kind] += blocks
+    return total
 
 
-def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: list[tuple[str, int]]) -> list[str]:
+def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: Counter[str]) -> list[str]:
     """The notes of a `ConvertResult`."""
     changed = Counter((source.tensors[name].type, type) for name, type in types.items())
     wanted = Counter(
@@ -179,16 +182,10 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: list[
         *source.notes,
         *source.vocabulary.without_rows(source.description.vocab_size, source.stop_ids),
         *(
-            f"{_tensors(count)} of type {theirs.upper()} "
-            + (
-                f"stored as {ours}, every value kept"
-                if EXACT.get(theirs) == ours
-                else f"dequantised and stored as {ours}"
-            )
+            f"{_tensors(count)} of type {theirs.upper()} {_became(theirs, ours, rounded[theirs])}"
             for (theirs, ours), count in sorted(changed.items())
             if theirs != ours and theirs not in PLAIN
         ),
-        *_of_rounded(rounded),
         *(
             f"{_tensors(count)} stored as {ours}: {kind} takes a multiple of {_core.column_multiple(kind)} columns"
             for (kind, ours), count in sorted(wanted.items())
@@ -197,10 +194,11 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: list[
     ]
 
 
-def _of_rounded(rounded: list[tuple[str, int]]) -> Iterator[str]:
-    if rounded:
-        blocks, tensors = sum(n for _, n in rounded), len({name for name, _ in rounded})
-        yield f"but in {_tensors(tensors)} {blocks} blocks with scales too small for float16 rounded, by 3e-8 at most"
+def _became(theirs: str, ours: str, rounded: int) -> str:
+    if EXACT.get(theirs) != ours:
+        return f"dequantised and stored as {ours}"
+    some = f" but in {rounded} blocks whose scale no float16 can be (by 3e-8 at most)" if rounded else ""
+    return f"stored as {ours}, every value kept{some}"
 
 
 def _tensors(count: int) -> str:
