@@ -80,6 +80,8 @@ class Checkpoint:
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """One line for each thing that was left out, or is not as the checkpoint says."""
+    surplus: tuple[str, ...] = ()
+    """One line for each kind of tensors that the model does not need and that are left out."""
 
 
 def describe(where: str, values: Mapping[str, Any]) -> ModelDescription:
@@ -97,7 +99,7 @@ def select_tensors(
     description: ModelDescription,
 ) -> dict[str, StoredTensor]:
     """The tensors of the model under our names. If several of ours have the same name there, each takes its share of
-    the rows. Raises ConvertError if a tensor is missing, has the wrong shape, or is not part of the model."""
+    the rows. Raises ConvertError if a tensor is missing or has the wrong shape."""
     wanted, shapes = list(wanted), description.tensor_shapes()
     chosen: dict[str, StoredTensor] = {}
     missing = list(dict.fromkeys(theirs for _, theirs in wanted if theirs not in available))
@@ -118,12 +120,6 @@ def select_tensors(
         for i, name in enumerate(names):
             start = sum(rows[:i])
             chosen[name] = tensor if len(names) == 1 else rows_of(tensor, start, start + rows[i])
-    unused = sorted(set(available) - set(parts))
-    if unused:
-        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        raise ConvertError(
-            f"{where}: tensor {unused[0]}{more}: not part of a {description.architecture} model with this config"
-        )
     return {ours: chosen[ours] for ours, _ in wanted}
 
 

@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"same (default), or {', '.join(kind for kind in TYPES if kind != 'same')}",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out (token ids only)")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a checkpoint with tensors that the model does not need"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="print the summary even when piped")
     return parser
 
@@ -40,7 +43,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         with stages() as progress:
             result = convert(
-                args.checkpoint, args.output, args.type, tokenizer=not args.no_tokenizer, progress=progress
+                args.checkpoint,
+                args.output,
+                args.type,
+                tokenizer=not args.no_tokenizer,
+                strict=args.strict,
+                progress=progress,
             )
     except MemoryError:
         raise ConvertError(f"{args.checkpoint}: not enough memory to convert it") from None

@@ -101,6 +101,12 @@ class Family:
     hf_norm_offset: float = 0.0
     """What the model adds to the stored weights of its norms."""
 
+    @property
+    def hf_base_class(self) -> str:
+        """The class without an output head. Its checkpoints are models if the head is the embedding."""
+        base = "TextModel" if self.hf_class == "Gemma3ForCausalLM" else "Model"
+        return self.hf_class.replace("ForCausalLM", base).replace("LMHeadModel", base)
+
     def source_names(self, description: ModelDescription, kind: int) -> Iterator[tuple[str, str]]:
         """(our name, the checkpoint's name) of every tensor, in file order; `kind` is HF or GGUF."""
         for name in description.tensor_shapes():
@@ -267,7 +273,8 @@ def family_of_config(config: Fields) -> Family:
                     return family
             return _not_supported(config.where, f"{name} of {kind}", [family.hf_type for family in FAMILIES])
     for family in FAMILIES:
-        if family.hf_class in classes or (not classes and family.hf_type == config.get("model_type")):
+        named = family.hf_class in classes or family.hf_base_class in classes
+        if named or (not classes and family.hf_type == config.get("model_type")):
             return family
     if not classes and "model_type" not in config:
         config.fail("architectures", "missing: not the config of a model")

@@ -23,10 +23,11 @@ from kvrun.convert.family_gguf import GgufFacts
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
+from kvrun.convert.names import surplus_line
 from kvrun.convert.sampling import sampling_defaults
 from kvrun.convert.tensors import StoredTensor, is_readable
 from kvrun.convert.token_ids import token_id
-from kvrun.errors import ConvertError
+from kvrun.errors import ConvertError, one_line
 from kvrun.files.description import ModelDescription
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -53,16 +54,19 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
     )
     vocabulary = read_tokenizer(meta) if tokenizer else Vocabulary("none", None, {})
     sampling, left_out = sampling_defaults(meta, "gguf")
+    wanted = _wanted(available, family, description)
+    surplus = _surplus(path, available, wanted, description)
     return Checkpoint(
         form="GGUF",
         description=description,
-        tensors=_tensors_of(path, available, family, description),
+        tensors=_tensors_of(path, available, wanted, family, description),
         vocabulary=vocabulary,
         stop_ids=_stop_ids(meta, vocabulary),
         chat_template=meta.text("tokenizer.chat_template", None),
         sampling=sampling,
         files=tuple(file.path for file in files),
         notes=(*left_out, *vocabulary.notes),
+        surplus=(surplus_line(surplus),) if surplus else (),
     )
 
 
@@ -106,13 +110,40 @@ def _take_facts(path: str, available: dict[str, StoredTensor]) -> GgufFacts:
     return GgufFacts(shapes, factors, None if long is None or short is None else (long, short))
 
 
+def _wanted(available: Iterable[str], family: Family, description: ModelDescription) -> list[tuple[str, str]]:
+    """(our name, the name in the file) of every tensor."""
+    wanted = list(family.source_names(description, GGUF))
+    if any(map(_ONE_EXPERT.fullmatch, available)):
+        return [(ours, _of_one_expert(ours, theirs)) for ours, theirs in wanted]
+    return wanted
+
+
+def _surplus(
+    path: str, available: Iterable[str], wanted: Iterable[tuple[str, str]], description: ModelDescription
+) -> list[str]:
+    """Tensors that the model does not need. Raises ConvertError for one that would act on it: all that a layer has, and
+    biases and scales of what the model needs."""
+    needed = {theirs for _, theirs in wanted}
+    stems = {name.rpartition(".")[0] for name in needed}
+    surplus = [name for name in available if name not in needed]
+    for name in surplus:
+        layer = re.match(r"blk\.(\d{1,5})\.(?!attn_rot_embd)", name)
+        if name.rpartition(".")[0] in stems or (layer and int(layer[1]) < description.n_layers):
+            raise ConvertError(
+                f"{path}: tensor {one_line(name)[:80]}: not part of a {description.architecture} model with this "
+                "metadata, though it would change what one computes"
+            )
+    return surplus
+
+
 def _tensors_of(
-    path: str, available: dict[str, StoredTensor], family: Family, description: ModelDescription
+    path: str,
+    available: dict[str, StoredTensor],
+    wanted: list[tuple[str, str]],
+    family: Family,
+    description: ModelDescription,
 ) -> dict[str, StoredTensor]:
     """The model's tensors under our names, rows in our order."""
-    wanted: Iterable[tuple[str, str]] = family.source_names(description, GGUF)
-    if any(map(_ONE_EXPERT.fullmatch, available)):
-        wanted = [(ours, _of_one_expert(ours, theirs)) for ours, theirs in wanted]
     tensors = select_tensors(path, available, wanted, description)
     for tensor in tensors.values():
         _check_readable(tensor)

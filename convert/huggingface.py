@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from kvrun.convert.family_config import refuse_other_attention
 from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import with_factors
 from kvrun.convert.hf_tokenizer import read_tokenizer
+from kvrun.convert.names import refuse_adapter, refuse_quantised_weights, stored_names, surplus_line, surplus_of
 from kvrun.convert.quantised import fp8_block, refuse_packed
 from kvrun.convert.safetensors_file import DTYPES, read_safetensors_header
 from kvrun.convert.sampling import sampling_defaults
@@ -31,7 +32,7 @@ from kvrun.convert.small_files import read_text
 from kvrun.convert.tensors import StoredTensor
 from kvrun.convert.token_ids import token_ids
 from kvrun.convert.views import ShiftedTensor, TransposedTensor
-from kvrun.errors import ConvertError
+from kvrun.errors import ConvertError, one_line
 from kvrun.files.description import ModelDescription
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -46,8 +47,6 @@ _SETTINGS = (
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
-# Buffers that old versions of transformers saved. They follow from the config.
-_LEFTOVERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias")
 # In models of text and images: tensors that are not part of the text model, and prefixes of those that are.
 _NOT_TEXT = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)(?=\.|$)")
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
@@ -64,13 +63,15 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     refuse_other_attention(text)
     name = _model_name(folder)
     description = describe(text.where, {"architecture": family.architecture, "name": name, **family.from_config(text)})
-    stored = with_factors(_read_headers(folder), block)
-    notes: list[str] = []
-    if text is not config:
-        stored, notes = _text_only(stored)
-    prefixes = (family.hf_prefix,) if text is config else _TEXT_PREFIXES
-    available = _without_prefix(folder, stored, prefixes)
     wanted = list(family.source_names(description, HF))
+    prefixes = (family.hf_prefix, "") if text is config else (*_TEXT_PREFIXES, "")
+    stored, absent = _read_headers(folder)
+    refuse_adapter(folder, stored)
+    stored = with_factors(stored, block)
+    refuse_quantised_weights(folder, stored, (theirs for _, theirs in wanted), prefixes)
+    names = _names_of(wanted, family, stored, prefixes)
+    _refuse_absent(wanted, family, names, absent, prefixes)
+    available = {theirs: stored[name] for theirs, name in names.items()}
     _check_types_and_head(available, family, description, text)
     tensors = select_tensors(folder, _as_ours(available, wanted, family), wanted, description)
     if description.rotary_dim is not None:
@@ -89,7 +90,8 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         files=tuple(
             sorted({tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS})
         ),
-        notes=(*notes, *left_out, *vocabulary.notes),
+        notes=(*left_out, *vocabulary.notes),
+        surplus=_surplus_lines(surplus_of([*stored, *absent], set(names.values())), text is not config),
     )
 
 
@@ -120,20 +122,30 @@ def _gguf_hint(folder: str) -> str:
 # --- weights
 
 
-def _read_headers(folder: str) -> dict[str, StoredTensor]:
-    """All tensors of the folder's safetensors files, by the names they have there."""
+def _read_headers(folder: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """All tensors of the folder's safetensors files, by the names they have there; and those that the index names but
+    that are not there, each with a line that says so."""
+    files = _weight_files(folder)
+    of_index = {name: file for file, names in files.items() for name in names or ()}
     tensors: dict[str, StoredTensor] = {}
-    for file, names in _weight_files(folder).items():
+    absent: dict[str, str] = {}
+    for file, names in files.items():
         path = os.path.join(folder, file)
+        if names and not os.path.lexists(path):
+            says = f"{folder}: {file} is missing; the index says that it has tensor"
+            absent.update((name, f"{says} {one_line(name)[:80]}") for name in names)
+            continue
         found = read_safetensors_header(path)
-        for name in names or found:
-            if name not in found:
-                raise ConvertError(f"{path}: tensor {name} is missing; the index says it is here")
+        for name, tensor in found.items():
+            if of_index.get(name, file) != file:
+                continue
             if name in tensors:
                 raise ConvertError(f"{path}: tensor {name} is also in {tensors[name].path}")
-            tensors[name] = found[name]
+            tensors[name] = tensor
+        for name in set(names or ()) - set(found):
+            absent[name] = f"{path}: tensor {one_line(name)[:80]} is missing; the index says it is here"
     refuse_packed(folder, tensors)
-    return tensors
+    return tensors, absent
 
 
 def _weight_files(folder: str) -> Mapping[str, list[str] | None]:
@@ -169,35 +181,40 @@ def _files_of_index(folder: str, index: Fields) -> Mapping[str, list[str] | None
         if not isinstance(file, str) or not file or len(file) > 255 or os.path.basename(file) != file:
             return index.fail("weight_map", f"{shown(file)} is not a file name")
         files.setdefault(file, []).append(name)
-    for file in files:
-        if not os.path.lexists(os.path.join(folder, file)):
-            raise ConvertError(f"{folder}: {file} is missing; {os.path.basename(index.where)} needs it")
     return files
 
 
-def _text_only(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of the text model, and a line about the others, if there are any."""
-    others = {name: match[2] for name in tensors if (match := _NOT_TEXT.match(name))}
-    kept = {name: tensor for name, tensor in tensors.items() if name not in others}
-    parts = ", ".join(sorted(set(others.values())))
-    return kept, [f"left out: {len(others)} tensors that are not part of the text model ({parts})"] if others else []
+def _names_of(
+    wanted: list[tuple[str, str]], family: Family, stored: Iterable[str], prefixes: tuple[str, ...]
+) -> dict[str, str]:
+    """The names that the wanted tensors, and the head even if it is not wanted, have in the checkpoint."""
+    head = family.names["head"][HF] + ".weight"
+    others = [theirs for _, theirs in wanted if theirs != head]
+    return stored_names(stored, others, prefixes) | stored_names(stored, [head], ("", *prefixes))
 
 
-def _without_prefix(
-    folder: str, tensors: dict[str, StoredTensor], prefixes: tuple[str, ...]
-) -> dict[str, StoredTensor]:
-    """The tensors by their names without the prefix (checkpoints saved from the inner module have none), and without
-    leftovers."""
-    result: dict[str, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        short = name.removeprefix(prefix)
-        if _LEFTOVERS.fullmatch(short):
-            continue
-        if short in result:
-            raise ConvertError(f"{folder}: tensor {short} is there with and without the prefix {prefixes[0]}")
-        result[short] = tensor
-    return result
+def _refuse_absent(
+    wanted: list[tuple[str, str]],
+    family: Family,
+    names: Mapping[str, str],
+    absent: Mapping[str, str],
+    prefixes: tuple[str, ...],
+) -> None:
+    """Raise ConvertError for a tensor that is wanted and not there, though the index names it."""
+    gone = _names_of(wanted, family, absent, prefixes)
+    for _, theirs in wanted:
+        if theirs not in names and theirs in gone:
+            raise ConvertError(absent[gone[theirs]])
+
+
+def _surplus_lines(surplus: list[str], multimodal: bool) -> tuple[str, ...]:
+    parts = {name: match[2] for name in surplus if multimodal and (match := _NOT_TEXT.match(name))}
+    others = [name for name in surplus if name not in parts]
+    lines = [surplus_line(others)] if others else []
+    if parts:
+        kinds = ", ".join(sorted(set(parts.values())))
+        lines.insert(0, f"{len(parts)} tensors that are not part of the text model ({kinds})")
+    return tuple(lines)
 
 
 def _as_ours(
@@ -227,6 +244,11 @@ def _check_types_and_head(
                 f"yet (supported: {', '.join(DTYPES)})"
             )
     embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
+    if not description.tie_embeddings and embed in available and head not in available:
+        raise ConvertError(
+            f"{config.where}: tensor {head} is missing, and tie_word_embeddings is not true: "
+            "without an output head this is no language model"
+        )
     if description.tie_embeddings and head in available and embed in available:
         if not _equal(available[embed], available[head]):
             config.fail("tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both")

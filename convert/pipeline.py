@@ -56,14 +56,16 @@ def convert(
     type: str = "same",
     *,
     tokenizer: bool = True,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Convert a Hugging Face folder or a GGUF file to a model file.
 
     `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" leaves every tensor in its own type, if kvrun
-    has that type. `tokenizer=False` leaves the tokenizer out. The file gets its name only when it is complete and
-    its checksums match. Raises OptionError for an unknown type, ConvertError if the checkpoint cannot be used,
-    ModelFileError if the file cannot be written.
+    has that type. `tokenizer=False` leaves the tokenizer out. Tensors that the model does not need are left out, with a
+    note; `strict` refuses a checkpoint with such. The file gets its name only when it is complete and its checksums
+    match. Raises OptionError for an unknown type, ConvertError if the checkpoint cannot be used, ModelFileError if the
+    file cannot be written.
     """
     started = time.monotonic()
     if type not in TYPES:
@@ -71,6 +73,8 @@ def convert(
     checkpoint, output = os.fspath(checkpoint), os.fspath(output)
     check_output(output)
     source = open_checkpoint(checkpoint, tokenizer)
+    if strict and source.surplus:
+        raise ConvertError(f"{checkpoint}: {source.surplus[0]}; without strict they are left out")
     _check_not_source(output, source)
     if source.chat_template != (source.chat_template and valid(source.chat_template)):
         raise ConvertError(f"{checkpoint}: its chat template is not valid Unicode")
@@ -179,6 +183,7 @@ def _notes(source: Checkpoint, types: dict[str, str], asked: str, rounded: Count
         (wanted_type(name, source.tensors[name], asked, source.description), type) for name, type in types.items()
     )
     return [
+        *(f"left out: {line}" for line in source.surplus),
         *source.notes,
         *source.vocabulary.without_rows(source.description.vocab_size, source.stop_ids),
         *(

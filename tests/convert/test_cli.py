@@ -67,6 +67,18 @@ def model(hf, tmp_path):
     return tmp_path / "model.bin"
 
 
+def test_strict(tmp_path):
+    """Tensors that the model does not need are left out, with a line; or with --strict they are refused."""
+    hf = hf_folder(tmp_path / "hf", tensors=random_tensors(hf_shapes() | {"v_head.weight": (1, 64)}))
+    says = "1 tensor that the model does not need (v_head.weight)"
+    result = run("convert", hf, "-o", tmp_path / "model.bin", "-v")
+    assert result.returncode == 0 and f"left out: {says}" in result.stdout.splitlines()
+    strict = run("convert", hf, "-o", tmp_path / "strict.bin", "--strict")
+    assert (strict.returncode, strict.stdout) == (1, "")
+    assert strict.stderr == f"kvrun: {hf}: {says}; without strict they are left out\n"
+    assert not (tmp_path / "strict.bin").exists()
+
+
 def test_nothing_is_printed_when_piped(hf, tmp_path):
     result = run("convert", hf, "-o", tmp_path / "model.bin", "--type", "q8_0", process=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

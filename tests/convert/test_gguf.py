@@ -8,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvrun.convert import convert
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from kvrun.files.model_file import read_model_file
 from support import cases
 from support.make_checkpoint import gguf_shapes, random_tensors, save_gguf
 
@@ -207,12 +209,42 @@ def test_what_cannot_be_converted_is_named(tmp_path, metadata, says):
         describe(tmp_path, metadata=metadata)
 
 
-def test_missing_and_additional_tensors(tmp_path):
+def test_missing_tensors(tmp_path):
     tensors = random_tensors(gguf_shapes())
-    with pytest.raises(ConvertError, match="blk.0.attn_q_norm.weight: not part of"):
-        describe(tmp_path, tensors={**tensors, "blk.0.attn_q_norm.weight": np.ones(16, np.float32)})
     del tensors["blk.1.ffn_up.weight"]
     with pytest.raises(ConvertError, match="blk.1.ffn_up.weight is missing"):
+        describe(tmp_path, tensors=tensors)
+
+
+def test_tensors_that_the_model_does_not_need(tmp_path):
+    """They are left out, with one line, or refused if strict."""
+    more = dict.fromkeys(("v.blk.0.attn_q.weight", "mm.0.weight", "blk.2.nextn.eh_proj.weight", "v_head.weight"))
+    more = {name: np.ones((4, 32), np.float32) for name in more}
+    save_gguf(tmp_path / "m.gguf", tensors=random_tensors(gguf_shapes()) | more)
+    result = convert(tmp_path / "m.gguf", tmp_path / "model.bin")
+    names = "blk.2.nextn.eh_proj.weight, mm.0.weight, v.blk.0.attn_q.weight, ..."
+    assert f"left out: 4 tensors that the model does not need ({names})" in result.notes
+    with pytest.raises(ConvertError, match="4 tensors that the model does not need .*; without strict they"):
+        convert(tmp_path / "m.gguf", tmp_path / "strict.bin", strict=True)
+    save_gguf(tmp_path / "m.gguf", tensors=random_tensors(gguf_shapes()))
+    assert convert(tmp_path / "m.gguf", tmp_path / "strict.bin", strict=True).notes == []
+    assert read_model_file(tmp_path / "strict.bin").weights.keys() == result.model.weights.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_q_norm.weight",
+        "blk.1.attn_q.bias",
+        "output_norm.bias",
+        "blk.0.ffn_up_shexp.weight",
+        "blk.1.attn_sinks",
+    ],
+)
+def test_tensors_that_would_act(tmp_path, name):
+    """llama.cpp refuses a file with any tensor that it has no use for; leaving out one like these would be wrong."""
+    tensors = random_tensors(gguf_shapes()) | {name: np.ones(16, np.float32)}
+    with pytest.raises(ConvertError, match=f"tensor {name}: not part of a llama model with this metadata, though"):
         describe(tmp_path, tensors=tensors)
 
 

@@ -180,7 +180,6 @@ def test_rope(tmp_path, changes, theta, scaling):
         ({"vocab_size": 41}, r"embed_tokens.weight has shape \[40, 64\], but the config says \[41, 64\]"),
         ({"intermediate_size": 95}, "has shape"),
         ({"num_hidden_layers": 3}, "layers.2.self_attn.q_proj.weight is missing"),
-        ({"num_hidden_layers": 1}, "not part of a llama model"),
         ({"attention_bias": True}, "q_proj.bias is missing"),
         ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
         ({"architectures": "Llama"}, "architectures"),
@@ -215,9 +214,95 @@ def test_names_with_and_without_prefix_and_leftovers(tmp_path):
     bare["rotary_emb.inv_freq"] = np.ones(8, np.float32)
     folder = hf_folder(tmp_path / "hf", tensors=bare)
     assert names(folder)["layers.1.attn.q.weight"] == "layers.1.self_attn.q_proj.weight"
-    both = {**tensors, "norm.weight": tensors["model.norm.weight"]}
-    with pytest.raises(ConvertError, match="norm.weight is there with and without the prefix"):
-        names(hf_folder(tmp_path / "both", tensors=both))
+    assert open_checkpoint(str(folder)).surplus == ()
+    both = {"norm.weight": tensors["model.norm.weight"] + 1, **tensors}
+    checkpoint = open_checkpoint(str(hf_folder(tmp_path / "both", tensors=both)))
+    assert checkpoint.tensors["norm.weight"].name == "model.norm.weight"
+    assert checkpoint.surplus == ("1 tensor that the model does not need (norm.weight)",)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"module.{name.removeprefix('model.')}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+        lambda name: name.replace("model.", "model._fsdp_wrapped_module.").replace("mlp.", "mlp._orig_mod."),
+    ],
+)
+def test_names_of_wrapped_models(tmp_path, wrapped):
+    """By DDP, torch.compile, PEFT, FSDP: the same model file as without."""
+    config, tensors = {**CONFIG, "tie_word_embeddings": False}, random_tensors(hf_shapes())
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    plain = hf_folder(tmp_path / "plain" / "hf", config, tensors)
+    other = hf_folder(tmp_path / "other" / "hf", config, {wrapped(name): a for name, a in tensors.items()})
+    for folder in (plain, other):
+        result = convert(folder, folder.parent / "model.bin", strict=True)
+        assert not any("left out" in note for note in result.notes)
+    assert (plain.parent / "model.bin").read_bytes() == (other.parent / "model.bin").read_bytes()
+
+
+SURPLUS = {
+    "v_head.weight": (1, 64),
+    "lm_head.bias": (40,),
+    "model.layers.0.self_attn.q_proj.bias": (64,),
+    "model.layers.1.self_attn.k_scale": (1,),
+    "model.layers.0.self_attn.q_norm.weight": (16,),
+    "model.layers.2.mlp.up_proj.weight": (96, 64),
+    "mtp.layers.0.norm.weight": (64,),
+    "model.vision_tower.patch.weight": (3, 5, 2, 2),
+    "model.embed_tokens.weight2": (40, 64),
+}
+
+
+def test_tensors_that_the_model_does_not_need(tmp_path):
+    """As in transformers they do not count, and one line says so; strict refuses them."""
+    tensors = random_tensors(hf_shapes())
+    convert(hf_folder(tmp_path / "plain" / "hf", tensors=tensors), tmp_path / "plain.bin")
+    for name, shape in SURPLUS.items():
+        folder = hf_folder(tmp_path / "one" / "hf", tensors=tensors | {name: np.ones(shape, np.float32)})
+        notes = convert(folder, tmp_path / "one.bin").notes
+        assert f"left out: 1 tensor that the model does not need ({name})" in notes
+        assert (tmp_path / "plain.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
+        with pytest.raises(ConvertError, match=f"{name}.; without strict they are left out"):
+            convert(folder, tmp_path / "one.bin", strict=True)
+    more = {name: np.ones(shape, np.float32) for name, shape in SURPLUS.items()}
+    folder = hf_folder(tmp_path / "all" / "hf", tensors=tensors | more)
+    first = "lm_head.bias, model.embed_tokens.weight2, model.layers.0.self_attn.q_norm.weight, ..."
+    assert open_checkpoint(str(folder)).surplus == (f"9 tensors that the model does not need ({first})",)
+    content, entry = (folder / "model.safetensors").read_bytes(), b'"v_head.weight": {"dtype": "F32"'
+    assert entry in content
+    (folder / "model.safetensors").write_bytes(content.replace(entry, entry.replace(b"F", b"I")))  # not read as weights
+    assert len(open_checkpoint(str(folder)).surplus) == 1
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("model.layers.0.mlp.up_proj.weight_scale", "up_proj.weight_scale: a weight is quantised"),
+        ("model.layers.0.mlp.up_proj.qweight", "up_proj.qweight: quantised with GPTQ or AWQ"),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", "saved with an adapter that is not merged into"),
+        ("model.layers.0.mlp.up_proj.base_layer.weight", "saved with an adapter that is not merged into it"),
+    ],
+)
+def test_tensors_that_are_more_than_surplus(tmp_path, name, says):
+    tensors = random_tensors(hf_shapes()) | {name: np.ones(3, np.float32)}
+    with pytest.raises(ConvertError, match=says):
+        names(hf_folder(tmp_path / "hf", tensors=tensors))
+
+
+def test_a_model_without_an_output_head(tmp_path):
+    """The base class is a language model if the embedding is its head too."""
+    tensors = {name.removeprefix("model."): a for name, a in random_tensors(hf_shapes()).items()}
+    config = {**CONFIG, "architectures": ["LlamaModel"]}
+    checkpoint = open_checkpoint(str(hf_folder(tmp_path / "tied", config, tensors)))
+    assert checkpoint.description.architecture == "llama" and checkpoint.description.tie_embeddings
+    config["tie_word_embeddings"] = False
+    with pytest.raises(ConvertError, match="lm_head.weight is missing, and tie_word_embeddings is not true: without"):
+        open_checkpoint(str(hf_folder(tmp_path / "untied", config, tensors)))
 
 
 def test_a_tied_head_that_is_stored_anyway(tmp_path):
@@ -274,6 +359,22 @@ def test_an_index_that_is_wrong(tmp_path):
         write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
         with pytest.raises(ConvertError, match=says):
             open_checkpoint(str(folder))
+
+
+def test_an_index_of_what_nobody_needs(tmp_path):
+    """Files and tensors that are only missing by the index, and a tensor that it does not have."""
+    folder = sharded(tmp_path)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    del index["model.norm.weight"]
+    index |= {"v_head.weight": "model-00001-of-00003.safetensors", "vision.weight": "gone.safetensors"}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.tensors["norm.weight"].name == "model.norm.weight"
+    assert checkpoint.surplus == ("2 tensors that the model does not need (v_head.weight, vision.weight)",)
+    index["model.layers.0.mlp.up_proj.weight"] = "gone.safetensors"
+    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    with pytest.raises(ConvertError, match="gone.safetensors is missing; the index says that it has tensor model"):
+        open_checkpoint(str(folder))
 
 
 def test_a_tensor_in_two_shards(tmp_path):
