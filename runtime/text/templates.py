@@ -1,17 +1,18 @@
 """Chat templates: messages in, the text a model was trained on out.
 
-Templates come with the checkpoint and are rendered in jinja2's sandbox, which keeps them from the rest of
-Python. They are written for the environment of the transformers library, so that is what they get here.
+Templates come with the checkpoint, so they are rendered in a sandbox (`kvrun.text.sandbox`), which keeps them from
+the rest of Python, and their work and memory within bounds.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError
+from kvrun.text.budget import Budget, limited
 from kvrun.text.contents import ContentKinds, check_content, first_lost
 from kvrun.text.thinking import separated, special_marks
 
@@ -39,7 +40,7 @@ class ChatTemplate:
         self._tokens = dict(tokens or {})
         self._special = special
         try:
-            self._template = _environment().from_string(source)
+            self._template = _sandbox().compiled(source)
         except Exception as error:
             raise KvrunError(_report("cannot be used", error)) from None
 
@@ -63,9 +64,10 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         try:
-            text: str = self._template.render(messages=messages, tools=None, documents=None, **variables)
+            with limited(Budget(messages)):
+                text: str = self._template.render(messages=messages, tools=None, documents=None, **variables)
             return text
-        except (Exception, RecursionError) as error:
+        except Exception as error:
             raise KvrunError(_report("fails on this conversation", error)) from None
 
     @cached_property
@@ -135,49 +137,17 @@ def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(message) for message in messages]
 
 
-def _environment() -> Any:
-    import json
+@cache
+def _sandbox() -> Any:
+    from kvrun.text.sandbox import Sandbox
 
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}: marks answers for training; here it has no effect."""
-
-        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it of instances)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        from datetime import datetime
-
-        return datetime.now().strftime(form)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment
+    return Sandbox()
 
 
 def _report(what: str, error: BaseException) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, (RecursionError, MemoryError)):
+        reason = "it is nested too deeply, or calls itself"
     line = getattr(error, "lineno", None)
     where = f" (line {line})" if line else ""
     return f"the model's chat template {what}{where}: {reason}; --raw does without it"
