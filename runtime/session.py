@@ -319,9 +319,9 @@ class Session:
 
     def _chat_turn(self, messages: list[dict[str, Any]], think: bool) -> _Turn:
         template = self._template()
-        if not think and not template.can_think_or_not:
+        if not think and not template.without_thinking:
             raise OptionError("think: the model's chat template has no switch for thinking (enable_thinking)")
-        text = template.render(messages, **({} if think else {"enable_thinking": False}))
+        text = template.render(messages, **({} if think else template.without_thinking))
         known = self._text.rendered
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)

@@ -20,7 +20,7 @@ from kvrun.commands.arguments import (
     default_model,
     given,
     load_options,
-    utf8,
+    read_text,
 )
 from kvrun.commands.output import Output
 from kvrun.commands.signals import finishing
@@ -155,10 +155,10 @@ def _text(argument: str) -> str:
 def _prompt(args: argparse.Namespace) -> str | None:
     """The prompt to answer, None for a chat. KvrunError if it is empty or no UTF-8."""
     if args.prompt == "-" or args.file == "-":
-        text = utf8(_standard_input().read(), "the prompt on standard input")
+        text = read_text(_standard_input(), "the prompt on standard input")
     elif args.file is not None:
         with open(args.file, "rb") as file:
-            text = utf8(file.read(), f"the prompt in {args.file}")
+            text = read_text(file, f"the prompt in {args.file}")
     elif args.prompt is not None:
         text = argument_text(args.prompt, "the prompt")
     else:
@@ -236,7 +236,7 @@ class Answers:
         if args.think is False:
             if template is None:
                 raise OptionError("--no-think: the model has no chat template")
-            if not template.can_think_or_not:
+            if not template.without_thinking:
                 raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
         self._options = given(args, StreamKeywords)
         self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop or ()]

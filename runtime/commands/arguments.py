@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from kvrun.errors import OptionError
 from kvrun.options import CacheKeywords, LoadKeywords, Option, declared, number, shown
@@ -139,6 +139,18 @@ def utf8(data: bytes, what: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+
+
+LONGEST_TEXT = 64 << 20
+"""Bytes of a text that is read, from a file or a pipe."""
+
+
+def read_text(file: BinaryIO, what: str) -> str:
+    """All of a text. OptionError if it is not UTF-8, or longer than any should be: a device may never end."""
+    data = file.read(LONGEST_TEXT + 1)
+    if len(data) > LONGEST_TEXT:
+        raise OptionError(f"{what} is longer than {LONGEST_TEXT >> 20} MiB")
+    return utf8(data, what)
 
 
 # --- the default model ------------------------------------------------------------------------------

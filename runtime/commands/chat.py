@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvrun.commands.arguments import utf8
+from kvrun.commands.arguments import LONGEST_TEXT, utf8
 from kvrun.errors import KvrunError, OptionError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ def chat(answer: Answers) -> int:
 
 
 def _piped(answer: Answers) -> int:
-    for number, line in enumerate(sys.stdin.buffer, 1):
+    lines = iter(lambda: sys.stdin.buffer.readline(LONGEST_TEXT + 1), b"")
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST_TEXT:
+            raise OptionError(f"line {number} of standard input is longer than {LONGEST_TEXT >> 20} MiB")
         prompt = utf8(line, f"line {number} of standard input").rstrip("\r\n")
         if prompt.strip() and not answer(prompt):
             raise KeyboardInterrupt

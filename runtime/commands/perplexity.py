@@ -16,8 +16,8 @@ from kvrun.commands.arguments import (
     add_load_option,
     add_option,
     load_options,
+    read_text,
     several,
-    utf8,
     whole,
 )
 from kvrun.commands.progress import counted
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The report, as JSON has it."""
     chunk_limit = None if args.chunks is None else integer("chunks", args.chunks, low=1)
     with open(args.text, "rb") as file:
-        text = utf8(file.read(), f"the text in {args.text}").removeprefix("\ufeff")
+        text = read_text(file, f"the text in {args.text}").removeprefix("\ufeff")
     model = load(args.model, precise=not args.fast, **load_options(args))
     length = model.description.context_length
     ctx = min(CTX, length) if args.ctx is None else integer("ctx", args.ctx, low=4, high=1 << 24)

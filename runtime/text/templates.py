@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from kvrun.text.special_tokens import SpecialTokens
 
 Message = Mapping[str, Any]
+_SWITCHES: dict[str, tuple[Any, Any]] = {
+    "enable_thinking": (True, False),
+    "thinking": (True, False),
+    "reasoning": (True, False),
+    "thinking_budget": (512, 0),
+}
+"""Variables by which templates tell a model to think, and not to."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its thinking."""
 
@@ -35,8 +42,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, tokens: Mapping[str, str] | None = None, special: SpecialTokens | None = None
     ) -> None:
-        self.can_think_or_not = re.search(r"\benable_thinking\b", source) is not None
-        """Whether the template has the variable that tells a reasoning model not to think."""
+        self._source = source
         self._tokens = dict(tokens or {})
         self._special = special
         try:
@@ -65,20 +71,49 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         try:
             with limited(Budget(messages)):
-                text: str = self._template.render(messages=messages, tools=None, documents=None, **variables)
+                text: str = self._template.render({"messages": messages, "tools": None, "documents": None, **variables})
             return text
         except Exception as error:
-            raise KvrunError(_report("fails on this conversation", error)) from None
+            reason = self._lacking(messages, variables, error)
+            raise KvrunError(_report("fails on this conversation", error, reason)) from None
+
+    def _lacking(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], error: Exception) -> str | None:
+        """What the template needs and does not get here, if that is why it fails."""
+        name = re.fullmatch(r"'(\w+)' is undefined", str(error))
+        if name:
+            return f"it needs {name[1]!r}, which is not given here"
+        if "tools" not in variables and isinstance(error, TypeError) and "NoneType" in str(error):
+            try:
+                self._render(messages, {**variables, "tools": []})
+            except KvrunError:
+                return None
+            return "it is for answers with tools, which are not given here"
+        return None
+
+    @cached_property
+    def without_thinking(self) -> dict[str, Any]:
+        """The variables that tell the model not to think; none if the template has no such variable."""
+        named = {name: values for name, values in _SWITCHES.items() if re.search(rf"\b{name}\b", self._source)}
+        # The other names may as well be those of a message's keys.
+        return {
+            name: off
+            for name, (on, off) in named.items()
+            if name == "enable_thinking" or self._probed({name: on}) != self._probed({name: off})
+        }
+
+    def _probed(self, variables: Mapping[str, Any]) -> str | None:
+        return self._probe([{"role": "user", "content": "Why?"}], variables)
+
+    def _probe(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str | None:
+        """A rendered conversation, None if the template refuses it."""
+        try:
+            return self._render(messages, {**self._tokens, "add_generation_prompt": True, **variables})
+        except KvrunError:
+            return None
 
     @cached_property
     def _kinds(self) -> ContentKinds:
-        def probe(messages: list[dict[str, Any]]) -> str | None:
-            try:
-                return self._render(messages, {**self._tokens, "add_generation_prompt": True})
-            except KvrunError:
-                return None
-
-        return ContentKinds(probe)
+        return ContentKinds(lambda messages: self._probe(messages, {}))
 
     def escape(self, text: str) -> str:
         """Text as it appears in a rendered conversation if the template does not change it."""
@@ -144,8 +179,8 @@ def _sandbox() -> Any:
     return Sandbox()
 
 
-def _report(what: str, error: BaseException) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _report(what: str, error: Exception, reason: str | None = None) -> str:
+    reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     if isinstance(error, (RecursionError, MemoryError)):
         reason = "it is nested too deeply, or calls itself"
     line = getattr(error, "lineno", None)

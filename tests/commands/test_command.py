@@ -241,6 +241,19 @@ def test_prompts_that_cannot_be(model, tmp_path, capsys):
     assert command(model, "-p", "-", *STEADY, stdin=b"a\0b\x01")[0] == 0
 
 
+def test_a_prompt_that_does_not_end(model, capsys, monkeypatch):
+    monkeypatch.setattr("kvrun.commands.arguments.LONGEST_TEXT", 1 << 20)
+    refused(called(capsys, model, "-f", "/dev/zero"), "the prompt in /dev/zero is longer than 1 MiB")
+    with open("/dev/zero", "rb") as endless:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(endless))
+        refused(called(capsys, model, "-p", "-"), "the prompt on standard input is longer than 1 MiB")
+    with open("/dev/zero", "rb") as endless:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(endless))
+        monkeypatch.setattr("kvrun.commands.chat.LONGEST_TEXT", 1 << 20)
+        refused(called(capsys, model), "line 1 of standard input is longer than 1 MiB")
+    refused(called(capsys, "perplexity", model, "--text", "/dev/zero"), "the text in /dev/zero is longer than 1 MiB")
+
+
 @pytest.mark.parametrize(
     "options, word",
     [

@@ -135,6 +135,47 @@ def test_a_template_that_fails_or_reaches_out_is_one_line(source):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("{% for tool in tools %}{{ tool }}{% endfor %}{{ messages[0].content }}", "tools, which are not given"),
+        ("{{ functions + 1 }}", "it needs 'functions', which is not given"),
+        ("{% for d in documents %}{% endfor %}", "'NoneType' object is not iterable"),
+        ("{{ messages | regex_replace('a', 'b') }}", "No filter named 'regex_replace'"),
+        ("{% if messages is weird %}{% endif %}", "No test named 'weird'"),
+        ("{% trans %}x{% endtrans %}", "unknown tag 'trans'"),
+        ("{{ messages[0].tool_calls[0].id }}", "has no attribute 'tool_calls'"),
+        ("{{ raise_exception('') }}", "TemplateError"),
+        ("{% for %}", "line 1"),
+        ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "nested too deeply"),
+    ],
+)
+def test_what_is_missing_is_named(source, reason):
+    with pytest.raises(KvrunError) as error:
+        render(source, TALK[:1])
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source, variables",
+    [
+        ("{% if enable_thinking is false %}<think></think>{% endif %}", {"enable_thinking": False}),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", {"thinking": False}),
+        ("{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}", {"thinking": False}),
+        ("{% set reasoning = reasoning if reasoning is defined else true %}{{ reasoning }}", {"reasoning": False}),
+        ("{% if thinking_budget == 0 %}</seed:think>{% endif %}", {"thinking_budget": 0}),
+        ("{% for m in messages %}{{ m.thinking }}{{ m.reasoning }}{% endfor %}", {}),
+        ("{% set thinking = true %}{{ thinking }}", {}),
+    ],
+)
+def test_variables_that_turn_thinking_off(source, variables):
+    template = ChatTemplate(source + "{{ messages[-1].content }}")
+    assert template.without_thinking == variables
+    if variables:
+        off = template.render(TALK[-1:], **template.without_thinking)
+        assert off != template.render(TALK[-1:], **dict.fromkeys(variables, True))
+
+
 # --- text that stays text -------------------------------------------------------------------------
 
 SPECIAL = SpecialTokens({"<|im_start|>": 1, "<|im_end|>": 2, "<|user|>": 3})

@@ -59,4 +59,4 @@ def test_special_tokens_in_messages_change_nothing_else(name):
 
 
 def test_which_templates_can_leave_thinking_out():
-    assert [name for name in NAMES if template(name).can_think_or_not] == ["qwen3", "smollm3"]
+    assert [name for name in NAMES if template(name).without_thinking] == ["qwen3", "smollm3"]
