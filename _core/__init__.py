@@ -4,7 +4,7 @@ from .cache import KV_FORMATS, KVCache, kv_bytes
 from .cpus import max_threads
 from .engine import MAX_CHUNK, MAX_THREADS, Engine
 from .kernels import TILE, isa, isa_available
-from .memory import advise_huge, anonymous, touch, trim
+from .memory import MappedFile, advise_huge, anonymous, touch, trim
 from .sampler import Sampler
 from .weights import WEIGHT_TYPES, WeightType, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
 
@@ -16,6 +16,7 @@ __all__ = [
     "WEIGHT_TYPES",
     "Engine",
     "KVCache",
+    "MappedFile",
     "Sampler",
     "WeightType",
     "advise_huge",

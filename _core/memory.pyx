@@ -1,8 +1,21 @@
-"""Memory of the system: pages, huge ones, those that are there already, and those given back."""
+"""Memory of the system: pages, huge ones, those that are there already, those of a file, and those given back."""
 
 import mmap
+import os
 
 import numpy as np
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.errno cimport errno
+from libc.stdint cimport uintptr_t
+
+cdef extern from "mapped.h":
+    ctypedef struct MappedMemory "struct mapped_file":
+        uintptr_t start
+        int fd
+
+    MappedMemory* mapped_open(int fd, size_t size, const char* line)
+    void mapped_close(MappedMemory* file)
 
 cdef extern from *:
     """
@@ -15,6 +28,10 @@ cdef extern from *:
     #endif
     """
     int release_freed() nogil
+
+cdef extern from "<sys/mman.h>":
+    enum: MADV_DONTNEED
+    int madvise(void* start, size_t length, int advice)
 
 
 def anonymous(size):
@@ -44,6 +61,48 @@ def advise_huge(memory, start=0, size=None):
 def trim():
     """Gives memory that was freed back to the system at once, where the C library keeps it."""
     release_freed()
+
+
+cdef class MappedFile:
+    """The first `size` bytes, one at least, of an open file, mapped to be read: a read-only buffer.
+
+    It keeps a descriptor of its own. If the file loses pages while it is mapped, as by being truncated, and one of them
+    is needed, the process writes `line` to standard error and ends with status 1, where the system would end it with
+    SIGBUS; a handler of SIGBUS that the process had before still gets what does not concern mapped files. Raises
+    OSError, ValueError if the file is shorter, MemoryError.
+    """
+
+    cdef MappedMemory* memory
+    cdef Py_ssize_t size
+
+    def __cinit__(self, int fd, Py_ssize_t size, bytes line):
+        if not 0 < size <= os.fstat(fd).st_size:
+            raise ValueError(f"the file has fewer bytes than {size}, or none")
+        self.size = size
+        self.memory = mapped_open(fd, size, line)
+        if self.memory == NULL:
+            number = errno
+            raise OSError(number, os.strerror(number))
+
+    def __dealloc__(self):
+        if self.memory != NULL:
+            mapped_close(self.memory)
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, <void*>self.memory.start, self.size, 1, flags)
+
+    def fileno(self):
+        """The descriptor, valid as long as this object."""
+        return self.memory.fd
+
+    def forget(self, start, length):
+        """Unmaps pages that were read and are not needed soon, so that they do not count as memory in use."""
+        cdef Py_ssize_t first = start // mmap.PAGESIZE * mmap.PAGESIZE, end = min(start + length, self.size)
+        if 0 <= first < end:
+            madvise(<void*>(self.memory.start + first), end - first, MADV_DONTNEED)
 
 
 def touch(memory):

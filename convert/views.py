@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvrun.convert.tensors import StoredTensor
-from kvrun.errors import ConvertError
+from kvrun.errors import ConvertError, ModelFileError
+from kvrun.files.model_file import map_file
+from kvrun.files.regular import open_regular
 
 
 def rows_of(tensor: StoredTensor, start: int, stop: int) -> StoredTensor:
@@ -53,9 +55,11 @@ class TransposedTensor(StoredTensor):
         cols = self.shape[1]
         width = self.row_bytes // cols
         try:
-            stored = np.memmap(self.path, np.uint8, "r", self.offset, shape=(cols, self.stored_cols, width))
-        except (OSError, ValueError) as error:
+            with open(self.path, "rb", opener=open_regular) as file:
+                data = map_file(self.path, file.fileno(), self.offset + cols * self.stored_cols * width)
+        except (OSError, ModelFileError) as error:
             raise ConvertError(f"{self.path}: cannot read tensor {self.name}: {error}") from None
+        stored = np.frombuffer(memoryview(data), np.uint8, offset=self.offset).reshape(cols, self.stored_cols, width)
         part = stored[:, self.first + start : self.first + stop]
         return np.ascontiguousarray(part.transpose(1, 0, 2)).reshape(stop - start, self.row_bytes)
 

@@ -449,6 +449,7 @@ class Session:
         while (left := self.n_tokens - self._kv.n_tokens) > 0:
             chunk = np.array(self._text.pending(self._kv.n_tokens, most), dtype=np.int32)
             last = len(chunk) == left
+            self.model.file.check_unchanged()
             began = time.perf_counter()
             try:
                 logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")

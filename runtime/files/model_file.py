@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from kvrun import _core
-from kvrun.errors import ModelFileError, TokenizerError
+from kvrun.errors import ModelFileError, TokenizerError, one_line
 from kvrun.files.description import ModelDescription, shortened, strict_json, text_json
 from kvrun.files.regular import open_regular
 from kvrun.options import saved_names
@@ -51,6 +51,7 @@ OPTIONAL = ("chat_template",)
 MAX_TOKENS = 1 << 31
 """Ids of added tokens are below it."""
 _CHUNK = 16 << 20
+_SHRANK = "the file shrank while it was opened"
 _MOST_NESTED = 16
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -68,14 +69,22 @@ class WeightTensor:
     data: np.ndarray
 
 
+class Header(NamedTuple):
+    """A parsed header with its length field: bytes, which are those before the data, and their SHA-256."""
+
+    entries: dict[str, Any]
+    nbytes: int
+    fingerprint: str
+
+
 class ModelFile:
     """An open model file. Its arrays are read-only views of the file's memory map, or of a copy of the file in memory,
     and keep it alive."""
 
     def __init__(
-        self, path: str, memory: mmap.mmap, header: dict[str, Any], data_start: int, mapped: bool = True
+        self, path: str, memory: mmap.mmap | _core.MappedFile, header: Header, changed: tuple[int, int]
     ) -> None:
-        meta = _Metadata(path, header)
+        meta = _Metadata(path, header.entries)
         self.path = path
         self.nbytes = len(memory)
         self.description: ModelDescription = meta.description
@@ -86,9 +95,11 @@ class ModelFile:
         self.chat_template: str | None = meta.chat_template
         self.sampling: dict[str, float] = meta.sampling
         self.source: dict[str, Any] = meta.source
-        self.fingerprint: str = sha256(memoryview(memory)[:data_start]).hexdigest()
+        self.fingerprint = header.fingerprint
         self._checksums = meta.checksums
-        self._memory, self._mapped = memory, mapped
+        self._memory = memory
+        self._changed = changed
+        self._data_start = data_start = header.nbytes
         self._starts: dict[str, int] = {}
         self._spans: dict[str, memoryview] = {}
         buffer = memoryview(memory).toreadonly()
@@ -143,9 +154,23 @@ class ModelFile:
 
     def _forget(self, start: int, length: int) -> None:
         """Unmap pages that were only read once, so that the whole file does not count as memory in use."""
-        if self._mapped and hasattr(self._memory, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
-            first = start - start % mmap.PAGESIZE
-            self._memory.madvise(mmap.MADV_DONTNEED, first, start + length - first)
+        if isinstance(self._memory, _core.MappedFile):
+            self._memory.forget(start, length)
+
+    def check_unchanged(self) -> None:
+        """Raise ModelFileError if the mapped file is not what it was: if its length or its header has changed in place.
+
+        That costs a microsecond. Another file that took its name does no harm: this one stays as it was.
+        """
+        if not isinstance(self._memory, _core.MappedFile):
+            return
+        fd = self._memory.fileno()
+        now = _last_change(fd)
+        if now == self._changed:
+            return
+        if now[0] != self.nbytes or sha256(os.pread(fd, self._data_start, 0)).hexdigest() != self.fingerprint:
+            raise ModelFileError(f"{self.path}: the file was changed while it was in use: load it again")
+        self._changed = now  # touched, or written anew with the same model
 
 
 def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: bool = True) -> ModelFile:
@@ -168,27 +193,36 @@ def read_model_file(path: str | os.PathLike[str], verify: bool = False, mapped: 
 
 def open_model(path: str, file: Any, mapped: bool = True) -> ModelFile:
     """The same of an open file, which messages call `path`. Raises OSError too."""
-    size = os.fstat(file.fileno()).st_size
+    size, _ = changed = _last_change(file.fileno())
     file.seek(0)
-    header, data_start = _read_header(path, file, size)
+    header = _read_header(path, file, size)
     if mapped:
-        try:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # it has become empty
-            raise ModelFileError(f"{path}: the file shrank while it was opened") from None
-        read = len(memory)
-    else:
-        memory = _core.anonymous(size)
-        _core.advise_huge(memory)
-        file.seek(0)
-        read = file.readinto(memory)
-    if read < size:
-        raise ModelFileError(f"{path}: the file shrank while it was opened")
-    return ModelFile(path, memory, header, data_start, mapped)
+        return ModelFile(path, map_file(path, file.fileno(), size), header, changed)
+    memory = _core.anonymous(size)
+    _core.advise_huge(memory)
+    file.seek(0)
+    if file.readinto(memory) < size:
+        raise ModelFileError(f"{path}: {_SHRANK}")
+    return ModelFile(path, memory, header, changed)
 
 
-def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:
-    """The parsed header and the offset at which tensor data starts."""
+def map_file(path: str, fd: int, size: int) -> _core.MappedFile:
+    """An open file, mapped. If it then loses a page that is needed, the process ends with a line that says so."""
+    line = f"kvrun: {one_line(path)}: the file was truncated while it was in use, or can no longer be read\n"
+    try:
+        return _core.MappedFile(fd, size, line.encode("utf-8", "replace"))
+    except ValueError:
+        raise ModelFileError(f"{path}: {_SHRANK}") from None
+
+
+def _last_change(fd: int) -> tuple[int, int]:
+    """(size in bytes, nanoseconds) of an open file's last change."""
+    info = os.fstat(fd)
+    return info.st_size, info.st_mtime_ns
+
+
+def _read_header(path: str, file: Any, size: int) -> Header:
+    """The header of a file of `size` bytes, parsed."""
     start = file.read(16)
     if start[:4] == b"GGUF":
         raise ModelFileError(f"{path}: a GGUF file; convert it first: kvrun convert {path} -o MODEL")
@@ -211,7 +245,7 @@ def _read_header(path: str, file: Any, size: int) -> tuple[dict[str, Any], int]:
         )
     if (8 + length) % ALIGNMENT:
         raise ModelFileError(f"{path}: damaged header: data does not start on a {ALIGNMENT}-byte boundary")
-    return header, 8 + length
+    return Header(header, 8 + length, sha256(start[:8] + text).hexdigest())
 
 
 class _Metadata:

@@ -87,7 +87,7 @@ class FakeModel:
         self.vocab_size = self.tokenizer.vocab_size
         self.engine = FakeEngine(self.vocab_size)
         self.description = SimpleNamespace(context_length=2048, usual_context=2048)
-        self.file = SimpleNamespace(sampling=sampling or {}, path="model.bin")
+        self.file = SimpleNamespace(sampling=sampling or {}, path="model.bin", check_unchanged=lambda: None)
         self.stop_ids = frozenset([END])
         self.chat = template and ChatTemplate(template, {}, self.tokenizer.special)
 
