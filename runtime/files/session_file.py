@@ -15,13 +15,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from kvrun import _core
 from kvrun.errors import KvrunError, ModelFileError
-from kvrun.files.description import strict_json
+from kvrun.files.description import shortened, strict_json
 from kvrun.files.model_file import MAX_HEADER, header_checksum
 from kvrun.files.model_writer import dumps, header_bytes
 from kvrun.files.regular import open_regular
 from kvrun.files.safe_file import SafeFile
-from kvrun.options import CacheOptions
+from kvrun.options import MAX_CTX, CacheOptions
 from kvrun.text.templates import check_messages
 
 FORMAT = "kvrun-session"
@@ -130,20 +131,18 @@ class _Reader:
             )
         self._vocab_size = vocab_size
         cache = self._object(meta, "cache", ("k", "v", "ctx", "sinks", "window", "n_tokens", "lost"))
-        n_tokens, lost = self._count(cache.pop("n_tokens")), self._count(cache.pop("lost"))
+        n_tokens, lost = self._count(cache, "n_tokens"), self._count(cache, "lost")
         talk = self._object(meta, "conversation", ("messages", "text", "pending", "recent"))
-        pending, recent = self._tokens(talk["pending"]), self._tokens(talk["recent"])
+        pending, recent = self._tokens(talk, "pending"), self._tokens(talk, "recent")
         entries = {name: value for name, value in header.items() if name != "__metadata__"}
         sizes = self._sizes(entries, n_tokens + len(pending), self._size - start)
         arrays = self._arrays(sizes, self._object(meta, "checksums", tuple(sizes)))
         tokens = arrays.get("tokens")
         if tokens is not None and len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             self._damaged("tokens outside the vocabulary")
-        if not all(type(cache[name]) is int for name in ("ctx", "sinks", "window")):
-            self._damaged("the cache's sizes are not numbers")
         return SavedSession(
             model,
-            CacheOptions(**cache),
+            self._cache(cache),
             n_tokens,
             lost,
             arrays["kv"],
@@ -177,7 +176,7 @@ class _Reader:
         self._check_metadata(header.get("__metadata__") if isinstance(header, dict) else None)
         try:
             same = header_bytes(self._path, header) == start + text
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, RecursionError):
             same = False
         if not same:
             self._damaged("the header is not as it was written")
@@ -189,7 +188,7 @@ class _Reader:
         version = meta.get("version")
         if version != str(VERSION):
             raise ModelFileError(
-                f"{self._path}: session format version {str(version)[:20]!r}; this kvrun reads version {VERSION}"
+                f"{self._path}: session format version {shortened(version)}; this kvrun reads version {VERSION}"
             )
         if set(meta) != set(_FIELDS) or not all(isinstance(value, str) for value in meta.values()):
             self._damaged("its metadata fields are not those of a session")
@@ -205,27 +204,39 @@ class _Reader:
             self._damaged(f"metadata field {field} does not have the entries {', '.join(keys)}")
         return value
 
-    def _count(self, value: Any) -> int:
-        if type(value) is not int or not 0 <= value < 1 << 60:
-            self._damaged("a number of tokens is not a whole number")
+    def _count(self, values: dict[str, Any], name: str, limit: int = 1 << 60) -> int:
+        value = values[name]
+        if type(value) is not int or not 0 <= value < limit:
+            self._damaged(f"metadata field cache: {name} = {shortened(value)} is not a number of tokens")
         return value
 
-    def _tokens(self, value: Any) -> list[int]:
+    def _cache(self, values: dict[str, Any]) -> CacheOptions:
+        for name in ("k", "v"):
+            if not isinstance(values[name], str) or values[name] not in _core.KV_FORMATS:
+                self._damaged(f"metadata field cache: {name} = {shortened(values[name])} is no format of a cache")
+        return CacheOptions(
+            values["k"], values["v"], *(self._count(values, name, MAX_CTX + 1) for name in ("ctx", "sinks", "window"))
+        )
+
+    def _tokens(self, values: dict[str, Any], name: str) -> list[int]:
+        value = values[name]
         if not isinstance(value, list) or not all(
             type(token) is int and 0 <= token < self._vocab_size for token in value
         ):
-            self._damaged("tokens outside the vocabulary")
+            self._damaged(f"metadata field conversation: {name} is not a list of tokens of the vocabulary")
         return value
 
     def _messages(self, value: Any) -> list[dict[str, Any]]:
+        if not isinstance(value, list):
+            self._damaged("metadata field conversation: messages is not a list")
         try:
-            return check_messages(value if isinstance(value, list) else [value])
+            return check_messages(value)
         except KvrunError as error:
-            self._damaged(str(error))
+            self._damaged(f"metadata field conversation: messages: {error}")
 
     def _text(self, value: Any) -> str | None:
         if value is not None and not isinstance(value, str):
-            self._damaged("the text of the conversation is not a text")
+            self._damaged("metadata field conversation: text is not a text")
         return value
 
     def _sizes(self, entries: dict[str, Any], n_tokens: int, available: int) -> dict[str, int]:

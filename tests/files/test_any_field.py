@@ -1,6 +1,5 @@
 """Every field of a model file's header with every kind of wrong value: refused by name, or harmless."""
 
-import copy
 import itertools
 import json
 import random
@@ -11,42 +10,7 @@ from kvrun.errors import ModelFileError
 from kvrun.files.description import ModelDescription
 from kvrun.files.model_file import read_model_file
 from support.model_files import DESCRIPTION, join, open_writer, split, write_all
-
-WRONG = {
-    "null": "null",
-    "true": "true",
-    "false": "false",
-    "zero": "0",
-    "one": "1",
-    "negative": "-1",
-    "odd": "7",
-    "large": "4097",
-    "int32": str(2**31),
-    "int64": str(2**64),
-    "enormous": "9" * 400,
-    "endless": "9" * 5000,
-    "fraction": "0.5",
-    "negative fraction": "-2.5",
-    "smallest": "5e-324",
-    "largest": "1.7e308",
-    "too large": "1e999",
-    "not a number": "NaN",
-    "infinite": "-Infinity",
-    "text": '"x"',
-    "no text": '""',
-    "digits": '"3"',
-    "half a character": r'"\ud800"',
-    "control": r'"\u0000\u001b[2J\n"',
-    "long text": json.dumps("x" * 10_000),
-    "no list": "[]",
-    "list": "[1]",
-    "list of lists": "[[[]]]",
-    "no object": "{}",
-    "object": '{"type": 1}',
-    "deep": "[" * 500 + "]" * 500,
-    "endlessly deep": "[" * 100_000 + "]" * 100_000,
-}
-"""Values as they stand in JSON."""
+from support.wrong_values import WRONG, places, with_value
 
 FULL = {
     **json.loads(DESCRIPTION.to_json()),
@@ -93,26 +57,6 @@ CONTRADICTED = {
     "head_dim": ("rope_scaling",),
 }
 """Of fields whose number others go by: what is named instead where those no longer fit."""
-
-
-def places(value, at=()):
-    """The ways to every value within a JSON value, lists by their first entry."""
-    if at:
-        yield at
-    inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
-    for key, item in inner:
-        yield from places(item, (*at, key))
-
-
-def with_value(value, place, text):
-    """The JSON of `value` with `text` at a place."""
-    marked = copy.deepcopy(value)
-    *way, last = place
-    inner = marked
-    for key in way:
-        inner = inner[key]
-    inner[last] = "@@@"
-    return json.dumps(marked).replace('"@@@"', text, 1)
 
 
 def read_description(text, named=""):

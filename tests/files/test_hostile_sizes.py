@@ -115,8 +115,8 @@ def test_long_and_deep_values(written, tmp_path):
         paths.append(tmp_path / f"{len(paths)}.bin")
         join(paths[-1], header, data)
 
-    long = "x" * 2_000_000
-    deep = "[" * 1_000_000 + "]" * 1_000_000
+    long = "x" * 500_000
+    deep = "[" * 300_000 + "]" * 300_000
     for field in ("version", "model", "weights", "tokenizer", "stop_ids", "sampling", "checksums"):
         for text in (long, deep, json.dumps([long]), json.dumps({long: long}), "[" + "-1," * 200_000 + "0]"):
             add({**header, "__metadata__": {**meta, field: text}})
