@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvrun.errors import OptionError
+from kvrun.files.safe_file import SafeFile, check_output
 
 TYPES = (".png", ".svg", ".pdf")
 
 
 def check(path: str) -> None:
-    """OptionError, before anything is measured, for what would fail in the end."""
+    """OptionError or ModelFileError, before anything is measured, for what would fail in the end."""
     if Path(path).suffix.lower() not in TYPES:
         raise OptionError(f"plot: {path!r} must end in {', '.join(TYPES)}")
     if not Path(path).parent.is_dir():
         raise OptionError(f"plot: there is no folder {str(Path(path).parent)!r}")
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("plot: matplotlib is missing; pip install matplotlib, or kvrun[plot]")
+    check_output(path)
 
 
 def speed(report: dict[str, Any], path: str) -> None:
-    """Decode speed and memory by depth, a line for each format, from the report of `kvrun bench`. OSError if the
-    file cannot be written."""
+    """Decode speed and memory by depth, a line for each format, from the report of `kvrun bench`. ModelFileError
+    if the file cannot be written."""
     rows = [row for row in report["results"] if row["test"] == "decode"]
     depths = sorted({row["depth"] for row in rows})
     figure, (rate, memory) = _figure()
@@ -42,12 +45,12 @@ def speed(report: dict[str, Any], path: str) -> None:
         axes.set_xticks(depths if len(depths) < 3 else spread(depths, 10))
     memory.legend(title="cache", frameon=False)
     figure.suptitle(f"{report['model']}, {report['cpu']}, {report['isa']}, {report['threads']} threads")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def quality(report: dict[str, Any], path: str) -> None:
     """KL divergence and top-1 agreement by bits per value, from the report of `kvrun perplexity`; the exact cache,
-    first in it, is what the others are compared with. OSError if the file cannot be written."""
+    first in it, is what the others are compared with. ModelFileError if the file cannot be written."""
     rows = report["results"][1:]
     figure, (divergence, agreement) = _figure()
     for row in rows:
@@ -62,7 +65,16 @@ def quality(report: dict[str, Any], path: str) -> None:
         axes.set_xlabel("bits per cached value")
         axes.margins(x=0.4, y=0.15)
     figure.suptitle(f"{Path(report['model']).name}, {report['chunks']} chunks of {report['ctx']} tokens")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str) -> None:
+    """Draw it, and only then write the file, whole."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=Path(path).suffix[1:].lower())
+    with SafeFile(path, drawn.tell()) as file:
+        file.put(drawn.getbuffer())
+        file.commit()
 
 
 def _figure() -> tuple[Any, Any]:

@@ -286,10 +286,13 @@ def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
     refused(capsys, model, "--test", "prefill", "--plot", path, words=["plot", "--test decode"])
     refused(capsys, model, "--plot", str(tmp_path / "p.txt"), words=["plot", "p.txt", ".png, .svg, .pdf"])
     refused(capsys, model, "--plot", str(tmp_path / "no" / "p.png"), words=["plot", "no folder"])
+    for name, make, says in (("folder.png", os.mkdir, "it is a folder"), ("pipe.png", os.mkfifo, "not a regular file")):
+        make(tmp_path / name)
+        refused(capsys, model, "--plot", str(tmp_path / name), words=[name, "cannot write", says])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     refused(capsys, model, "--plot", path, words=["plot", "matplotlib is missing", "pip install"])
-    assert not os.listdir(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "pipe.png"]
 
 
 @pytest.mark.parametrize(
