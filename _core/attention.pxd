@@ -24,6 +24,7 @@ ctypedef struct Plan:
     int64_t packed_before, packed_after          # tiles packed when the chunk starts and when it is in
     int64_t evicted_before, n_shifts             # sinks are rotated for n_shifts numbers of evicted tiles
     int64_t n_blocks, block_tokens               # query blocks
+    bint split                                   # whether tiles are split into spans
     int64_t n_spans                              # most spans of tiles that a layer's work is split into
     int64_t n_heads, group                       # group: query heads of a KV head
     float scale                                  # of queries, times log2(e): the softmax is to the base 2
@@ -47,7 +48,7 @@ ctypedef struct Plan:
 # A chunk is planned by these three, in this order; then for each layer come append_step, attend_step, commit_step if
 # commit_needed (all threads of a team, a barrier after each), and combine.
 cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
-                     int64_t n_heads, float scale, float soft_cap, int64_t threads) noexcept nogil
+                     int64_t n_heads, float scale, float soft_cap, bint written, int64_t threads) noexcept nogil
 cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil
 cdef void plan_queries(Plan* p) noexcept nogil
 cdef bint commit_needed(const Plan* plan) noexcept nogil

@@ -19,7 +19,8 @@ cdef extern from "<math.h>" nogil:
 
 cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
-    SPLIT_TOKENS = 16     # longer chunks have enough queries to split; in shorter ones tiles are split into spans:
+    SPLIT_TOKENS = 16     # of a text that is written, longer chunks have enough queries to share out; in shorter ones
+                          # tiles are split into spans:
     SPAN_LEAST = 4        # of at least so many tiles, that a few of a short text keep every thread busy,
     SPAN_MOST = 64        # and at most so many, once there are
     SPANS = 8             # so many spans; whatever the number of threads, which is not to change results
@@ -43,7 +44,7 @@ cdef inline int64_t _first(const Plan* plan, int64_t layer) noexcept nogil:
 cdef inline int64_t _spans(const Plan* plan, int64_t layer) noexcept nogil:
     """Spans that the tiles of a layer are split into: as its queries see, not as the cache has."""
     cdef int64_t tiles = plan.last_tile - _first(plan, layer) + 1
-    if plan.n > SPLIT_TOKENS:
+    if not plan.split:
         return 1
     return max(max((tiles + SPAN_MOST - 1) // SPAN_MOST, <int64_t>1), min(tiles // SPAN_LEAST, <int64_t>SPANS))
 
@@ -54,11 +55,14 @@ cdef inline int64_t _rope(const Plan* plan, int64_t layer) noexcept nogil:
 
 
 cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
-                     int64_t n_heads, float scale, float soft_cap, int64_t threads) noexcept nogil:
-    """Counts what a chunk of n tokens from position `first` on needs; no buffer is placed. soft_cap: 0 for none."""
+                     int64_t n_heads, float scale, float soft_cap, bint written, int64_t threads) noexcept nogil:
+    """Counts what a chunk of n tokens from position `first` on needs; no buffer is placed. soft_cap: 0 for none.
+    written: of a text that is being written. One that is read is not split into spans, whose sums round otherwise than
+    one sum does, so that no result depends on the chunks it comes in."""
     cdef int64_t layer
     p.kern, p.cache, p.ropes = kern, c, ropes[0]
     p.soft_cap = <float>(soft_cap * M_LOG2E)
+    p.split = written and n <= SPLIT_TOKENS
     p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
     p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
     p.evicted_before = tiles_evicted(c, c.n_slots, tiles_packed(c, first + 1))
@@ -423,14 +427,14 @@ cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t l
     cdef int64_t heads = plan.cache.n_kv_heads, spans = _spans(plan, layer), items = heads * plan.n_blocks * spans
     cdef int64_t i = 0, end = 0, rest, grab = 1
     cdef float* scratch = plan.scratch + thread * plan.scratch_floats
-    if plan.n <= SPLIT_TOKENS:  # neighbouring spans to one thread, as long as they last: memory is read in one go
+    if plan.split:  # neighbouring spans to one thread, as long as they last: memory is read in one go
         grab = max(items // (2 * kv_team_size(team)), <int64_t>1)
     while True:
         i = kv_team_take(team, items, grab, &end)
         if i < 0:
             break
         for i in range(i, end):
-            if plan.n <= SPLIT_TOKENS:
+            if plan.split:
                 rest = i % (plan.n_blocks * spans)
                 _attend(plan, layer, i // (plan.n_blocks * spans), rest // spans, rest % spans, q, ld, scratch)
             else:

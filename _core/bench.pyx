@@ -316,7 +316,7 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     memset(&ropes, 0, sizeof(Ropes))
     ropes.n, ropes.inv_freq = 1, &inv_freq[0]
     plan_chunk(p, kernels(), c, &ropes, c.n_tokens - 1, 1, d.n_heads, d.attention_scale,
-               getattr(d, "attention_softcap", None) or 0, threads)
+               getattr(d, "attention_softcap", None) or 0, True, threads)
     p.packed_before = p.packed_after   # the token is in already
     block = _aligned(plan_buffers(p, NULL))
     plan_buffers(p, &block[0])

@@ -261,16 +261,17 @@ cdef class Engine:
         decoding: block-quantised weights take activations of 16 bits, as for text that is being written, instead of
         the 8 that do for reading; None: when there is one token. (A precise engine always uses 16, and so does the
         head when the last token's logits alone are wanted.)
-        Every token sees the cache as it would if the chunk were fed one by one. The GIL is released.
+        Every token sees the cache as it would if the chunk were fed one by one; of tokens that are read (`decoding`
+        False), results are the same to the bit however they are cut into chunks. The GIL is released.
         Raises ValueError for tokens outside the vocabulary, a chunk of the wrong size or more tokens than the model has
         learned positions, RuntimeError when another thread is using the cache.
         """
         cdef const int32_t[::1] ids = self.checked(tokens, kv, logits)
-        cdef bint two_planes = self.precise or (ids.shape[0] == 1 if decoding is None else decoding)
+        cdef bint written = ids.shape[0] == 1 if decoding is None else decoding
         if not kv.lock.acquire(blocking=False):
             raise RuntimeError("this cache is in use by another thread")
         try:
-            result = self._forward(ids, kv, logits, two_planes)
+            result = self._forward(ids, kv, logits, written)
             return result[0] if logits == "last" else result
         finally:
             kv.lock.release()
@@ -305,7 +306,7 @@ cdef class Engine:
             if (kept[0].ndim != 2 or kept[0].shape[1] != d.head_dim // 2 or kept[1].shape != kept[0].shape
                     or kept[2].shape != (d.n_layers,) or not 0 <= kept[2].min() <= kept[2].max() < len(kept[0])):
                 raise ValueError("rope_tables are not of the shapes that the description says")
-            self.ropes[ctx] = kept
+            self.ropes.setdefault(ctx, kept)  # the first stays: another thread may be reading it
         return self.ropes[ctx]
 
     cdef _rope(self, int64_t ctx, Ropes* ropes):
@@ -315,12 +316,13 @@ cdef class Engine:
         ropes.n, ropes.inv_freq, ropes.amplitude = inv_freq.shape[0], &inv_freq[0, 0], &amplitude[0, 0]
         ropes.of_layer = &of_layer[0]
 
-    cdef _forward(self, const int32_t[::1] ids, KVCache kv, logits, bint two_planes):
+    cdef _forward(self, const int32_t[::1] ids, KVCache kv, logits, bint written):
         cdef Call call
         cdef Ropes ropes
         cdef int64_t n = ids.shape[0]
         cdef float[:, ::1] out
         cdef int threads = self.threads
+        cdef bint two_planes = self.precise or written
         cdef _Arena arena
         if kv.buffers is None:
             kv.buffers = _Arena()
@@ -334,7 +336,7 @@ cdef class Engine:
         call.head_planes = 2 if two_planes or logits == "last" else 1
         self._rope(kv.ctx, &ropes)
         plan_chunk(&call.plan, call.kern, &kv.c, &ropes, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale,
-                   self.c.attention_softcap, threads)
+                   self.c.attention_softcap, written, threads)
         arena.count()
         self._buffers(arena, &call)
         arena.allocate()

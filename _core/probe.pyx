@@ -286,7 +286,7 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     memset(&ropes, 0, sizeof(Ropes))
     ropes.n, ropes.inv_freq = 1, &inv_freq[0]
     plan_chunk(&chunk.plan, kern, &cache, &ropes, cache.n_tokens, n, n_heads, kv.description.attention_scale,
-               getattr(kv.description, "attention_softcap", None) or 0, threads)
+               getattr(kv.description, "attention_softcap", None) or 0, True, threads)
     raw = np.empty(plan_buffers(&chunk.plan, NULL) + 64, np.uint8)
     block = raw[-raw.ctypes.data % 64:]
     plan_buffers(&chunk.plan, &block[0])

@@ -82,3 +82,24 @@ def test_a_precise_engine_is_precise_either_way(decoding, engines, text):
     cache, tokens = text
     expected = precise.forward(tokens, cache.copy(), "all")
     np.testing.assert_array_equal(precise.forward(tokens, cache.copy(), "all", decoding=decoding), expected)
+
+
+@pytest.mark.parametrize("kv", _core.KV_FORMATS)
+@pytest.mark.parametrize("ctx", [600, 2048])
+def test_a_text_that_is_read_may_come_in_any_chunks(kv, ctx, engines, rng):
+    """To the bit, the logits and all that is in the cache: at depths where the work of a step is split into spans, and
+    where a ring turns."""
+    engine, _ = engines
+    tokens = rng.integers(0, engine.description.vocab_size, 1000).astype(np.int32)
+
+    def read(cuts):
+        cache, logits = engine.new_cache(k=kv, v=kv, ctx=ctx), None
+        for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+            logits = engine.forward(tokens[start:end], cache, "last", decoding=False)
+        return logits, cache.state()
+
+    expected = read([500])
+    ragged = np.unique(rng.integers(1, 1000, 60)).tolist()
+    for cuts in ([500, 999], [500, 985], [490, 991, 993, 996], [1, 3, 513, 1000 - 16], sorted({*ragged, 512, 998})):
+        for got, wanted in zip(read(cuts), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
