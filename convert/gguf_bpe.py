@@ -9,7 +9,8 @@ from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import shown
 from kvrun.convert.gguf_vocabulary import SPECIAL, GgufVocabulary
 from kvrun.convert.pre_tokenizers import DEFAULT, GEMMA4, LLAMA3, PRE_TOKENIZERS, PreTokenizer
-from kvrun.convert.sentencepiece_model import SPACE, USER_DEFINED
+from kvrun.convert.sentencepiece_model import SPACE
+from kvrun.text.sentencepiece_file import USER_DEFINED
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|eot_id|>")
 # What llama.cpp takes if the metadata do not say: it is Falcon's token.

@@ -7,19 +7,8 @@ from typing import Any
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_vocabulary import GgufVocabulary, unique
-from kvrun.convert.sentencepiece_model import (
-    BPE,
-    BYTE,
-    BYTE_PIECES,
-    CONTROL,
-    SPACE,
-    UNIGRAM,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Normalizer,
-    model_bytes,
-)
+from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, SPACE, UNIGRAM, Normalizer, model_bytes
+from kvrun.text.sentencepiece_file import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED
 
 # tokenizer.ggml.model -> SentencePiece's kind, and llama.cpp's defaults if the metadata say nothing else: whether a
 # space is put before a text, BOS before it, EOS after it, and the ids of named tokens.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvrun.convert.fields import Fields
-from kvrun.convert.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 from kvrun.convert.token_ids import note_of_ends, token_id, undeclared_ends
+from kvrun.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 
 SPECIAL = (CONTROL, UNKNOWN)
 _NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}

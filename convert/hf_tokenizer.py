@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.declared_tokens import DeclaredTokens, read_declared_tokens, renumbered
 from kvrun.convert.fields import Fields, read_json
-from kvrun.convert.sentencepiece_model import CONTROL, USER_DEFINED
 from kvrun.convert.small_files import read_file
 from kvrun.convert.token_ids import ENDS, note_of_ends, token_ids, undeclared_ends
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
-from kvrun.text.sentencepiece_file import piece_types
+from kvrun.text.sentencepiece_file import CONTROL, NORMAL, USER_DEFINED, as_control, piece_types
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -169,7 +168,9 @@ def _read_sentencepiece(data: bytes, declared: DeclaredTokens) -> _Found:
         info[name] = [number for number, token in new.items() if getattr(token, name)]
     if single := [number for number, token in new.items() if token.single_word]:
         info["single_word"] = single  # files without it can be read by older versions
-    found = _Found(library, data, info, notes)
+    # SentencePiece would find these in what users type.
+    typed = {i for i, token in new.items() if token.special and i < len(own) and types[i] in (NORMAL, USER_DEFINED)}
+    found = _Found(library, as_control(data, typed) if typed else data, info, notes)
     found.special = control | found.special
     return found
 

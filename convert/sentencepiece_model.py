@@ -9,8 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of pieces; GGUF numbers them in the same way."""
+from kvrun.text.sentencepiece_file import BYTE, varint
 
 UNIGRAM, BPE = 1, 2
 SPACE = "\u2581"
@@ -57,26 +56,16 @@ def model_bytes(
     return bytes(out) + _message(2, trainer) + _message(3, rules + _number(5, 1))
 
 
-def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3 | _VARINT) + _varint(value)
+    return varint(field << 3 | _VARINT) + varint(value)
 
 
 def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | _FLOAT) + struct.pack("<f", value)
+    return varint(field << 3 | _FLOAT) + struct.pack("<f", value)
 
 
 def _message(field: int, data: bytes) -> bytes:
-    return _varint(field << 3 | _BYTES) + _varint(len(data)) + data
+    return varint(field << 3 | _BYTES) + varint(len(data)) + data
 
 
 def _text(field: int, text: str) -> bytes:

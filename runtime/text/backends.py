@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvrun.errors import TokenizerError
-from kvrun.text.cut import without_tokens_from
+from kvrun.text.cut import without_text, without_tokens_from
 from kvrun.text.pruned import LONGEST, PrunedBpe, byte_characters, read_prunable
 from kvrun.text.sentencepiece_file import first_pieces
 from kvrun.text.special_tokens import CONTINUED, ESCAPE, INNER, START, SpecialTokens
@@ -165,6 +165,8 @@ class JsonBackend(_Backend):
             spec[part] = _dummy_space(spec.get(part), where)
         for token in spec.get("added_tokens") or []:
             token["special"] = token["special"] or token["id"] in self._stop_ids
+        if literal:
+            spec = without_text(spec, self.special.ids)
         tokenizer = self._build(json.dumps(spec, ensure_ascii=False).encode("utf-8"))
         tokenizer.encode_special_tokens = literal
         return tokenizer

@@ -1,8 +1,11 @@
-"""A tokenizer without the tokens that have no row in a model's embedding: their text is made of other tokens."""
+"""A parsed tokenizer.json without some of its tokens: their text is made of other tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
+
+_NO_TEXT = "\ufdd0 "  # spaces are written otherwise in all vocabularies
 
 
 def without_tokens_from(spec: dict[str, Any], size: int, added: dict[str, int]) -> dict[str, Any]:
@@ -21,6 +24,29 @@ def without_tokens_from(spec: dict[str, Any], size: int, added: dict[str, int]) 
             model["unk_token"] = None
     tokens = [token for token in spec.get("added_tokens") or [] if added.get(token["content"], token["id"]) < size]
     return {**spec, "added_tokens": tokens, "model": model}
+
+
+def without_text(spec: dict[str, Any], special: Collection[str]) -> dict[str, Any]:
+    """A parsed tokenizer.json that makes none of these tokens from ordinary text; all keep their ids.
+
+    A vocabulary may have its special tokens as words or pieces too. Then the model finds them where the library was
+    told to leave them alone.
+    """
+    model = dict(spec["model"])
+    vocab = model["vocab"]
+    texts = (text for text, _ in vocab) if isinstance(vocab, list) else vocab
+    names = {text: _NO_TEXT + text for text in texts if text in special}
+    if not names:
+        return spec
+    if isinstance(vocab, list):
+        model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+    else:
+        model["vocab"] = renamed = {names.get(text, text): token for text, token in vocab.items()}
+        model["merges"] = [merge for merge in model.get("merges") or [] if _within(merge, renamed)]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    added = [{**t, "content": names.get(t["content"], t["content"])} for t in spec.get("added_tokens") or []]
+    return {**spec, "added_tokens": added, "model": model}
 
 
 def _within(merge: str | list[str], vocab: dict[str, int]) -> bool:

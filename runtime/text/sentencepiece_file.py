@@ -10,7 +10,19 @@ from collections.abc import Iterator
 
 _PIECE, _TYPE = 1, 3
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # wire types
-_NORMAL, _BYTE = 1, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of pieces; GGUF numbers them in the same way."""
+
+
+def varint(value: int) -> bytes:
+    """A number as Protocol Buffers write it; negative ones in 64 bits."""
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def piece_types(data: bytes) -> list[int]:
@@ -25,14 +37,29 @@ def first_pieces(data: bytes, n: int) -> bytes:
     out, pieces = bytearray(), 0
     for field, start, value, stop in _fields(data, 0, len(data)):
         pieces += field == _PIECE
-        if field != _PIECE or pieces <= n or _type(data, value, stop) == _BYTE:
+        if field != _PIECE or pieces <= n or _type(data, value, stop) == BYTE:
             out += data[start:stop]
+    return bytes(out)
+
+
+def as_control(data: bytes, pieces: set[int]) -> bytes:
+    """The same model, in which these pieces, by number, are of the type CONTROL, so that they are found in no text.
+    Raises ValueError if `data` is damaged."""
+    out, number = bytearray(), 0
+    for field, start, value, stop in _fields(data, 0, len(data)):
+        if field == _PIECE and number in pieces:
+            # Of a field that is there twice the last value counts.
+            piece = data[value:stop] + bytes([_TYPE << 3 | _VARINT, CONTROL])
+            out += bytes([_PIECE << 3 | _BYTES]) + varint(len(piece)) + piece
+        else:
+            out += data[start:stop]
+        number += field == _PIECE
     return bytes(out)
 
 
 def _type(data: bytes, start: int, stop: int) -> int:
     """The type of the piece in data[start:stop]."""
-    kind = _NORMAL
+    kind = NORMAL
     for field, _, value, _ in _fields(data, start, stop):
         if field == _TYPE:
             kind = _varint(data, value, stop)[0]

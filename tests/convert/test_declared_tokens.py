@@ -12,9 +12,10 @@ import kvrun
 from kvrun.convert.fields import read_json
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.pipeline import convert
-from kvrun.convert.sentencepiece_model import BYTE_PIECES
+from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, Normalizer, model_bytes
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from kvrun.text.sentencepiece_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT
 from support.declared_tokens import letters, pieces, write_folder
@@ -116,6 +117,28 @@ def test_the_dummy_space_after_special_tokens(tmp_path, model_type, class_, said
     write_json(folder / "tokenizer_config.json", ENDS | {"tokenizer_class": class_, "legacy": said})
     vocabulary = read_tokenizer(str(folder), read_json(str(folder), "config.json"), None)
     assert vocabulary.info["legacy"] is legacy
+
+
+def test_special_pieces_that_sentencepiece_finds_in_any_text(tmp_path):
+    """Pieces of the user-defined type that the folder declares special, and a word: nobody types them."""
+    path = write_folder(tmp_path, "pieces", {})
+    entries = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL), ("\u2581", -1.0, NORMAL)]
+    entries += [
+        ("<turn>", 0.0, USER_DEFINED),
+        ("<tool>", 0.0, USER_DEFINED),
+        ("the", -2.0, NORMAL),
+        ("th", -1.0, NORMAL),
+    ]
+    entries += [(c, -9.0, NORMAL) for c in "aehlnortu<>"]
+    ids = {"unk": 0, "bos": 1, "eos": 2}
+    (path / "tokenizer.model").write_bytes(model_bytes(entries, BPE, ids, Normalizer(dummy_prefix=False)))
+    settings = LLAMA | {"extra_special_tokens": ["<turn>", "the"], "added_tokens_decoder": {}}
+    vocabulary, tokenizer = read(path, None, tokenizer_config=settings)
+    assert tokenizer.encode("a<turn>the<tool>", add_special=False) == [8, 4, 6, 5]
+    typed = tokenizer.encode("a<turn>the<tool>", add_special=False, parse_special=False)
+    assert not {4, 6} & {*typed} and typed[-1] == 5 and tokenizer.decode(typed) == "a<turn>the<tool>"
+    assert tokenizer.encode_escaped(tokenizer.special.escape("a<turn>the<tool>")) == typed
+    assert set(vocabulary.info["added_tokens"].values()) == {1, 2, 4, 6}
 
 
 # --- names without a token

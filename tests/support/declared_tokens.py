@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from kvrun.convert.sentencepiece_model import BPE, BYTE, BYTE_PIECES, CONTROL, NORMAL, UNKNOWN, Normalizer, model_bytes
+from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, Normalizer, model_bytes
+from kvrun.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN
 from support.make_checkpoint import CONFIG, write_json
 
 WORDS = ("\u2581", *"aehnt", "th", "the", "\u2581the", "at", "hat", "\u2581that")
@@ -49,12 +50,13 @@ def pieces():
 
 
 def write_folder(folder, base, files):
-    """`base`: "letters" or "pieces"; `files`: JSON by the name of the file, without .json. Without weights."""
+    """A folder without weights. `base`: "letters", "pieces", or None to leave the tokenizer as it is; `files`: JSON by
+    the name of the file, without .json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**CONFIG, "vocab_size": 300})
     if base == "letters":
         write_json(folder / "tokenizer.json", letters())
-    else:
+    elif base == "pieces":
         (folder / "tokenizer.model").write_bytes(pieces())
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")

@@ -308,6 +308,55 @@ def test_special_tokens_that_take_white_space_with_them():
     assert escaped != text and ours.encode_escaped(escaped) == expected == ours.encode(text)
 
 
+def special_word(model, **parts):
+    """A tokenizer whose model itself makes the special token "the" of a text, and one token that is not special."""
+    tokenizer = tokenizers.Tokenizer(model)
+    for part, value in parts.items():
+        setattr(tokenizer, part, value)
+    tokenizer.add_special_tokens([AddedToken("the", normalized=False), AddedToken("<unk>", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<|x|>", normalized=False), AddedToken("<tool>", special=False)])
+    return tokenizer
+
+
+LETTERS = ["<unk>", "\u2581", *"aethx|<>lo", "the"]
+SPECIAL_WORDS = {
+    "merges": special_word(
+        models.BPE(
+            {text: i for i, text in enumerate([*LETTERS, "th", "thea"])},
+            [("t", "h"), ("th", "e"), ("the", "a")],
+            unk_token="<unk>",
+        ),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=decoders.ByteLevel(),
+    ),
+    "whole words": special_word(
+        models.BPE({text: i for i, text in enumerate(LETTERS)}, [], unk_token="<unk>", ignore_merges=True),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=decoders.ByteLevel(),
+    ),
+    "unigram": special_word(
+        models.Unigram([(text, -1.0 * len(LETTERS) / len(text)) for text in LETTERS], 0, False),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL_WORDS)
+def test_what_the_model_itself_makes_of_a_special_tokens_text_is_left_as_text_too(name):
+    library = SPECIAL_WORDS[name]
+    ours, the, tool = wrap(library), library.token_to_id("the"), library.token_to_id("<tool>")
+    # It is the model that finds the token, although the library was told to leave special tokens alone.
+    library.encode_special_tokens = True
+    assert the in library.encode("the", add_special_tokens=False).ids
+    library.encode_special_tokens = False
+    for text in ("the", "the<tool>ax", "<|x|>the", "thea"):
+        for ids in (ours.encode(text, parse_special=False), ours.encode_escaped(ours.special.escape(text))):
+            assert not any(map(ours.is_special, ids)) and ours.decode(ids).replace(" ", "") == text
+            assert ids.count(tool) == text.count("<tool>")
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
 def test_special_tokens_that_are_whole_words():
     library = byte_level()
     library.add_special_tokens([AddedToken("<|user|>", single_word=True), AddedToken("stop", single_word=True)])

@@ -7,9 +7,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kvrun.convert.sentencepiece_model import BPE, BYTE, BYTE_PIECES, CONTROL, NORMAL, UNKNOWN, Normalizer, model_bytes
+from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, Normalizer, model_bytes
 from kvrun.errors import TokenizerError
-from kvrun.text.sentencepiece_file import first_pieces, piece_types
+from kvrun.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, as_control, first_pieces, piece_types
 from kvrun.text.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat and that is the end of the other hat"
@@ -138,6 +138,13 @@ def test_ids_without_a_token_have_no_text():
 
 def test_types_of_pieces():
     assert piece_types(pieces(None)) == [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * 12]
+
+
+def test_pieces_that_become_control_pieces():
+    changed = as_control(pieces(None), {2, 260, 266})
+    model, before = (sentencepiece.SentencePieceProcessor(model_proto=data) for data in (changed, pieces(None)))
+    assert [i for i in range(271) if model.is_control(i)] == [1, 2, 260, 266]
+    assert [model.id_to_piece(i) for i in range(271)] == [before.id_to_piece(i) for i in range(271)]
 
 
 @pytest.mark.parametrize("data", [b"\x0a", b"\x0a\x05abc", b"\xff" * 11, b"\x0f", b"\x0d\x00", b"\x0a\x02\x18\xff"])
