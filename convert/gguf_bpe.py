@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from kvrun.convert.checkpoint import Vocabulary
-from kvrun.convert.fields import shown
+from kvrun.convert.fields import Fields, shown
 from kvrun.convert.gguf_vocabulary import SPECIAL, GgufVocabulary
 from kvrun.convert.pre_tokenizers import DEFAULT, GEMMA4, LLAMA3, PRE_TOKENIZERS, PreTokenizer
 from kvrun.convert.sentencepiece_model import SPACE
+from kvrun.text.backends import refusal
 from kvrun.text.sentencepiece_file import USER_DEFINED
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|eot_id|>")
@@ -17,21 +18,22 @@ _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|eot_id|>")
 _DEFAULT_IDS = {"bos": 11, "eos": 11}
 
 
-def byte_level(vocabulary: GgufVocabulary) -> Vocabulary:
+def byte_level(ggml: Fields) -> Vocabulary:
     """`tokenizer.ggml.model` "gpt2"."""
-    name = _pre_tokenizer_name(vocabulary)
-    return _bpe(vocabulary, PRE_TOKENIZERS[name], _DEFAULT_IDS)
-
-
-def gemma4(vocabulary: GgufVocabulary) -> Vocabulary:
-    """`tokenizer.ggml.model` "gemma4"."""
-    return _bpe(vocabulary, PRE_TOKENIZERS[GEMMA4], {})
-
-
-def _bpe(vocabulary: GgufVocabulary, rules: PreTokenizer, defaults: dict[str, int]) -> Vocabulary:
+    vocabulary = GgufVocabulary(ggml, _DEFAULT_IDS)
+    rules = PRE_TOKENIZERS[_pre_tokenizer_name(vocabulary)]
     if not rules.has_bos:
-        defaults = {name: token for name, token in defaults.items() if name != "bos"}
-    info = vocabulary.info(defaults, rules.add_bos, False)
+        vocabulary.defaults = {"eos": _DEFAULT_IDS["eos"]}
+    return _bpe(vocabulary, rules)
+
+
+def gemma4(ggml: Fields) -> Vocabulary:
+    """`tokenizer.ggml.model` "gemma4"."""
+    return _bpe(GgufVocabulary(ggml, {}), PRE_TOKENIZERS[GEMMA4])
+
+
+def _bpe(vocabulary: GgufVocabulary, rules: PreTokenizer) -> Vocabulary:
+    info = vocabulary.info(rules.add_bos, False)
     if rules is PRE_TOKENIZERS[GEMMA4] and not info["add_bos"] and info["bos_id"] is not None:
         # Gemma 4 fails without; some of its files say otherwise.
         info["add_bos"] = True
@@ -42,8 +44,19 @@ def _bpe(vocabulary: GgufVocabulary, rules: PreTokenizer, defaults: dict[str, in
         data = text.encode("utf-8")
     except UnicodeEncodeError:
         vocabulary.ggml.fail("tokens", "not valid UTF-8")
+    _check(vocabulary.ggml, data)
     ends, notes = tuple(vocabulary.ends()), tuple(vocabulary.notes)
     return Vocabulary("tokenizer.json", data, info, vocabulary.special(), notes, ends, len(vocabulary))
+
+
+def _check(ggml: Fields, data: bytes) -> None:
+    """The library itself finds what else may be wrong."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_buffer(data)
+    except BaseException as error:
+        ggml.fail("model", f"the tokenizer cannot be built: {refusal(error)}")
 
 
 def _pre_tokenizer_name(vocabulary: GgufVocabulary) -> str:

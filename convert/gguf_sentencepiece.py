@@ -8,7 +8,8 @@ from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_vocabulary import GgufVocabulary, unique
 from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, SPACE, UNIGRAM, Normalizer, model_bytes
-from kvrun.text.sentencepiece_file import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED
+from kvrun.text.backends import refusal
+from kvrun.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 # tokenizer.ggml.model -> SentencePiece's kind, and llama.cpp's defaults if the metadata say nothing else: whether a
 # space is put before a text, BOS before it, EOS after it, and the ids of named tokens.
@@ -21,36 +22,62 @@ _LARGEST_SCORE = 3e38  # they are float32
 _PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
-def sentencepiece(vocabulary: GgufVocabulary, name: str, strips: bool) -> Vocabulary:
+def sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
     """`name`: one of `KINDS`. `strips`: special tokens take the white space after them, as Phi-3's do."""
-    ggml = vocabulary.ggml
     kind, dummy_prefix, add_bos, add_eos, defaults = KINDS[name]
-    info = vocabulary.info(defaults, add_bos, add_eos)
+    vocabulary = GgufVocabulary(ggml, defaults)
+    info = vocabulary.info(add_bos, add_eos)
     scores = _scores(ggml, len(vocabulary))
     _settle_unknown(vocabulary, info, defaults["unk"])
-    missing = _settle_bytes(vocabulary)
-    types = vocabulary.types
-    # Tokens that the model's authors defined have spaces in GGUF where SentencePiece has its own sign.
-    spaced = [text.replace(" ", SPACE) if type == USER_DEFINED else text for text, type in zip(vocabulary.texts, types)]
-    texts = unique(spaced)
-    types = [type if new == old else UNUSED for type, new, old in zip(types, texts, spaced)]
-    pieces = [*zip(texts, scores, types), *((text, 0.0, BYTE) for text in missing)]
+    _settle_bytes(vocabulary)
     ids = {key: info[f"{key}_id"] for key in ("unk", "bos", "eos", "pad")}
+    shrinks = ggml.flag("remove_extra_whitespaces", False)
     normalizer = Normalizer(
         ggml.flag("add_space_prefix", dummy_prefix),
-        ggml.flag("remove_extra_whitespaces", False),
+        shrinks and kind == UNIGRAM,  # as in llama.cpp; files of the other kind do not mean it
         _charsmap(ggml),
     )
+    apart = _found_apart(vocabulary) if normalizer.dummy_prefix else {}
+    texts, types = _pieces(vocabulary, set(apart.values()))
     try:
-        data = model_bytes(pieces, kind, ids, normalizer)
+        data = model_bytes(list(zip(texts, scores, types)), kind, ids, normalizer)
     except UnicodeEncodeError:
         return ggml.fail("tokens", "not valid UTF-8")
+    _check(ggml, data)
     special = vocabulary.special()
-    info |= {"added_tokens": {}, "legacy": True}
+    info |= {"added_tokens": apart, "visible": [*apart.values()], "legacy": True}
     if strips:
-        info["rstrip"] = [i for text, i in special.items() if text not in _PHI3_KEEPS]
+        info["rstrip"] = [i for text, i in (special | apart).items() if text not in _PHI3_KEEPS]
     ends, notes = tuple(vocabulary.ends()), tuple(vocabulary.notes)
     return Vocabulary("tokenizer.model", data, info, special, notes, ends, len(vocabulary))
+
+
+def _check(ggml: Fields, data: bytes) -> None:
+    """The library itself finds what else may be wrong, such as a damaged table of replacements."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_proto=data)
+    except Exception as error:
+        ggml.fail("model", f"the tokenizer cannot be built: {refusal(error)}")
+
+
+def _found_apart(vocabulary: GgufVocabulary) -> dict[str, int]:
+    """Ids by text of the tokens that are found in a text before anything else, so that what follows them is a text of
+    its own with a space before it. Those with SentencePiece's sign for a space are left to SentencePiece."""
+    tokens = enumerate(zip(vocabulary.texts, vocabulary.types))
+    return {text: i for i, (text, type) in tokens if type == USER_DEFINED and SPACE not in text}
+
+
+def _pieces(vocabulary: GgufVocabulary, apart: set[int]) -> tuple[list[str], list[int]]:
+    """Texts and types as SentencePiece has them. In GGUF, tokens that the model's authors defined are written with
+    spaces; llama.cpp takes unused tokens like others, as the tokenizers library does. Those in `apart` are not for
+    SentencePiece to find."""
+    types = [NORMAL if type == UNUSED else type for type in vocabulary.types]
+    types = [UNUSED if i in apart else type for i, type in enumerate(types)]
+    spaced = [text.replace(" ", SPACE) if type == USER_DEFINED else text for text, type in zip(vocabulary.texts, types)]
+    texts = unique(spaced)
+    return texts, [type if new == old else UNUSED for type, new, old in zip(types, texts, spaced)]
 
 
 def _scores(ggml: Fields, size: int) -> list[float]:
@@ -77,28 +104,30 @@ def _settle_unknown(vocabulary: GgufVocabulary, info: dict[str, Any], default: i
     vocabulary.types[unknown] = UNKNOWN
 
 
-def _settle_bytes(vocabulary: GgufVocabulary) -> list[str]:
-    """Tokens that are written as bytes are bytes, whatever the file says. Returns the texts of those that are missing,
-    if any is there: SentencePiece wants all 256."""
+def _settle_bytes(vocabulary: GgufVocabulary) -> None:
+    """Make tokens that are written as bytes bytes, whatever the file says. SentencePiece wants all 256 or none."""
     texts, types = vocabulary.texts, vocabulary.types
     named = [i for i, text in enumerate(texts) if text in BYTE_PIECES and types[i] not in (UNUSED, UNKNOWN)]
     if len(named) < len(BYTE_PIECES) and BYTE not in types:
-        return []
+        return
     wrong = [i for i, type in enumerate(types) if type == BYTE and texts[i] not in BYTE_PIECES]
     if wrong:
         vocabulary.ggml.fail("tokens", f"token {wrong[0]} is of the type of bytes, but is not one of <0x00> to <0xFF>")
     other = [i for i in named if types[i] != BYTE]
     if other:
         vocabulary.notes.append(f"{len(other)} tokens <0xNN> are bytes although the file does not say so")
+    missing = BYTE_PIECES - {texts[i] for i in named}
+    # A character of one byte may be there as itself, as Gemma's tab is: that is the byte's token then.
+    characters = {f"<0x{ord(text):02X}>": i for i, text in enumerate(texts) if len(text) == 1 and text.isascii()}
+    for text in missing & characters.keys():
+        texts[characters[text]] = text
+        other.append(characters[text])
+    lacking = sorted(missing - characters.keys())
+    if lacking:
+        number = f"{len(lacking)} of the 256 byte tokens"
+        vocabulary.ggml.fail("tokens", f"{number} are missing, the first is {lacking[0]}; convert the model anew")
     for i in other:
         types[i] = BYTE
-    missing = sorted(BYTE_PIECES - {texts[i] for i in named})
-    # A character of one byte needs no byte token if it is a token itself.
-    characters = {f"<0x{ord(text):02X}>" for text in texts if len(text) == 1 and text.isascii()}
-    needed = [text for text in missing if text not in characters]
-    if needed:
-        vocabulary.notes.append(f"{len(needed)} of the 256 tokens of bytes are missing: {', '.join(needed[:4])} ...")
-    return missing
 
 
 def _charsmap(ggml: Fields) -> bytes:

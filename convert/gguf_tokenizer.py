@@ -10,7 +10,6 @@ from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.fields import Fields, shown
 from kvrun.convert.gguf_bpe import byte_level, gemma4
 from kvrun.convert.gguf_sentencepiece import KINDS, sentencepiece
-from kvrun.convert.gguf_vocabulary import GgufVocabulary
 
 _NOT_SUPPORTED = {
     "bert": "WordPiece, of encoders",
@@ -28,11 +27,11 @@ def read_tokenizer(meta: Fields) -> Vocabulary:
     if kind in ("none", "no_vocab"):
         ggml.fail("model", "missing: the file has no tokenizer")
     if kind == "gpt2":
-        return byte_level(GgufVocabulary(ggml))
+        return byte_level(ggml)
     if kind == "gemma4":
-        return gemma4(GgufVocabulary(ggml))
+        return gemma4(ggml)
     if kind in KINDS:
-        return sentencepiece(GgufVocabulary(ggml), kind, _is_phi3(meta))
+        return sentencepiece(ggml, kind, _is_phi3(meta))
     known = ", ".join(("gpt2", "gemma4", *KINDS))
     what = f" ({_NOT_SUPPORTED[kind]})" if kind in _NOT_SUPPORTED else ""
     return ggml.fail("model", f"not supported yet: tokenizer {shown(kind)}{what} (supported: {known})")

@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvrun.convert.fields import Fields
-from kvrun.convert.token_ids import note_of_ends, token_id, undeclared_ends
+from kvrun.convert.token_ids import ENDS, note_of_ends, token_id, undeclared_ends
 from kvrun.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED
 
 SPECIAL = (CONTROL, UNKNOWN)
 _NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-# Further tokens that end a turn or, between files of code, a text.
-_ENDS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Of code: tokens that end a file, and those around its parts when one is to be filled in.
 _ENDS_OF_CODE = (
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "<|file_sep|>",
+)
+_PARTS_OF_CODE = (
+    *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>"),
+    *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>"),
+    *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", "<MID>"),
+    *("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>", "<|prefix|>", "<|suffix|>", "<|middle|>"),
 )
 
 
@@ -24,11 +29,13 @@ class GgufVocabulary:
     """`texts` (no two the same, none empty), `types` and `notes` of a file's tokens.
 
     Tokens that are known to end a turn are of the type CONTROL, whatever the file says. Raises ConvertError if an
-    array is missing, or is not what it should be.
+    array is missing, or is not what it should be. `defaults`: ids of "bos", "eos", "pad" and "unk" that such a
+    vocabulary has if the metadata name none and the token may be that.
     """
 
-    def __init__(self, ggml: Fields) -> None:
+    def __init__(self, ggml: Fields, defaults: Mapping[str, int]) -> None:
         self.ggml = ggml
+        self.defaults = defaults
         self.notes: list[str] = []
         tokens = self.list_of_texts("tokens")
         self.texts = unique([text or f"[EMPTY {i}]" for i, text in enumerate(tokens)])
@@ -58,26 +65,33 @@ class GgufVocabulary:
 
     def _make_ends_special(self) -> None:
         ids = {text: i for i, text in enumerate(self.texts)}
-        ends = undeclared_ends(ids, self.special())
-        for text in ends:
+        special = self.special()
+        named = [token_id(self.ggml, f"{name}_token_id") for name in ("eos", "eot", "eom")]
+        if "eos_token_id" not in self.ggml:
+            named.append(self.defaults.get("eos"))
+        texts = {self.texts[i] for i in named if i is not None and i < len(self)}
+        ends = {*undeclared_ends(ids, special), *(text for text in texts if text in ENDS and text not in special)}
+        parts = [text for text in (*_ENDS_OF_CODE, *_PARTS_OF_CODE) if text in ids and text not in special]
+        for text in (*ends, *parts):
             self.types[ids[text]] = CONTROL
         if ends:
             self.notes.append(note_of_ends(ends))
+        if parts:
+            self.notes.append(f"special although the file does not say so: {', '.join(parts)}")
 
     def special(self) -> dict[str, int]:
         """Ids of the special tokens by text."""
         return {self.texts[i]: i for i, kind in enumerate(self.types) if kind in SPECIAL}
 
-    def info(self, defaults: Mapping[str, int], add_bos: bool, add_eos: bool) -> dict[str, Any]:
+    def info(self, add_bos: bool, add_eos: bool) -> dict[str, Any]:
         """Ids of named tokens, and whether BOS and EOS are put around a text; `add_bos` and `add_eos` apply if the
-        metadata do not say. `defaults`: ids that such a vocabulary has if the metadata have none, for tokens that
-        are special."""
+        metadata do not say."""
         info: dict[str, Any] = {
             "add_bos": self.ggml.flag("add_bos_token", add_bos),
             "add_eos": self.ggml.flag("add_eos_token", add_eos),
         }
         for name, theirs in _NAMED.items():
-            info[f"{name}_id"] = self._named_id(f"{theirs}_token_id", defaults.get(name))
+            info[f"{name}_id"] = self._named_id(f"{theirs}_token_id", self.defaults.get(name))
         for name in ("bos", "eos"):
             if info[f"{name}_id"] is None:
                 info[f"add_{name}"] = False
@@ -89,11 +103,19 @@ class GgufVocabulary:
             self.notes.append(f"{key} is {token}, but there are {len(self)} tokens: ignored")
         elif token is not None or key in self.ggml:
             return token
-        return default if default is not None and default < len(self) and self.types[default] in SPECIAL else None
+        return default if default is not None and self._may_be_named(default) else None
+
+    def _may_be_named(self, token: int) -> bool:
+        """Whether it can be the token that usually has this number: it is special, or is written like that."""
+        if token >= len(self):
+            return False
+        text = self.texts[token]
+        return self.types[token] in SPECIAL or (text.startswith("<") and text.endswith(">") and len(text) > 2)
 
     def ends(self) -> list[int]:
-        """Ids that the metadata give for tokens that end a turn or a text, and of those that end a file of code."""
-        named = [self._named_id(f"{name}_token_id", None) for name in _ENDS]
+        """Ids of the tokens that the metadata or their texts say end a turn or a file of code."""
+        keys = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+        named = [self._named_id(f"{name}_token_id", None) for name in keys]
         special = self.special()
         return [i for i in named if i is not None] + [special[text] for text in _ENDS_OF_CODE if text in special]
 

@@ -175,6 +175,63 @@ def test_white_space_after_the_tokens_of_phi3():
     assert phi.encode("<|user|>\n \na", add_special=False) == [n - 2, *a]
     assert phi.encode("<|endoftext|>\na", add_special=False) != [n - 1, *a]
     assert rebuilt(values).encode("<|user|>\na", add_special=False) != [n - 2, *a]
+    named = rebuilt(values | {"general.name": "My Phi-3 mini"})
+    assert named.encode("<|user|>\n \na", add_special=False) == [n - 2, *a]
+
+
+def test_what_follows_a_token_that_a_user_defined_is_a_text_of_its_own():
+    values = metadata(trained())
+    for text, kind in (("[INST]", 4), ("  ", 4), ("[/INST]", 3)):
+        values["tokenizer.ggml.tokens"].append(text)
+        values["tokenizer.ggml.token_type"].append(kind)
+        values["tokenizer.ggml.scores"].append(0.0)
+    n = len(values["tokenizer.ggml.tokens"])
+    ours = rebuilt(values)
+    a = ours.encode("a", add_special=False)
+    for parsed in (True, False):
+        assert ours.encode("[INST]a  a", add_special=False, parse_special=parsed) == [n - 3, *a, n - 2, *a]
+    assert ours.encode("[INST]a[/INST]a", add_special=False) == [n - 3, *a, n - 1, *a]
+    assert ours.decode([n - 3, *a, n - 2, *a]) == "[INST] a   a"
+
+
+def changed(index, text, kind):
+    """The model's metadata with another text and type of one token."""
+    values = metadata(trained())
+    for key, value in (("tokens", text), ("token_type", kind)):
+        values[f"tokenizer.ggml.{key}"][index] = value
+    return values
+
+
+def test_a_character_may_stand_for_its_byte():
+    byte = metadata(trained())["tokenizer.ggml.tokens"].index("<0x25>")
+    ours, library = rebuilt(changed(byte, "%", 1)), sentencepiece.SentencePieceProcessor(model_proto=trained())
+    for text in ("100% %%", "%", *varied_strings(200, seed=33, special=False)):
+        ids = ours.encode(text, add_special=False, parse_special=False)
+        assert ids == library.encode(text) and ours.decode(ids) == library.decode(ids)
+
+
+def test_bytes_of_other_types():
+    values = metadata(trained())
+    values["tokenizer.ggml.token_type"] = [1 if kind == 6 else kind for kind in values["tokenizer.ggml.token_type"]]
+    vocabulary = read_tokenizer(Fields(values, "m.gguf"))
+    assert vocabulary.data == read_tokenizer(Fields(metadata(trained()), "m.gguf")).data
+    assert vocabulary.notes == ("256 tokens <0xNN> are bytes although the file does not say so",)
+
+
+@pytest.mark.parametrize("value", [None, 5000])
+def test_ids_that_such_a_model_has_if_the_metadata_do_not_say(value):
+    ids = dict.fromkeys(("unknown_token_id", "bos_token_id", "eos_token_id"), value)
+    info = read_tokenizer(Fields(metadata(trained(), **ids), "m.gguf")).info
+    assert [info[key] for key in ("unk_id", "bos_id", "eos_id", "pad_id", "add_bos")] == [0, 1, 2, None, True]
+    absent = read_tokenizer(Fields(metadata(trained(), **dict.fromkeys(ids, 2**32 - 1)), "m.gguf")).info
+    assert [absent[key] for key in ("unk_id", "bos_id", "eos_id", "add_bos")] == [0, None, None, False]
+
+
+def test_the_space_before_a_text_of_unigram_is_only_there_if_the_file_says_so():
+    values = metadata(trained("unigram"), model="t5")
+    assert not rebuilt(values).decode(rebuilt(values).encode("the", add_special=False)).startswith(" ")
+    assert not rebuilt(values)._backend.dummy_space
+    assert rebuilt(values | {"tokenizer.ggml.add_space_prefix": True})._backend.dummy_space
 
 
 BASE = metadata(trained())
@@ -193,6 +250,8 @@ BASE = metadata(trained())
             "tokens: token 4 is of the type of bytes, but",
         ),
         ({"precompiled_charsmap": ["a"]}, "precompiled_charsmap"),
+        ({"precompiled_charsmap": [255, 255, 0, 0, 1]}, "model: the tokenizer cannot be built: "),
+        ({"bos_token_id": "x"}, "bos_token_id: 'x' is not a token id"),
         ({"add_space_prefix": 3}, "add_space_prefix"),
         ({"tokens": ["\ud800"] + BASE["tokenizer.ggml.tokens"][1:]}, "tokens: not valid UTF-8"),
     ],
@@ -204,3 +263,8 @@ def test_what_is_refused(changes, says):
     with pytest.raises(ConvertError, match=says) as caught:
         read_tokenizer(Fields(values, "m.gguf"))
     assert "tokenizer.ggml." in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_missing():
+    with pytest.raises(ConvertError, match="tokens: 1 of the 256 byte tokens are missing, the first is <0xC3>"):
+        rebuilt(changed(metadata(trained())["tokenizer.ggml.tokens"].index("<0xC3>"), "q", 1))

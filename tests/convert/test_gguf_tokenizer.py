@@ -6,6 +6,8 @@ import re
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
+from kvrun import load
+from kvrun.convert.pipeline import convert
 from kvrun.convert.pre_tokenizers import PRE_TOKENIZERS
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
@@ -107,6 +109,24 @@ def test_how_text_is_cut(tmp_path, pre, expected):
     assert words(vocabulary(tmp_path, pre), TEXT) == expected
 
 
+@pytest.mark.parametrize(
+    "pre, text, expected",
+    [
+        ("gpt-4o", "नमस्ते e\u0301t ÉTÉ étéÉ", ["नमस्ते", " e\u0301t", " ÉTÉ", " été", "É"]),
+        ("tekken", "नमस्ते e\u0301t étéÉ", ["नमस्ते", " e\u0301t", " été", "É"]),
+        ("youtu", "camelCase XMLHttp", ["camel", "Case", " XMLHttp"]),
+        ("kimi-k2", "camelCase 漢字かな漢 e\u0301", ["camel", "Case", " ", "漢字", "かな", "漢", " e\u0301"]),
+        ("tiny_aya", "camelCase 1234 1234x", ["camel", "Case", " ", "1", "234", " ", "123", "4", "x"]),
+        ("afmoe", "a  123456 x1234\x07", ["a", "  ", "123", "456", " x", "1", "234", "\x07"]),
+        ("deepseek-llm", "a\u3000b \u3002\u3000 1234", ["a", "\u3000", "b", " ", "\u3002", "\u3000", " ", "1234"]),
+        ("deepseek-coder", "a\u3000b 12", ["a", "\u3000", "b", " ", "1", "2"]),
+        ("superbpe", "ab cd 1234567, x١٢٣٤", ["ab cd ", "1", "234", "567", ", x", "١", "٢٣٤"]),
+    ],
+)
+def test_what_llama_cpp_only_comes_near_to(tmp_path, pre, text, expected):
+    assert words(vocabulary(tmp_path, pre), text) == expected
+
+
 @pytest.mark.parametrize("pre", [name for name, rules in PRE_TOKENIZERS.items() if rules.byte_letters])
 def test_every_pre_tokenizer_gives_back_the_text(tmp_path, pre):
     built = tokenizer(vocabulary(tmp_path, pre, add_bos_token=False))
@@ -204,6 +224,96 @@ def test_template_sampling_and_ids(tmp_path):
     assert (checkpoint.chat_template, checkpoint.sampling) == ("{{ x }}", {"temperature": 0.5, "top_k": 20})
 
 
+@pytest.mark.parametrize("pre", [None, "", "default"])
+def test_files_that_name_no_pre_tokenizer(tmp_path, pre):
+    checkpoint = vocabulary(tmp_path, metadata={"tokenizer.ggml.pre": pre})
+    assert words(checkpoint, "a ('ll) 1234") == ["a", " ", "('", "ll", ")", " ", "123", "4"]
+    assert [note for note in checkpoint.notes if "llama.cpp's default rules" in note]
+    named = vocabulary(tmp_path, "gpt-2")
+    assert words(named, "a ('ll) 1234") == ["a", " ('", "ll", ")", " 1234"] and not named.notes
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_llama3_is_known_by_its_tokens(tmp_path, pre):
+    tokens = ["<|begin_of_text|>", "<|eot_id|>", *BYTES, "12", "123", "ab", "Ġab", "abc"]
+    checkpoint = vocabulary(tmp_path, metadata={"tokenizer.ggml.pre": pre}, tokens=tokens)
+    assert words(checkpoint, "a ('LL) 1234") == ["a", " ('", "LL", ")", " ", "123", "4"]
+    assert tokenizer(checkpoint).encode("abc").tokens == ["<|begin_of_text|>", "abc"]
+    assert [note for note in checkpoint.notes if "llama-bpe" in note]
+
+
+NAMED = (
+    *("bos", "eos", "unknown", "seperator", "padding", "cls", "mask", "eot", "eom"),
+    *("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle"),
+)
+
+
+@pytest.mark.parametrize("value", [2**32 - 1, -1, 2**31, 263])
+@pytest.mark.parametrize("name", NAMED)
+def test_ids_that_name_no_token(tmp_path, name, value):
+    checkpoint = vocabulary(tmp_path, metadata={f"tokenizer.ggml.{name}_token_id": value})
+    info = checkpoint.vocabulary.model_entry(263)
+    ids = {"bos": 0, "eos": 1, "padding": None, "unknown": None} | ({name: None} if name in ("bos", "eos") else {})
+    assert [info[key] for key in ("bos_id", "eos_id", "pad_id", "unk_id")] == list(ids.values())
+    assert {token for token in checkpoint.stop_ids if token < 263} == {1}  # <|im_end|>, by its text
+    used = name in ("bos", "eos", "unknown", "padding", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+    assert len(checkpoint.notes) == (used and value in (2**31, 263)), checkpoint.notes
+
+
+def test_a_missing_id_has_llama_cpps_default_if_that_token_is_special(tmp_path):
+    metadata = {"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.bos_token_id": None}
+    plain = vocabulary(tmp_path, metadata=metadata)
+    assert (plain.vocabulary.info["bos_id"], plain.vocabulary.info["eos_id"]) == (None, None)
+    types = [3, 3] + [1] * 9 + [3] + [1] * 251
+    for pre, bos in (("falcon", 11), ("glm4", None)):
+        other = vocabulary(tmp_path, pre, metadata=metadata, token_type=types)
+        assert (other.vocabulary.info["bos_id"], other.vocabulary.info["eos_id"]) == (bos, 11)
+        assert 11 in other.stop_ids
+
+
+@pytest.mark.parametrize("kind", [1, 4, 5, 6, 0, 9])
+def test_an_end_of_a_turn_of_any_type(tmp_path, kind):
+    checkpoint = vocabulary(tmp_path, eos_token_id=None, token_type=[3, kind] + [1] * 261)
+    assert set(checkpoint.stop_ids) == {1} and [note for note in checkpoint.notes if "<|im_end|>" in note]
+    assert tokenizer(checkpoint).encode("a<|im_end|>").ids[-1] == 1
+
+
+def test_an_ordinary_token_that_looks_like_a_tag(tmp_path):
+    tokens = ["<|endoftext|>", "</s>", *BYTES, "12", "123", "ab", "Ġab", "abc"]
+    checkpoint = vocabulary(tmp_path, eos_token_id=0, tokens=tokens, token_type=[3, 1] + [1] * 261)
+    assert set(checkpoint.stop_ids) == {0} and not checkpoint.notes
+    named = vocabulary(tmp_path, eos_token_id=1, tokens=tokens, token_type=[3, 1] + [1] * 261)
+    assert set(named.stop_ids) == {0, 1} and named.notes
+
+
+def test_files_of_code_end(tmp_path):
+    tokens = ["<s>", "<|im_end|>", *BYTES[:-2], "<|file_sep|>", "<|fim_prefix|>", "12", "123", "ab", "Ġab", "abc"]
+    checkpoint = vocabulary(tmp_path, tokens=tokens, fim_rep_token_id=20)
+    assert set(checkpoint.stop_ids) == {1, 20, 256}
+    assert tokenizer(checkpoint).encode("<|fim_prefix|>ab<|file_sep|>").ids == [257, 260, 256]
+
+
+def test_more_tokens_than_rows(tmp_path):
+    tokens = ["<s>", "<|im_end|>", *BYTES, "12", "123", "ab", "Ġab", "<|eot_id|>", "abc"]
+    types = [3, 3] + [1] * 260 + [3, 1]
+    save_gguf(
+        tmp_path / "m.gguf",
+        pre="gpt-2",
+        vocab=261,
+        metadata={
+            **gguf_vocabulary(tokens),
+            "tokenizer.ggml.merges": ["1 2", "12 3", "a b", "Ġ ab", "ab c"],
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.eot_token_id": 262,
+        },
+    )
+    convert(str(tmp_path / "m.gguf"), str(tmp_path / "m.kv"), "q8_0")
+    model = load(tmp_path / "m.kv")
+    assert model.stop_ids == {1}
+    ids = model.tokenize("abc ab<|eot_id|>")
+    assert ids[:2] == [260, BYTES.index("c") + 2] and max(ids) < 261 and model.detokenize(ids) == "abc ab<|eot_id|>"
+
+
 @pytest.mark.parametrize(
     "entries, says",
     [
@@ -221,6 +331,12 @@ def test_template_sampling_and_ids(tmp_path):
         ({"tokens": None}, "tokens"),
         ({"token_type": [1]}, "token_type"),
         ({"tokens": [1, 2]}, "tokens"),
+        ({"tokens": "abc"}, "tokens: missing, or not a list of texts"),
+        ({"merges": [1, 2]}, "merges: missing, or not a list of texts"),
+        ({"token_type": [1.0] * 263}, "token_type: not one integer for each token"),
+        ({"token_type": "x"}, "token_type: not one integer for each token"),
+        ({"eos_token_id": "x"}, "eos_token_id: 'x' is not a token id"),
+        ({"fim_pad_token_id": 1.5}, "fim_pad_token_id: 1.5 is not a token id"),
         ({"add_bos_token": 7}, "add_bos_token"),
     ],
 )
