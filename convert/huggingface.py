@@ -25,6 +25,7 @@ from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import with_factors
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.names import refuse_adapter, refuse_quantised_weights, stored_names, surplus_line, surplus_of
+from kvrun.convert.other_folders import refuse_other_folders
 from kvrun.convert.quantised import fp8_block, refuse_packed
 from kvrun.convert.safetensors_file import DTYPES, read_safetensors_header
 from kvrun.convert.sampling import sampling_defaults
@@ -35,7 +36,6 @@ from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError, one_line
 from kvrun.files.description import ModelDescription
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -54,10 +54,10 @@ _TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "language_mo
 
 def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     """The checkpoint in `folder`. Raises ConvertError if anything is missing, damaged or not supported."""
-    _refuse_pickles(folder)
+    refuse_other_folders(folder)
     config = read_json(folder, "config.json")
     if config is None:
-        raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint{_gguf_hint(folder)}")
+        raise ConvertError(f"{folder}: no config.json: not a Hugging Face checkpoint")
     family, text = family_of_config(config), text_config(config)
     block = fp8_block(config, text)
     refuse_other_attention(text)
@@ -102,23 +102,6 @@ def _model_name(folder: str) -> str:
     return cached[1] if cached else os.path.basename(path)
 
 
-def _refuse_pickles(folder: str) -> None:
-    if glob.glob(os.path.join(glob.escape(folder), "*.safetensors*")):
-        return
-    for pattern in _PICKLES:
-        for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
-            raise ConvertError(
-                f"{path}: pickles are refused, since loading one can run any code; save the checkpoint as "
-                "safetensors: transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
-                ".save_pretrained(NEW_FOLDER, safe_serialization=True)"
-            )
-
-
-def _gguf_hint(folder: str) -> str:
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.gguf")))
-    return f"; to convert a GGUF file give its name: {found[0]}" if found else ""
-
-
 # --- weights
 
 
@@ -156,9 +139,7 @@ def _weight_files(folder: str) -> Mapping[str, list[str] | None]:
     if index is not None:
         return _files_of_index(folder, index)
     found = sorted(os.path.basename(p) for p in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
-    weights = [name for name in found if not name.startswith("adapter_")]
-    if not weights and found:
-        raise ConvertError(f"{folder}: only an adapter ({found[0]}); merge it into its base model first")
+    weights = [name for name in found if not name.startswith("adapter")]
     if not weights:
         raise ConvertError(f"{folder}: no safetensors file with weights (model.safetensors)")
     if len(weights) == 1:
