@@ -49,9 +49,10 @@ class Fp8Tensor(StoredTensor):
             rows = rows // size * size + np.array(self.row_order)[rows % size]
         factors = self.factors.floats(0, self.factors.rows).reshape(-1, -(-self.shape[1] // self.block[1]))
         factors = factors[(first + rows) // self.block[0]]
-        values: np.ndarray = (
-            VALUES[self.raw(start, stop)] * np.repeat(factors, self.block[1], axis=1)[:, : self.shape[1]]
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # found where the values are used
+            values: np.ndarray = (
+                VALUES[self.raw(start, stop)] * np.repeat(factors, self.block[1], axis=1)[:, : self.shape[1]]
+            )
         return values
 
 

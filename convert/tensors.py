@@ -135,5 +135,6 @@ class StoredTensor:
     def _dequantized(self, raw: np.ndarray) -> np.ndarray:
         import gguf
 
-        values: np.ndarray = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[self.type.upper()])
+        with np.errstate(all="ignore"):  # a scale that is no number is found where the values are used
+            values: np.ndarray = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[self.type.upper()])
         return values.astype(np.float32, copy=False)

@@ -291,6 +291,9 @@ def test_damaged_checkpoints_are_refused(folder, tmp_path):
     bad = {**stored, name + "_scale_inv": ("F32", np.ones((3, 1), np.float32))}
     refused(folder, tmp_path, "takes one float, or one for each row or each block of 128 x 128$", tensors=bad)
     codes = stored[name][1].copy()
+    for factor in (np.inf, np.nan, 3e38):
+        odd = {**stored, name + "_scale_inv": ("F32", np.full((3, 2), factor, np.float32))}
+        refused(folder, tmp_path, "holds NaN or infinite values|holds .* too large", tensors=odd)
     codes[5, 5] = 0xFF
     refused(folder, tmp_path, "holds NaN", tensors={**stored, name: ("F8_E4M3", codes)})
     more = {**stored, "model.norm.weight_scale_inv": ("F32", np.ones((1, 1), np.float32))}

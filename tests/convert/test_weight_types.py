@@ -1,5 +1,6 @@
 """Which weight type each tensor gets, and what becomes of its values."""
 
+import warnings
 from types import SimpleNamespace
 
 import gguf
@@ -155,6 +156,19 @@ def test_types_that_cannot_be_read_are_refused_before_anything_is_written(tmp_pa
             convert(tmp_path / "m.gguf", tmp_path / "model.bin")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "model.bin").exists()
+
+
+@pytest.mark.parametrize("kind", ["Q5_1", "Q2_K", "IQ4_XS"])
+def test_scales_that_are_no_numbers(tmp_path, kind):
+    """One line, and no warnings of NumPy's before it."""
+    number = gguf.GGMLQuantizationType[kind]
+    values, width = gguf.GGML_QUANT_SIZES[number]
+    for half in (0x7E00, 0x7C00):  # NaN, infinity
+        blocks = np.full((512, 256 // values * width // 2), half, "<u2").view(np.uint8)
+        save_gguf(tmp_path / "m.gguf", extra={"blk.1.ffn_up.weight": (blocks, number)}, **SIZES)
+        with warnings.catch_warnings(), pytest.raises(ConvertError, match="ffn_up.weight holds NaN or infinite values"):
+            warnings.simplefilter("error")
+            convert(tmp_path / "m.gguf", tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_up.scale", "blk.0.ffn_up.weight.scale"])
