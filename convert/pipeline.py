@@ -24,6 +24,7 @@ from kvrun.errors import ConvertError, OptionError
 from kvrun.files.model_file import ModelFile
 from kvrun.files.model_writer import ModelFileWriter
 from kvrun.files.safe_file import check_output
+from kvrun.options import path_text, shown, switch
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, the bytes done so far, and the bytes in all."""
@@ -64,13 +65,14 @@ def convert(
     `type` is one of `TYPES` (see `kvrun.convert.weight_types`); "same" leaves every tensor in its own type, if kvrun
     has that type. `tokenizer=False` leaves the tokenizer out. Tensors that the model does not need are left out, with a
     note; `strict` refuses a checkpoint with such. The file gets its name only when it is complete and its checksums
-    match. Raises OptionError for an unknown type, ConvertError if the checkpoint cannot be used, ModelFileError if the
+    match. Raises OptionError for an option, ConvertError for a checkpoint that cannot be used, ModelFileError if the
     file cannot be written.
     """
     started = time.monotonic()
-    if type not in TYPES:
-        raise OptionError(f"type {type!r} is not one of {', '.join(TYPES)}")
-    checkpoint, output = os.fspath(checkpoint), os.fspath(output)
+    if not isinstance(type, str) or type not in TYPES:
+        raise OptionError(f"type: {shown(type)} is not one of {', '.join(TYPES)}")
+    checkpoint, output = path_text("checkpoint", checkpoint), path_text("output", output)
+    tokenizer, strict = switch("tokenizer", tokenizer), switch("strict", strict)
     check_output(output)
     source = open_checkpoint(checkpoint, tokenizer)
     if strict and source.surplus:

@@ -151,7 +151,8 @@ class Model:
     @documented(GenerateKeywords, max_tokens=512)
     def generate(self, prompt: str | Sequence[Any], **options: Unpack[GenerateKeywords]) -> str:
         """The answer to one prompt, in a session of its own; options are those of `session` and `Session.stream`."""
-        given: dict[str, Any] = {"max_tokens": 512, **options}
+        given: dict[str, Any] = {"max_tokens": 512}
+        given.update((name, value) for name, value in options.items() if value is not None)
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
         return "".join(Session(self, **cache).stream(prompt, **given))
 

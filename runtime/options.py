@@ -147,7 +147,7 @@ class CacheKeywords(TypedDict, total=False):
     kv_v: Annotated[str | None, Option(None, "format of the values, if another")]
     ctx: Annotated[
         int | None,
-        Option(None, "tokens kept", high=MAX_CTX, stated=f"the model's context length, at most {DEFAULT_CTX}"),
+        Option(None, "tokens kept", 1, MAX_CTX, stated=f"the model's context length, at most {DEFAULT_CTX}"),
     ]
     sinks: Annotated[int, Option(4, "first tokens that are always kept", 0)]
     window: Annotated[
@@ -329,9 +329,12 @@ def texts(name: str, value: Any) -> list[str]:
     """`value`, one text or several, as a list; OptionError if it is anything else, or a text is empty."""
     if isinstance(value, str):
         value = [value]
-    if isinstance(value, (bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
-        raise OptionError(f"{name}: must be text or a list of texts, not {shown(value)}")
-    found = list(value)
+    try:
+        if isinstance(value, (bytes, bytearray, Mapping)):
+            raise TypeError
+        found = list(value)
+    except TypeError:
+        raise OptionError(f"{name}: must be text or a list of texts, not {shown(value)}") from None
     for text in found:
         if not isinstance(text, str) or not text:
             raise OptionError(f"{name}: a stop string must be text of at least one character, not {shown(text)}")

@@ -300,6 +300,8 @@ class Session:
             return self._chat_turn([*self.messages, {"role": "user", "content": prompt}], think)
         if not isinstance(prompt, (list, tuple, np.ndarray)):
             raise OptionError(f"a prompt must be text, messages or token ids, not {type(prompt).__name__}")
+        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+            raise OptionError(f"a prompt of token ids must be one row of them, not an array of shape {prompt.shape}")
         if len(prompt) and isinstance(prompt[0], Mapping):
             from kvrun.text.templates import check_messages
 

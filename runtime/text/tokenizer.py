@@ -91,7 +91,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids` together; bytes that are not UTF-8 become U+FFFD. TokenizerError for an unknown id."""
-        return self._backend.decode([self._check_id(i) for i in ids], skip_special)
+        try:
+            each = iter(ids)
+        except TypeError:
+            raise TokenizerError(f"token ids must be a list of integers, not {type(ids).__name__}") from None
+        return self._backend.decode([self._check_id(i) for i in each], skip_special)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for: its text if it is special, b"" if the id has no text."""
@@ -109,6 +113,8 @@ class Tokenizer:
 
     def _check_id(self, token: Any) -> int:
         try:
+            if isinstance(token, bool):
+                raise TypeError
             number = operator.index(token)
         except TypeError:
             raise TokenizerError(f"a token id must be an integer, not {type(token).__name__}") from None
