@@ -13,7 +13,9 @@ from kvrun.errors import ConvertError
 WHOLE = (1 << 31, 1 << 31)
 """The block of a matrix that has one factor."""
 
-_FIELDS = ("quantization_config", "quantization", "compression_config")
+_FIELDS = ("quantization_config", "compression_config")
+_MLX = "quantization"
+"""MLX's own field, which it repeats as quantization_config only in newer versions; others may mean anything by it."""
 _NAMES = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
@@ -67,6 +69,9 @@ def fp8_block(config: Fields, text: Fields) -> tuple[int, int] | None:
         for name in _FIELDS:
             if name in fields:
                 return _block(fields, name)
+        mlx = fields.get(_MLX)
+        if isinstance(mlx, dict) and "bits" in mlx:
+            _refuse(fields, _MLX, _NAMES["mlx"])
     return None
 
 

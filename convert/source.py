@@ -9,6 +9,9 @@ from kvrun.convert.checkpoint import Checkpoint
 from kvrun.errors import ConvertError
 from kvrun.files.regular import open_regular
 
+_BEFORE_GGUF = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+"""What files of llama.cpp's older formats begin with: ggml, ggmf, ggjt, ggla."""
+
 
 def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
     """Read everything but the tensors' data. `path` is a Hugging Face folder or a GGUF file."""
@@ -18,6 +21,8 @@ def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
         return open_folder(path, tokenizer)
     magic = _first_bytes(path)
     if magic != b"GGUF":
+        if magic in _BEFORE_GGUF:
+            raise ConvertError(f"{path}: a GGML file of the time before GGUF (2023); get the model as a GGUF file")
         found = "neither a GGUF file nor a folder" if magic else "an empty file"
         raise ConvertError(f"{path}: {found}; for a Hugging Face checkpoint give the folder with its config.json")
     from kvrun.convert.gguf_source import open_gguf

@@ -212,13 +212,20 @@ OTHER_METHODS = {
 
 
 @pytest.mark.parametrize("name", OTHER_METHODS)
-@pytest.mark.parametrize("where", ["quantization_config", "quantization", "compression_config"])
+@pytest.mark.parametrize("where", ["quantization_config", "compression_config"])
 def test_other_methods_are_named(folder, tmp_path, name, where):
     says = (
         f"field {where}: quantised with {name}.* convert an unquantised checkpoint of the model, or a GGUF file of it$"
     )
     config = {key: value for key, value in CONFIG8.items() if key != "quantization_config"}
     refused(folder, tmp_path, says, {**config, where: OTHER_METHODS[name]})
+
+
+def test_mlx_has_a_field_of_its_own(folder, tmp_path):
+    config = {key: value for key, value in CONFIG8.items() if key != "quantization_config"}
+    mlx = {**config, "quantization": {"bits": 4, "group_size": 64}}
+    refused(folder, tmp_path, "field quantization: quantised with MLX, which is not supported", mlx)
+    refused(folder, tmp_path, "config.json has no quantization_config", {**config, "quantization": "none"})
 
 
 @pytest.mark.parametrize(

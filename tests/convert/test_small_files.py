@@ -162,6 +162,22 @@ def test_the_path_itself(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"tjgg\3\0\0\0", "a GGML file of the time before GGUF"),
+        (b"lmgg", "a GGML file of the time before GGUF"),
+        (b"PK\3\4", "neither a GGUF file nor a folder; for a Hugging Face checkpoint give the folder"),
+        (b"GGU", "neither a GGUF file"),
+        (b"GGUF", "truncated within its header"),
+    ],
+)
+def test_other_files(tmp_path, content, says):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ConvertError, match=says):
+        open_checkpoint(str(tmp_path / "x"))
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json") and name != "tokenizer.json"])
 def test_json_that_is_not_usable(tmp_path, name):
     root, path = checkpoint(tmp_path, name)
