@@ -12,6 +12,7 @@ import os
 from typing import Any, BinaryIO
 
 from kvrun.convert.fields import shown
+from kvrun.convert.small_files import POINTER, refuse_pointer
 from kvrun.convert.tensors import StoredTensor
 from kvrun.errors import ConvertError
 from kvrun.files.regular import open_regular
@@ -74,7 +75,10 @@ _Entry = tuple[str, tuple[int, ...], tuple[int, int]]
 
 def _header(path: str, file: BinaryIO, size: int) -> tuple[dict[str, _Entry], int]:
     """The entries of the tensors, each sound in itself, and where the data starts."""
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(len(POINTER))
+    refuse_pointer(path, start)
+    file.seek(8)
+    length = int.from_bytes(start[:8], "little")
     if size < 10 or not 2 <= length <= _MAX_HEADER:
         raise ConvertError(f"{path}: not a safetensors file (or an empty or partly downloaded one)")
     if 8 + length > size:

@@ -16,6 +16,7 @@ from kvrun.files.regular import decoded, read_bytes
 LIMIT = 1 << 26
 TOKENIZER_LIMIT = 1 << 28
 """Bytes that a file may have, and that a tokenizer may."""
+POINTER = b"version https://git-lfs.github.com/spec"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _DEPTH = 100
 """Lists and objects inside each other that JSON may have; the largest real number is below 20."""
@@ -25,11 +26,19 @@ def read_file(folder: str, name: str) -> bytes | None:
     """The content of a file of the folder; None if there is none. Raises ConvertError if it cannot be read."""
     path = os.path.join(folder, name)
     try:
-        return read_bytes(path, TOKENIZER_LIMIT if name in _TOKENIZERS else LIMIT)
+        data = read_bytes(path, TOKENIZER_LIMIT if name in _TOKENIZERS else LIMIT)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConvertError(f"{path}: cannot read: {error.strerror or error}") from None
+    refuse_pointer(path, data)
+    return data
+
+
+def refuse_pointer(path: str, start: bytes) -> None:
+    """Raise ConvertError if a file begins like those that Git leaves in the place of large files."""
+    if start.startswith(POINTER):
+        raise ConvertError(f"{path}: a pointer of Git LFS instead of the file; fetch that with: git lfs pull")
 
 
 def read_text(folder: str, name: str) -> str | None:

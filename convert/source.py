@@ -6,6 +6,7 @@ import os
 import re
 
 from kvrun.convert.checkpoint import Checkpoint
+from kvrun.convert.small_files import POINTER, refuse_pointer
 from kvrun.errors import ConvertError
 from kvrun.files.regular import open_regular
 
@@ -19,7 +20,9 @@ def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
         from kvrun.convert.huggingface import open_folder
 
         return open_folder(path, tokenizer)
-    magic = _first_bytes(path)
+    start = _first_bytes(path)
+    refuse_pointer(path, start)
+    magic = start[:4]
     if magic != b"GGUF":
         if magic in _BEFORE_GGUF:
             raise ConvertError(f"{path}: a GGML file of the time before GGUF (2023); get the model as a GGUF file")
@@ -33,7 +36,7 @@ def open_checkpoint(path: str, tokenizer: bool = True) -> Checkpoint:
 def _first_bytes(path: str) -> bytes:
     try:
         with open(path, "rb", opener=open_regular) as file:
-            return file.read(4)
+            return file.read(len(POINTER))
     except FileNotFoundError:
         hint = "; download the checkpoint first and give its folder" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         raise ConvertError(f"{path}: no such file or folder{hint}") from None

@@ -148,6 +148,14 @@ def test_an_empty_file(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_what_git_leaves_of_a_large_file(tmp_path, name):
+    root, path = checkpoint(tmp_path, name)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 538090408\n")
+    with pytest.raises(ConvertError, match=f"{name}: a pointer of Git LFS instead of the file; .* git lfs pull$"):
+        open_checkpoint(str(root))
+
+
 def test_the_path_itself(tmp_path):
     for path, says in {
         "no/such": "no such file or folder; download the checkpoint first",
