@@ -6,6 +6,7 @@ file as JSON (docs/format.md), and read back strictly: a model with a wrong desc
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
@@ -78,10 +79,16 @@ def strict_json(text: str | bytes) -> Any:
             raise ValueError(f"{digits[:20]} is too large a number")
         return value
 
+    # Collecting garbage while millions of values are made would look at all of them again and again, and free nothing.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants, parse_float=finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def text_json(text: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 from kvrun.errors import TokenizerError
 from kvrun.text.cut import without_text, without_tokens_from
-from kvrun.text.pruned import LONGEST, PrunedBpe, byte_characters, read_prunable
+from kvrun.text.pruned import LONGEST, PrunedBpe, as_json, byte_characters, check_prefix, read_prunable
 from kvrun.text.sentencepiece_file import first_pieces
 from kvrun.text.special_tokens import CONTINUED, ESCAPE, INNER, START, SpecialTokens
 from kvrun.text.streaming import PER_BYTE, StreamDecoder
@@ -99,7 +99,7 @@ class JsonBackend(_Backend):
     def _cut(self, spec: dict[str, Any], most: int, added: dict[str, int]) -> dict[str, Any]:
         """Go on with a tokenizer.json that has no tokens from number `most` on."""
         spec = without_tokens_from(spec, most, added)
-        self._data = json.dumps(spec, ensure_ascii=False).encode("utf-8")
+        self._data = as_json(spec)
         return spec
 
     def _describe(self, added: Mapping[int, Any], size: int, parts: Mapping[str, Any]) -> None:
@@ -141,6 +141,7 @@ class JsonBackend(_Backend):
         import tokenizers
 
         try:
+            check_prefix(data)
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except BaseException as error:
             raise TokenizerError(f"the model's tokenizer.json cannot be used: {refusal(error)}") from None
@@ -167,7 +168,7 @@ class JsonBackend(_Backend):
             token["special"] = token["special"] or token["id"] in self._stop_ids
         if literal:
             spec = without_text(spec, self.special.ids)
-        tokenizer = self._build(json.dumps(spec, ensure_ascii=False).encode("utf-8"))
+        tokenizer = self._build(as_json(spec))
         tokenizer.encode_special_tokens = literal
         return tokenizer
 

@@ -8,12 +8,14 @@ that make them, gives the same ids. For a short prompt these are a few hundred.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 LONGEST = 2000
 """The longest text, in characters, for which this is still faster."""
 
+_WITH_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _KEPT_APART = "\0"  # no character of a byte-level token
 
 
@@ -61,7 +63,12 @@ class PrunedBpe:
 
     def _tokenizer(self, vocab: dict[str, int], merges: list[Any], **changed: Any) -> Any:
         model = {**self._model, "vocab": vocab, "merges": merges, **changed}
-        return self._build(json.dumps({**self._head, "model": model}, ensure_ascii=False).encode("utf-8"))
+        return self._build(as_json({**self._head, "model": model}))
+
+
+def as_json(spec: dict[str, Any]) -> bytes:
+    """A tokenizer.json; half a character in it is left to the library, which refuses it."""
+    return json.dumps(spec, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def read_prunable(data: bytes) -> dict[str, Any] | None:
@@ -69,8 +76,26 @@ def read_prunable(data: bytes) -> dict[str, Any] | None:
     # The vocabulary comes last and is most of the file, so other kinds are recognised without parsing it.
     if b"ByteLevel" not in data[: max(data.find(b'"vocab"'), 0)]:
         return None
-    spec = json.loads(data)
+    try:
+        spec = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     return spec if _is_prunable(spec) else None
+
+
+def check_prefix(data: bytes) -> None:
+    """Raise ValueError if merges of a tokenizer.json lack the prefix that it says words go on with: the library cuts it
+    off unseen, and where that is within a character it aborts the process."""
+    if not _WITH_PREFIX.search(data):  # as nearly all
+        return
+    try:
+        model = json.loads(data)["model"]
+        prefix, merges = model["continuing_subword_prefix"], model.get("merges") or ()
+        fit = all((m.split(" ", 1) if isinstance(m, str) else m)[1].startswith(prefix) for m in merges)
+    except (AttributeError, IndexError, KeyError, TypeError, RecursionError):  # which the library can say itself
+        return
+    if not fit:
+        raise ValueError("its merges are not of parts that begin with continuing_subword_prefix")
 
 
 def _is_prunable(spec: Any) -> bool:
