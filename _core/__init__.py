@@ -1,6 +1,6 @@
 """The core: engine, KV ring, sampler and kernels. Knows no file, tokenizer or terminal."""
 
-from .cache import KV_FORMATS, KVCache, kv_bytes
+from .cache import KV_FORMATS, Exclusive, KVCache, Snapshot, kv_bytes
 from .cpus import max_threads
 from .engine import MAX_CHUNK, MAX_THREADS, Engine
 from .kernels import TILE, isa, isa_available
@@ -15,9 +15,11 @@ __all__ = [
     "TILE",
     "WEIGHT_TYPES",
     "Engine",
+    "Exclusive",
     "KVCache",
     "MappedFile",
     "Sampler",
+    "Snapshot",
     "WeightType",
     "advise_huge",
     "anonymous",

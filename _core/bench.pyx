@@ -229,16 +229,12 @@ def fill(KVCache kv not None, n_tokens, seed=0):
         if (<size_t>of.k, <size_t>of.v) not in made:
             made[<size_t>of.k, <size_t>of.v] = _tiles(&kv.c, of.k, of.v, rng), _tiles(&kv.c, of.wk, of.wv, rng)
     sinks = rng.standard_normal(kv.c.n_sinks * kv.c.head_dim, np.float32)
-    if not kv.lock.acquire(blocking=False):
-        raise RuntimeError("this cache is in use by another thread")
-    try:
+    with kv.lock:
         kv.c.n_tokens, kv.c.packed_ever = n_tokens, 0
         for layer in range(kv.c.n_layers):
             of = &kv.c.layers[layer]
             ring, window = made[<size_t>of.k, <size_t>of.v]
             _copy(&kv.c, layer, ring, window, sinks, n_tokens)
-    finally:
-        kv.lock.release()
 
 
 cdef _copy(const Cache* c, int64_t layer, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] window,
@@ -294,12 +290,8 @@ def attention(engine, KVCache kv not None, repeat=1, seed=0):
             sliding_windows(d) != kv.sliding_windows):
         raise ValueError("this cache was made for another model")
     require_level()
-    if not kv.lock.acquire(blocking=False):
-        raise RuntimeError("this cache is in use by another thread")
-    try:
+    with kv.lock:
         return _attention(d, engine.threads, kv, repeat, np.random.default_rng(seed))
-    finally:
-        kv.lock.release()
 
 
 cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):

@@ -91,6 +91,11 @@ cdef inline int64_t first_tile(const Cache* c, int64_t layer, int64_t position, 
     return tiles_evicted(c, c.n_slots, n_packed)
 
 
+cdef class Snapshot:
+    cdef readonly int64_t n_tokens, packed_ever
+    cdef readonly object data
+
+
 cdef class KVCache:
     cdef Cache c
     cdef readonly int64_t ctx, nbytes
@@ -99,6 +104,7 @@ cdef class KVCache:
     cdef readonly object description
     cdef object memory, lock, buffers      # buffers: the engine's, for its calls with this cache
     cdef int _allocate(self) except -1
+    cdef int64_t _evicted(self) noexcept
     cdef int _lay_out_layers(self) except -1
     cdef int _truncate(self, int64_t n) except -1
     cdef int _clear_unused(self) except -1

@@ -115,6 +115,10 @@ cdef enum Direction:
     LOAD   # from a buffer to the cache
     COPY   # from the cache to the memory of another one with the same options
 
+cdef enum Share:
+    WHOLE      # sinks and all tiles
+    CHANGING   # the tiles that later tokens may replace or round
+
 cdef int64_t MAX_TOKENS = <int64_t>1 << 60   # far from any overflow
 
 
@@ -132,13 +136,22 @@ cdef Tiles _tiles(const Cache* c, int64_t layer) noexcept nogil:
     return t
 
 
-cdef int64_t _state_bytes(const Cache* c) noexcept nogil:
+cdef Tiles _tiles_of(const Cache* c, int64_t layer, Share share) noexcept nogil:
+    """Of the tiles in use those of a share. A ring without sight keeps its tiles, another one replaces them."""
+    cdef Tiles t = _tiles(c, layer)
+    if share == CHANGING and not c.layers[layer].sight:
+        t.first = t.packed
+    return t
+
+
+cdef int64_t _state_bytes(const Cache* c, Share share) noexcept nogil:
     cdef Tiles t
     cdef const CacheLayer* of
     cdef int64_t layer, bytes = 0
     for layer in range(c.n_layers):
-        t, of = _tiles(c, layer), &c.layers[layer]
-        bytes += of.windows + (t.packed - t.first) * tile_bytes(of) + (t.end - t.packed) * window_bytes(of)
+        t, of = _tiles_of(c, layer, share), &c.layers[layer]
+        bytes += (t.packed - t.first) * tile_bytes(of) + (t.end - t.packed) * window_bytes(of)
+        bytes += of.windows if share == WHOLE else 0
     return bytes * c.n_kv_heads
 
 
@@ -149,6 +162,28 @@ cdef bint _can_keep(const Cache* c, int64_t layer, int64_t n, int64_t evicted) n
     if n <= c.n_sinks or not evicted:
         return True
     return max(min(n + 1 - sight, n - 1), c.n_sinks) >= left if sight else n > left
+
+
+cdef bint _keeps_values(const CacheLayer* of) noexcept nogil:
+    """Whether a tile that is packed and unpacked again has every value that it had in the window."""
+    cdef const kv_format* f16 = &kernels().format[KV_FORMAT_F16]
+    return (of.k == of.wk or of.k == f16) and (of.v == of.wv or of.v == f16)
+
+
+cdef bint _is_as_it_was(const Cache* c, int64_t n) noexcept nogil:
+    """Whether truncation to n tokens leaves what the next tokens see as it was when there were n: nothing of it has
+    been rounded since, or has left a ring."""
+    cdef int64_t layer, evicted, packed = tiles_packed(c, c.n_tokens)
+    cdef bint unpacks = tiles_packed(c, n) < min(packed, tile_of(c, n - 1) + 1)
+    for layer in range(c.n_layers):
+        evicted = _tiles(c, layer).first
+        if unpacks and not _keeps_values(&c.layers[layer]):
+            return False
+        if c.layers[layer].sight and not _can_keep(c, layer, n, evicted):
+            return False
+        if not c.layers[layer].sight and evicted != tiles_evicted(c, c.n_slots, tiles_packed(c, n)):
+            return False
+    return True
 
 
 cdef bint _has_all(const Cache* c) noexcept nogil:
@@ -173,15 +208,16 @@ cdef inline uint8_t* _move(const Cache* c, uint8_t* part, int64_t bytes, uint8_t
     return other + bytes
 
 
-cdef void _move_parts(const Cache* c, uint8_t* other, Direction direction) noexcept nogil:
+cdef void _move_parts(const Cache* c, uint8_t* other, Direction direction, Share share) noexcept nogil:
     """Moves what is in use: for each layer and head its sinks, ring tiles and window tiles, oldest first."""
     cdef int64_t layer, head, tile
     cdef Tiles t
     cdef const CacheLayer* of
     for layer in range(c.n_layers):
-        t, of = _tiles(c, layer), &c.layers[layer]
+        t, of = _tiles_of(c, layer, share), &c.layers[layer]
         for head in range(c.n_kv_heads):
-            other = _move(c, head_at(c, layer, head), of.windows, other, direction)
+            if share == WHOLE:
+                other = _move(c, head_at(c, layer, head), of.windows, other, direction)
             for tile in range(t.first, t.packed):
                 other = _move(c, ring_tile(c, layer, head, tile), tile_bytes(of), other, direction)
             for tile in range(t.packed, t.end):
@@ -218,6 +254,40 @@ cdef dict _layer_geometry(const CacheLayer* of):
     }
 
 
+class Exclusive:
+    """A lock for one user at a time: a second one does not wait but gets the error, an exception. To wait for a step
+    would be to join in a text that another thread is changing, and in a signal handler never to return. Compiled, so
+    that no Ctrl-C comes between taking it and letting it go, but in what is run meanwhile.
+    """
+
+    def __init__(self, error, message):
+        self._lock, self._error, self._message = threading.Lock(), error, message
+
+    def __enter__(self):
+        if not self._lock.acquire(False):
+            raise self._error(self._message)
+
+    def __exit__(self, *_):
+        self._lock.release()
+
+    def run(self, function, *args, **options):
+        """What the function returns, with the lock held."""
+        with self:
+            return function(*args, **options)
+
+
+cdef class Snapshot:
+    """What later tokens replace or round of a cache with `n_tokens`, for `KVCache.rewind`: the tiles of the window, and
+    the rings of layers with a sliding window, as uint8 [n] `data`."""
+
+    def __cinit__(self, n_tokens, packed_ever, data):
+        self.n_tokens, self.packed_ever, self.data = n_tokens, packed_ever, data
+
+    @property
+    def nbytes(self):
+        return len(self.data)
+
+
 cdef class KVCache:
     """One sequence's keys and values, in memory that is fixed from the start.
 
@@ -225,7 +295,7 @@ cdef class KVCache:
     ctx: tokens that stay visible at least (the newest ctx - sinks, and the first `sinks`). window: newest tokens
     kept unquantised, at least. A layer with a sliding window that ends before those has a ring for this window only.
     prefault: have all memory present from the start. Raises ValueError for options that make no cache, MemoryError when
-    it does not fit.
+    it does not fit. Every method raises RuntimeError while another thread is in one.
     """
 
     def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64, prefault=False):
@@ -238,7 +308,7 @@ cdef class KVCache:
             raise MemoryError(f"no memory for a KV cache of {size} bytes")
         self.nbytes = size
         self._lay_out_layers()
-        self.lock = threading.Lock()
+        self.lock = Exclusive(RuntimeError, "this cache is in use by another thread")
         self._allocate()
         if prefault:
             touch(self.memory)
@@ -300,7 +370,7 @@ cdef class KVCache:
     def outgrown(self):
         """True once there were more tokens than ctx has room for, so that a layer without a sliding window has lost
         some that it would show. What leaves a sliding window would not be seen any more in any case."""
-        return tiles_evicted(&self.c, self.c.n_slots, tiles_packed(&self.c, self.c.n_tokens)) > 0
+        return self._evicted() > 0
 
     @property
     def packed_ever(self):
@@ -334,9 +404,9 @@ cdef class KVCache:
         with self.lock:
             self.c.n_tokens, self.c.packed_ever = n_tokens, packed_ever
 
-    def parts(self, keep=None):
-        """int64 [m, 2]: offsets and sizes of what is in use, or of what `truncate(keep)` reads and writes; sinks and
-        window always whole. Raises ValueError unless 0 <= keep <= n_tokens."""
+    def parts(self, keep=None, changing=False):
+        """int64 [m, 2]: offsets and sizes of what is in use, or of what `truncate(keep)` reads and writes, or with
+        `changing` a snapshot; sinks and window always whole. Raises ValueError unless 0 <= keep <= n_tokens."""
         cdef const Cache* c = &self.c
         cdef const CacheLayer* of
         cdef int64_t layer, head, first, end, slot, run, bytes
@@ -345,7 +415,7 @@ cdef class KVCache:
             raise ValueError(f"cannot keep {keep} tokens: the cache has {c.n_tokens}")
         parts = []
         for layer in range(c.n_layers):
-            t, of = _tiles(c, layer), &c.layers[layer]
+            t, of = _tiles_of(c, layer, CHANGING if changing else WHOLE), &c.layers[layer]
             first, end, bytes = t.first, t.packed, tile_bytes(of)
             if keep is not None:
                 first, end = max(first, tiles_packed(c, keep)), min(end, tile_of(c, keep - 1) + 1)
@@ -401,6 +471,69 @@ cdef class KVCache:
         _clear_gap(c)
         return 0
 
+    def exact_from(self, more=0):
+        """The fewest tokens that `rewind` comes back to without a snapshot when `more` have come, until tokens leave
+        the cache: 0, or with a format that rounds or sliding windows those of when the last tile was packed."""
+        cdef int64_t packed = tiles_packed(&self.c, self.c.n_tokens + <int64_t>more)
+        if not self.c.n_layers or not (self.c.n_sliding or not _keeps_values(&self.c.layers[0])):
+            return 0
+        return self.c.n_sinks + self.c.window + KV_TILE * packed if packed else 0
+
+    def snapshot(self, most=MAX_TOKENS):
+        """A `Snapshot` with which `rewind` comes back to where the cache is now; None if it takes more than `most`
+        bytes. Raises MemoryError."""
+        cdef uint8_t[::1] to
+        with self.lock:
+            if _state_bytes(&self.c, CHANGING) > most:
+                return None
+            data = np.empty(_state_bytes(&self.c, CHANGING), np.uint8)
+            to = data
+            if to.shape[0]:
+                with nogil:
+                    _move_parts(&self.c, &to[0], SAVE, CHANGING)
+            return Snapshot(self.c.n_tokens, self.c.packed_ever, data)
+
+    def rewind(self, n, Snapshot snapshot=None):
+        """Goes back to n tokens, 0 <= n <= n_tokens, so that what follows is, to the bit, what would have followed
+        then. Returns False, with nothing changed, where that cannot be: something has been rounded since or has left
+        a ring.
+
+        snapshot: of this cache, or one it was copied from, at n tokens or later, but before the next tile was packed;
+        it has what was rounded, and what has left the rings of layers with a sliding window. Raises ValueError for n
+        out of range or the snapshot of another cache.
+        """
+        cdef Cache* c = &self.c
+        cdef Cache then
+        cdef const uint8_t[::1] data
+        with self.lock:
+            if not 0 <= n <= c.n_tokens:
+                raise ValueError(f"cannot go back to {n} tokens: the cache has {c.n_tokens}")
+            if n == c.n_tokens:
+                return True
+            if _is_as_it_was(c, n):
+                self._truncate(n)
+                return True
+            if snapshot is None or not n <= snapshot.n_tokens:
+                return False
+            then = c[0]
+            then.n_tokens, then.packed_ever, data = snapshot.n_tokens, snapshot.packed_ever, snapshot.data
+            if data.shape[0] != _state_bytes(&then, CHANGING):
+                raise ValueError(f"a snapshot of {snapshot.n_tokens} tokens in another cache")
+            if (tiles_packed(c, n) != tiles_packed(c, then.n_tokens)
+                    or self._evicted() != tiles_evicted(&then, c.n_slots, tiles_packed(c, n))):
+                return False
+            c.n_tokens, c.packed_ever = then.n_tokens, then.packed_ever
+            if data.shape[0]:
+                with nogil:
+                    _move_parts(c, <uint8_t*>&data[0], LOAD, CHANGING)
+            c.n_tokens = n
+            _clear_gap(c)
+            return True
+
+    cdef int64_t _evicted(self) noexcept:
+        """Tiles that a layer without a sliding window has lost."""
+        return tiles_evicted(&self.c, self.c.n_slots, tiles_packed(&self.c, self.c.n_tokens))
+
     def copy(self):
         """Another cache with the same options and tokens, which shares nothing with this one. Raises MemoryError."""
         cdef KVCache other
@@ -408,7 +541,7 @@ cdef class KVCache:
             other = KVCache(self, self.k, self.v, self.ctx, self.c.n_sinks, self.c.window)
             other.c.n_tokens, other.c.packed_ever = self.c.n_tokens, self.c.packed_ever
             with nogil:
-                _move_parts(&self.c, other.c.base, COPY)
+                _move_parts(&self.c, other.c.base, COPY, WHOLE)
         return other
 
     def state(self):
@@ -417,11 +550,11 @@ cdef class KVCache:
         cdef uint8_t[::1] to
         with self.lock:
             self._clear_unused()
-            state = np.empty(_state_bytes(&self.c), np.uint8)
+            state = np.empty(_state_bytes(&self.c, WHOLE), np.uint8)
             to = state
             if to.shape[0]:
                 with nogil:
-                    _move_parts(&self.c, &to[0], SAVE)
+                    _move_parts(&self.c, &to[0], SAVE, WHOLE)
         return state
 
     def load_state(self, n_tokens, lost, state):
@@ -436,14 +569,14 @@ cdef class KVCache:
         c.n_tokens, c.packed_ever = n_tokens, c.min_slots + lost if 0 < lost <= n_tokens // KV_TILE else 0
         if not 0 <= lost <= n_tokens // KV_TILE or not _has_all(&c):
             raise ValueError(f"of {n_tokens} tokens a cache cannot have lost {lost} tiles of {KV_TILE}")
-        if data.shape[0] != _state_bytes(&c):
+        if data.shape[0] != _state_bytes(&c, WHOLE):
             raise ValueError(f"the state has {data.shape[0]} bytes; that of {n_tokens} tokens in this cache has "
-                             f"{_state_bytes(&c)}")
+                             f"{_state_bytes(&c, WHOLE)}")
         with self.lock:
             self.c.n_tokens, self.c.packed_ever = c.n_tokens, c.packed_ever
             if data.shape[0]:
                 with nogil:
-                    _move_parts(&self.c, <uint8_t*>&data[0], LOAD)
+                    _move_parts(&self.c, <uint8_t*>&data[0], LOAD, WHOLE)
             _clear_gap(&self.c)
 
     cdef int _clear_unused(self) except -1:

@@ -268,13 +268,9 @@ cdef class Engine:
         """
         cdef const int32_t[::1] ids = self.checked(tokens, kv, logits)
         cdef bint written = ids.shape[0] == 1 if decoding is None else decoding
-        if not kv.lock.acquire(blocking=False):
-            raise RuntimeError("this cache is in use by another thread")
-        try:
+        with kv.lock:
             result = self._forward(ids, kv, logits, written)
             return result[0] if logits == "last" else result
-        finally:
-            kv.lock.release()
 
     def checked(self, tokens, KVCache kv not None, logits, most=MAX_CHUNK):
         """The tokens as int32 [n], if ``forward`` can take them, or another engine that takes `most` at a time;

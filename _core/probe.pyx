@@ -262,12 +262,8 @@ def attention(KVCache kv not None, q, k, v, inv_freq, threads=1, level=None):
     angles = np.array(inv_freq, np.float64)
     if angles.shape != (d.head_dim // 2,):
         raise ValueError(f"expected {d.head_dim // 2} inverse frequencies")
-    if not kv.lock.acquire(blocking=False):
-        raise RuntimeError("this cache is in use by another thread")
-    try:
+    with kv.lock:
         return _attention(kv, q, k, v, angles, threads, _level(level))
-    finally:
-        kv.lock.release()
 
 
 cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, const double[::1] inv_freq, int threads,

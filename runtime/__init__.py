@@ -10,7 +10,7 @@ templates with the first text. So the command can be interrupted from its first 
 
 import importlib
 
-from kvrun.errors import ConvertError, KvrunError, ModelFileError, OptionError, TokenizerError
+from kvrun.errors import ConvertError, KvrunError, ModelFileError, OptionError, SessionBusyError, TokenizerError
 from kvrun.version import __version__
 
 TYPE_CHECKING = False  # as in typing, which takes longer to import than all this
@@ -25,6 +25,7 @@ __all__ = [
     "ModelFileError",
     "OptionError",
     "Session",
+    "SessionBusyError",
     "TokenizerError",
     "__version__",
     "load",

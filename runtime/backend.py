@@ -25,7 +25,7 @@ Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 class Cache(Protocol):
     """The keys and values of one text, in memory of a size that is fixed from the start.
 
-    Used by one thread at a time: what changes a cache raises RuntimeError, or waits, while another thread uses it.
+    Used by one thread at a time: methods raise RuntimeError, or wait, while another thread uses it.
     """
 
     @property
@@ -67,6 +67,18 @@ class Cache(Protocol):
 
     def truncate(self, n: int) -> None:
         """Keep the first n tokens. ValueError, with nothing changed, if what they need has been evicted."""
+
+    def exact_from(self, more: int = 0) -> int:
+        """The fewest tokens that `rewind` comes back to without a snapshot when `more` have come, while none have left
+        the cache. It grows when a tile is packed, or is always 0."""
+
+    def snapshot(self, most: int = ...) -> _core.Snapshot | None:
+        """What `rewind` needs to come back to where the cache is now; None if that takes more than `most` bytes.
+        MemoryError."""
+
+    def rewind(self, n: int, snapshot: _core.Snapshot | None = None) -> bool:
+        """Go back to n tokens, exactly as it was then; False, with nothing changed, where that cannot be. A snapshot
+        leads back to from where `exact_from` was to where it was made."""
 
     def copy(self) -> Self:
         """Another cache with the same contents. MemoryError or OptionError if there is no memory for it."""

@@ -21,6 +21,10 @@ class OptionError(KvrunError):
     """An option has a value that cannot be used, alone or together with the model."""
 
 
+class SessionBusyError(KvrunError):
+    """A session is in the middle of a call, of another thread or of one that a signal handler has interrupted."""
+
+
 def one_line(text: object) -> str:
     """Text for a terminal, on one line: a name from a damaged file must not arrive as a control sequence."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in str(text))

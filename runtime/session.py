@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvrun import _core
-from kvrun.errors import KvrunError, OptionError
+from kvrun.errors import KvrunError, OptionError, TokenizerError
+from kvrun.exclusive import Pieces, exclusive, one_at_a_time
+from kvrun.history import History
 from kvrun.options import (
     CacheKeywords,
     CacheOptions,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 class Stats:
     """Counts and seconds of one `stream`; time spent by the caller between two pieces is not in them.
 
+    `prompt_tokens` counts what was fed before the answer: tokens of the prompt that the cache did not hold, and those
+    of the text before it that had to be fed again.
     `prompt_overflow`, as soon as `stream` has returned: tokens of the prompt (of messages: of what is not in the
     session yet) that the cache has no room for, so that the answer is made without them. `evicted_tokens`: those of the
     whole text that are more than the cache keeps, at first those that it will be with the prompt. The oldest go, after
@@ -84,6 +88,17 @@ class _Turn:
     chat: _Conversation | None = None
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What a prompt that cannot be fed leaves a session with. `fed`: tokens in the cache."""
+
+    text: Transcript
+    history: History
+    fed: int
+    logits: tuple[int, np.ndarray] | None
+    messages: list[dict[str, Any]]
+
+
 def new_cache(engine: Engine[CacheT], options: CacheOptions, prefault: bool = False) -> CacheT:
     """A cache of an engine. OptionError for options that make no cache, or one too large for the memory."""
     try:
@@ -95,7 +110,13 @@ def new_cache(engine: Engine[CacheT], options: CacheOptions, prefault: bool = Fa
 
 
 class Session:
-    """One text with a cache of its own; `Model.session` makes one. Not for several threads at a time.
+    """One text with a cache of its own; `Model.session` makes one.
+
+    Threads can share a session, but not at the same time: SessionBusyError, a KvrunError, from every method and from a
+    stream's next piece while another thread is in one. Between two pieces of a stream another call may come, from any
+    thread; it ends the stream (all but `evaluate` and what only reads do).
+
+    An error leaves the session as it was before the call, or the piece, that raised it.
 
     `messages` is the conversation so far, as the chat template gets it; `stats` describes the latest answer,
     and `answer_begins_thinking` says whether the template has opened its <think> already.
@@ -111,6 +132,7 @@ class Session:
         self.stats = Stats()
         self.answer_begins_thinking = False
         self._running: Generator[str, None, None] | None = None
+        self._use = one_at_a_time()
         self._clear()
 
     @classmethod
@@ -126,6 +148,10 @@ class Session:
             if len(before) > saved.n_tokens:
                 raise ValueError("more recent tokens than there are tokens")
             session._transcript = Transcript(before + saved.pending, saved.n_tokens - len(before), saved.text)
+        if saved.text is not None:
+            session._history.tell(saved.text, session.n_tokens)
+        if len(saved.pending) == 1:
+            session._history.write(saved.n_tokens)
         session._logits = None if saved.logits is None else (saved.n_tokens, saved.logits)
         session.messages = saved.messages
         return session
@@ -133,6 +159,7 @@ class Session:
     def _clear(self) -> None:
         self._kv.reset()
         self._transcript = Transcript()
+        self._history = History()
         self._logits: tuple[int, np.ndarray] | None = None  # after so many tokens in the cache
 
     @property
@@ -141,19 +168,25 @@ class Session:
         self._transcript.agree(self._kv.n_tokens, self._kv.outgrown)
         return self._transcript
 
+    @exclusive
     def reset(self) -> None:
         """Forget everything: messages and cache."""
         self._end_running()
         self._clear()
         self.messages = []
 
+    @exclusive
     def truncate(self, n: int) -> None:
         """Keep the first `n` tokens of the text, and go on from there.
 
+        What follows is, to the bit, what it would be had no others been fed: what the cache no longer has as it was
+        then is fed again with the next prompt, or by `evaluate`. Only of a text that has outgrown its cache, whose
+        tokens are not known any more, the newest that are kept come back as their format has rounded them.
+
         `messages` are forgotten if anything is cut off: go on with `raw` text, token ids or messages of your
-        own. OptionError, with nothing changed, if the text is shorter, or if all after its beginning has left the
-        cache, or what a sliding window of the model would show then. An answer that is under way ends first, as
-        with `fork` and `save`.
+        own. OptionError, with nothing changed, if the text is shorter, or has outgrown its cache and all after its
+        beginning is gone, or what a sliding window of the model would show then. An answer that is under way ends
+        first, as with `fork` and `save`.
         """
         n = integer("n", n, low=0)
         self._end_running()
@@ -161,33 +194,33 @@ class Session:
             raise OptionError(f"n: the text has {self.n_tokens} tokens, {n} cannot be kept")
         if n == self.n_tokens:
             return
-        tokens, fed = self._text.tokens, self._kv.n_tokens
-        # The last token is fed again when the logits after it are wanted.
-        again = [tokens[n - 1]] if tokens and 0 < n <= fed else []
-        try:
-            self._cut(n - len(again))
-        except OptionError:
-            if not again:
-                raise
-            again = []
-            self._cut(n)
-        self._text.append(again)
+        if n == 0:
+            self._clear()
+        elif self._text.tokens is None:
+            self._cut_outgrown(n)
+        else:
+            self._cut(n, n - 1)  # the last is fed again when the logits after it are wanted
         self.messages = []
-        self._text.rendered = None if n else ""
 
+    @exclusive
     def fork(self) -> Session:
-        """Another session with the same text and options; what happens to one does not affect the other."""
+        """Another session with the same text and options; what happens to one does not affect the other.
+
+        OptionError if there is no memory for another cache.
+        """
         self._end_running()
-        other = copy.copy(self)
         try:
-            other._kv = self._kv.copy()
+            cache = self._kv.copy()
         except MemoryError:
             raise OptionError(f"not enough memory for another cache of {self.cache.ctx} tokens") from None
-        other._transcript = self._text.copy()
+        other = copy.copy(self)
+        other._kv, other._use = cache, one_at_a_time()
+        other._transcript, other._history = self._text.copy(), self._history.copy()
         for name in ("messages", "stats", "_logits"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         return other
 
+    @exclusive
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write text, cache and conversation to a file that `Model.restore` goes on from, exactly.
 
@@ -198,13 +231,19 @@ class Session:
 
         path = path_text("path", path)
         self._end_running()
+        if self.n_tokens == self._kv.n_tokens + 1 and not self._history.run(self._kv.n_tokens)[0]:
+            self._feed()  # a last token that waits in a file is an answer's
         text, fed = self._text, self._kv.n_tokens
+        try:
+            kv = self._kv.state()
+        except MemoryError:
+            raise KvrunError("there is not enough memory to save the session") from None
         saved = SavedSession(
             model=self.model.file.fingerprint,
             cache=self.cache,
             n_tokens=fed,
             lost=self._kv.lost,
-            kv=self._kv.state(),
+            kv=kv,
             pending=text.pending(fed).tolist(),
             recent=text.recent().tolist(),
             tokens=None if text.tokens is None else np.array(text.tokens, np.int32),
@@ -217,11 +256,15 @@ class Session:
     @property
     def n_tokens(self) -> int:
         """Tokens of the text so far, also those that have left the cache."""
-        return self._text.n_tokens
+        return max(self._transcript.n_tokens, self._kv.n_tokens)
 
     @property
     def kv_bytes(self) -> int:
-        """Size of the cache in bytes; it does not change."""
+        """Size of the cache in bytes; it does not change.
+
+        Memory is taken as the cache fills. Beside it are copies of its window as it was earlier, which take at most a
+        quarter as much (or 8 MB), to go back to without feeding everything again: none for formats that do not round.
+        """
         return self._kv.nbytes
 
     @property
@@ -244,10 +287,12 @@ class Session:
         at, logits = self._logits or (-1, None)
         return logits if at == self._kv.n_tokens == self.n_tokens else None
 
+    @exclusive
     def evaluate(self) -> np.ndarray:
         """Feed what has not been fed of the text, which may be its last token, and return `logits`.
 
-        Also while an answer is under way, between two of its pieces. KvrunError where there are none, see `logits`.
+        Also while an answer is under way, between two of its pieces. KvrunError where there are none, see `logits`, and
+        as from a stream.
         """
         self._feed()
         return self.logits
@@ -261,6 +306,7 @@ class Session:
         return self.model.detokenize(ids, skip_special)
 
     @documented(StreamKeywords)
+    @exclusive
     def stream(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Generator[str, None, None]:
         """Feed a prompt and yield the answer in pieces of whole characters.
 
@@ -272,22 +318,27 @@ class Session:
         `think` the template is told to leave the model's thinking out, which only some templates know
         (OptionError for others). Sampling options that are not given are the model file's defaults, if it has any.
 
-        Values are checked at once (OptionError), the work is done while iterating. Closing the iterator or
-        interrupting it keeps in the session what was shown. A new stream ends the one before. `stats` says at once
-        whether the prompt fits into the cache.
+        Values are checked at once, the work is done while iterating. Closing the iterator or interrupting it keeps in
+        the session what was shown. A new stream ends the one before, which then has no more pieces.
+        `stats` says at once whether the prompt fits into the cache.
+
+        OptionError for options, messages and token ids that cannot be used, TokenizerError for text that has no tokens
+        of the model, KvrunError for a conversation that the template refuses. While iterating: KvrunError when there is
+        no memory for a step, when a model with learned positions has no more of them, or when its logits are not
+        numbers. A prompt that cannot be fed leaves the session as it was.
         """
         values = resolve(StreamKeywords, options, self.model.file.sampling)
         stops, limit = StopStrings(values["stop"]), values["max_tokens"]
         self._end_running()
         turn = self._turn(prompt, values["raw"], values["think"])
+        if limit:
+            _ = self.model.tokenizer  # a model without one should say so now
         self.answer_begins_thinking = turn.chat is not None and opens_thinking(turn.chat.rendered)
         total = len(turn.ids) + (0 if turn.fresh else self.n_tokens)
         self.stats = Stats(prompt_overflow=self._beyond(len(turn.ids)), evicted_tokens=self._beyond(total))
-        if limit:
-            _ = self.model.tokenizer  # a model without one should say so now
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
         self._running = self._run(turn, values, limit, stops, stop_ids)
-        return self._running
+        return Pieces(self._use, self._running)
 
     # --- prompts ----------------------------------------------------------------------------------
 
@@ -307,16 +358,29 @@ class Session:
 
             return self._chat_turn(check_messages(prompt), think)
         ids = [integer("token id", i, low=0, high=self.model.vocab_size - 1) for i in prompt]
-        return self._something(_Turn(ids, fresh=False))
+        return self._feedable(_Turn(ids, fresh=False))
 
     def _plain_turn(self, prompt: str) -> _Turn:
         begun = self.n_tokens > 0
         ids = self.model.tokenizer.encode(prompt, add_special=not begun, continued=begun)
-        return self._something(_Turn(ids, fresh=False))
+        return self._feedable(_Turn(ids, fresh=False))
 
-    def _something(self, turn: _Turn) -> _Turn:
-        if not turn.ids and not self.n_tokens:
+    def _feedable(self, turn: _Turn) -> _Turn:
+        """The turn, if all of it can be fed."""
+        before = 0 if turn.fresh else self.n_tokens
+        if not turn.ids and not before:
             raise OptionError("the prompt is empty")
+        most, positions = self.model.vocab_size, self.model.description.context_length
+        if turn.ids and not 0 <= min(turn.ids) <= max(turn.ids) < most:
+            unknown = next(i for i in turn.ids if not 0 <= i < most)
+            raise TokenizerError(
+                f"the prompt has the token {unknown}, and the model has {most} of them: 0 to {most - 1}"
+            )
+        if self.model.description.learned_positions and before + len(turn.ids) > positions:
+            raise OptionError(
+                f"the model has learned {positions} positions, and a text cannot be longer: with the prompt it would "
+                f"have {before + len(turn.ids)} tokens"
+            )
         return turn
 
     def _chat_turn(self, messages: list[dict[str, Any]], think: bool) -> _Turn:
@@ -327,9 +391,15 @@ class Session:
         known = self._text.rendered
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)
-        rest = text if known is None or fresh else text[len(known) :]
-        ids = self.model.tokenizer.encode_escaped(rest, continued=not fresh and bool(known))
-        return self._something(_Turn(ids, fresh, _Conversation(messages, text)))
+        n, chars = self._told(text) if fresh else (0, len(known or ""))
+        kept = list((self._text.tokens or ())[:n])
+        ids = kept + self.model.tokenizer.encode_escaped(text[chars:], continued=chars > 0)
+        return self._feedable(_Turn(ids, fresh, _Conversation(messages, text)))
+
+    def _told(self, text: str) -> tuple[int, int]:
+        """(tokens, characters) of the longest part of the conversation so far that a rendered one begins with, to the
+        end of an answer, whose tokens may be others than its text has when it is read."""
+        return self._history.told(text) if self._text.tokens else (0, 0)
 
     def _beyond(self, n_tokens: int) -> int:
         """Of so many tokens, those that the cache has no room for."""
@@ -345,20 +415,46 @@ class Session:
     def _run(
         self, turn: _Turn, values: Mapping[str, Any], limit: int, stops: StopStrings, stop_ids: frozenset[int]
     ) -> Generator[str, None, None]:
+        text, history, fed = self._text.copy(), self._history.copy(), self._kv.n_tokens
+        before = _Before(text, history, fed, self._logits, self.messages)
         self._text.rendered = None  # not known again before the end, so that an interruption in between does no harm
         new = turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids
         self._text.append(new)
-        if turn.chat is not None:
-            self.messages = turn.chat.messages
-        answer, begun = None, self._text.n_tokens
+        chat, answer, begun = turn.chat, None, self._text.n_tokens
+        if chat is not None:
+            self.messages = chat.messages
         try:
-            self._feed(prompt=True)
+            try:
+                self._feed(prompt=True)
+            except Exception:
+                chat = None
+                self._undo(before, turn.fresh)
+                raise
+            self._history.mark(self._kv.n_tokens)
             if limit:
-                answer = _Answer(self.model.tokenizer, stops, None if turn.chat is None else self._template().escape)
+                answer = _Answer(self.model.tokenizer, stops, None if chat is None else self._template().escape)
                 yield from self._decode(answer, values, limit, stop_ids)
         finally:
-            if turn.chat is not None:
-                self._remember(turn.chat, answer, limit, begun)
+            if chat is not None:
+                self._remember(chat, answer, limit, begun)
+
+    def _undo(self, before: _Before, fresh: bool) -> None:
+        """Have the text again that there was before a prompt that could not be fed. What the cache no longer holds of
+        it is fed again when it is needed. Of a text that had outgrown its cache nothing is left if the prompt was to
+        take its place; and if it was to go on, and some of it cannot be taken back, that stays."""
+        if before.text.tokens is not None:
+            place = min(before.text.common(self._text.tokens or ()), before.fed)
+            if place < self._kv.n_tokens:
+                self._history.go_back(self._kv, place)
+        elif fresh:
+            self._clear()
+            self.messages = []
+            return
+        elif not self._kv.rewind(before.fed):
+            self._text.cut(self._kv.n_tokens)
+            return
+        self._transcript, self._history, self._logits = before.text, before.history, before.logits
+        self.messages = before.messages
 
     def _remember(self, chat: _Conversation, answer: _Answer | None, limit: int, begun: int) -> None:
         """Add an answer, complete or not, to the conversation; it began after so many tokens."""
@@ -368,6 +464,7 @@ class Session:
         # Ctrl-C between a token and its text leaves the two apart.
         if self._text.n_tokens == begun + (answer.n_tokens if answer else 0):
             self._text.rendered = chat.rendered + text
+            self._history.tell(self._text.rendered, self._text.n_tokens)
 
     def _decode(
         self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
@@ -378,6 +475,7 @@ class Session:
             if token in stop_ids:
                 break
             sampler.accept(token)
+            self._history.write(self._text.n_tokens)
             self._text.append([token])
             self.stats.answer_tokens += 1
             piece = answer.push(token)
@@ -418,55 +516,72 @@ class Session:
     # --- feeding ----------------------------------------------------------------------------------
 
     def _rewind(self, ids: list[int]) -> int:
-        """Cut the text down to what `ids`, less its last, begins with too; the number of tokens left: none if a
-        sliding window no longer has what it needs to go on from there."""
+        """Cut the text down to what `ids`, less its last, begins with too; the number of tokens left."""
         n = max(0, min(self._text.common(ids), len(ids) - 1))
         if n:
-            try:
-                self._cut(n)
-            except OptionError:
-                n = 0
-        if not n:
+            self._cut(n, n)
+        else:
             self._clear()
             self._text.rendered = None
         return n
 
-    def _cut(self, n: int) -> None:
-        """Keep the first n tokens. OptionError, with nothing changed, if they have left the cache."""
-        text = self._text
-        before = text.rendered, self._logits
-        text.rendered = None
-        if n < self._kv.n_tokens:
+    def _cut(self, n: int, place: int) -> None:
+        """Keep the first n tokens, and in the cache at most `place`: as many as it can have as they were."""
+        self._text.rendered = None
+        if place < self._kv.n_tokens:
             self._logits = None
-            try:
+            self._history.go_back(self._kv, place)
+        self._history.cut(n)
+        self._text.cut(n)
+
+    def _cut_outgrown(self, n: int) -> None:
+        """Keep the first n tokens in the cache. OptionError, with nothing changed, if they have left it."""
+        try:
+            if n < self._kv.n_tokens and not self._kv.rewind(n):
                 self._kv.truncate(n)
-            except ValueError as error:
-                text.rendered, self._logits = before
-                raise OptionError(f"n: {error}") from None
-        text.cut(n)
+        except ValueError as error:
+            raise OptionError(f"n: {error}") from None
+        self._logits = None
+        self._history.cut(n)
+        self._text.cut(n)
+        self._text.rendered = None
 
     def _feed(self, prompt: bool = False) -> None:
         """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""
-        most = self.model.engine.max_chunk
         while (left := self.n_tokens - self._kv.n_tokens) > 0:
-            chunk = np.array(self._text.pending(self._kv.n_tokens, most), dtype=np.int32)
-            last = len(chunk) == left
+            fed = self._kv.n_tokens
+            n, written = self._next_step(fed, left)
+            if prompt:
+                self._history.mark(fed)
+            self._history.before(self._kv, n)
             self.model.file.check_unchanged()
             began = time.perf_counter()
-            try:
-                logits = self.model.engine.forward(chunk, self._kv, logits="last" if last else "none")
-            except ValueError as error:  # learned positions are used up
-                raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
+            logits = self._forward(np.array(self._text.pending(fed, n), np.int32), n == left, written)
             seconds = time.perf_counter() - began
             if logits is not None:
                 self._logits = (self._kv.n_tokens, logits)
             self.stats.evicted_tokens = max(self.stats.evicted_tokens, self._beyond(self._kv.n_tokens))
             if prompt:
-                self.stats.prompt_tokens += len(chunk)
+                self.stats.prompt_tokens += n
                 self.stats.prompt_seconds += seconds
             else:
-                self.stats.decode_tokens += len(chunk)
+                self.stats.decode_tokens += n
                 self.stats.decode_seconds += seconds
+
+    def _next_step(self, fed: int, left: int) -> tuple[int, bool]:
+        """How many tokens to feed next, and whether as text that is written."""
+        written, end = self._history.run(fed)
+        most = left if end is None else min(left, end - fed)
+        return (1, True) if written else (min(most, self.model.engine.max_chunk), False)
+
+    def _forward(self, tokens: np.ndarray, last: bool, written: bool) -> np.ndarray | None:
+        """The logits after the tokens, if they are the last."""
+        try:
+            return self.model.engine.forward(tokens, self._kv, logits="last" if last else "none", decoding=written)
+        except ValueError as error:  # learned positions are used up
+            raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
+        except MemoryError:
+            raise KvrunError(f"there is not enough memory to feed {len(tokens)} tokens at once") from None
 
 
 class _Answer:

@@ -16,6 +16,7 @@ LAYERS = (
     ("kvrun.files",),
     ("kvrun.backend",),
     ("kvrun.cuda",),
+    ("kvrun.exclusive", "kvrun.history"),
     ("kvrun.session",),
     ("kvrun.model",),
     ("kvrun",),

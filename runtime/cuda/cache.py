@@ -76,6 +76,29 @@ class CudaKVCache:
             mirror.truncate(n)
             self._write(mirror, parts)
 
+    def exact_from(self, more: int = 0) -> int:
+        """As `_core.KVCache.exact_from`."""
+        return self.host.exact_from(more)
+
+    def snapshot(self, most: int = 1 << 60) -> _core.Snapshot | None:
+        """As `_core.KVCache.snapshot`, in the host's memory."""
+        with self.lock:
+            mirror = self._mirror()
+            self._read(mirror, mirror.parts(changing=True))
+            return mirror.snapshot(most)
+
+    def rewind(self, n: int, snapshot: _core.Snapshot | None = None) -> bool:
+        """As `_core.KVCache.rewind`."""
+        with self.lock:
+            if n == self.n_tokens:
+                return True
+            mirror = self._mirror()
+            self._read(mirror, np.concatenate([mirror.parts(n), mirror.parts(changing=True)]))
+            done = mirror.rewind(n, snapshot)
+            if done:
+                self._write(mirror, mirror.parts(changing=True))
+            return done
+
     def copy(self) -> CudaKVCache:
         """As `_core.KVCache.copy`; OptionError if it does not fit."""
         other = CudaKVCache(self.engine, self.k, self.v, self.ctx, self.n_sinks, self.window)

@@ -174,6 +174,61 @@ def test_packing_again_what_was_unpacked(name):
     assert np.allclose(errors, errors[0], rtol=0.01)
 
 
+@pytest.mark.parametrize("k, v", [(name, name) for name in _core.KV_FORMATS] + [("f16", "q4"), ("q8", "f16")])
+@pytest.mark.parametrize("ctx", [330, 2000])
+def test_rewinding_is_exact_or_refused(k, v, ctx, wide, rng):
+    """From any length to any other, with a snapshot or none: what is there then is what was there."""
+    engine, options = wide[1], dict(ctx=ctx, sinks=4, window=64)
+    tokens = rng.integers(0, 60, 700).astype(np.int32)
+    kv, states, snapshots, froms = _core.KVCache(engine, k, v, **options), {}, {}, []
+    for n in range(0, 700, 7):
+        states[n], snapshots[n] = kv.state(), kv.snapshot()
+        froms.append(kv.exact_from())
+        assert kv.exact_from(7) >= froms[-1]
+        engine.forward(tokens[n : n + 7], kv, "none", decoding=False)
+    lossless = {k, v} <= {"f32", "f16"}
+    assert froms == sorted(froms) and (froms[-1] == 0) == lossless
+    last, done, refused = kv.n_tokens, 0, 0
+    for n in sorted(states, reverse=True):
+        for held in (None, snapshots[n], snapshots[min(693, n + 7)], snapshots[min(693, n + 70)]):
+            cut = kv.copy()
+            before = cut.state()
+            if not cut.rewind(n, held):
+                assert cut.n_tokens == last and np.array_equal(cut.state(), before)
+                refused += 1
+                continue
+            done += 1
+            assert cut.n_tokens == n and np.array_equal(cut.state(), states[n])
+            again = engine.forward(tokens[n : n + 3], cut, "all", decoding=False)
+            assert np.array_equal(
+                again,
+                engine.forward(tokens[n : n + 3], restored_at(engine, k, v, options, states, n), "all", decoding=False),
+            )
+        if kv.exact_from() <= n and not kv.outgrown:
+            assert kv.copy().rewind(n)
+    assert done > 20 and (refused > 0) == (not lossless or ctx == 330)
+    assert kv.copy().rewind(0) == (ctx == 2000)
+
+
+def restored_at(engine, k, v, options, states, n):
+    fresh = _core.KVCache(engine, k, v, **options)
+    packed = max(0, (n - 4 - 64) // 64)
+    slots = -(-(options["ctx"] - 4 - 64) // 64)
+    fresh.load_state(n, max(0, packed - slots), states[n])
+    return fresh
+
+
+def test_snapshots_that_do_not_fit(wide):
+    engine = wide[1]
+    kv, other = filled(engine, "q4", "q4", 400), filled(engine, "q8", "q8", 390, window=130)
+    with pytest.raises(ValueError, match="a snapshot of 390 tokens in another cache"):
+        kv.rewind(380, other.snapshot()) or kv.rewind(200, other.snapshot())
+    for n in (-1, 401, 1 << 70):
+        with pytest.raises(ValueError, match=f"cannot go back to {n} tokens: the cache has 400"):
+            kv.rewind(n)
+    assert kv.snapshot(kv.snapshot().nbytes).nbytes and kv.snapshot(kv.snapshot().nbytes - 1) is None
+
+
 def test_a_state_has_nothing_of_what_was_cut_off(wide):
     """A saved session must not carry text that was removed from it."""
     engine = wide[1]

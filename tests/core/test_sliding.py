@@ -216,6 +216,35 @@ def test_what_a_truncation_needs(build):
     assert kv.lost == 0
 
 
+@pytest.mark.parametrize("windows", [(32, None), (65, 200), (100, 100)], ids=str)
+@pytest.mark.parametrize("name", _core.KV_FORMATS)
+@pytest.mark.parametrize("ctx", [200, 1000])
+def test_rewinding_is_exact_or_refused(name, windows, ctx, build):
+    """A snapshot has what windows no longer show; what follows is what would have followed then."""
+    file, engine = build(windows)
+    options = dict(ctx=ctx, sinks=4, window=64)
+    tokens = random_tokens(file, 620)
+    kv, snapshots, alike = _core.KVCache(engine, name, name, **options), {}, {}
+    for n in range(0, 620, 31):
+        snapshots[n], alike[n] = kv.snapshot(), kv.copy()
+        engine.forward(tokens[n : n + 31], kv, "none", decoding=False)
+    done = 0
+    for n, snapshot in snapshots.items():
+        for held in snapshot, None, snapshots.get(n + 31):
+            cut, lone = kv.copy(), alike[n].copy()
+            if not cut.rewind(n, held):
+                assert held is not snapshot or kv.outgrown
+                assert cut.n_tokens == 620 and np.array_equal(cut.state(), kv.state())
+                continue
+            done += 1
+            for cache in (cut, lone):
+                engine.forward(tokens[n : n + 150], cache, "none", decoding=False)
+            again = restored(engine, cut, options)
+            expected = go_on(engine, lone)
+            assert np.array_equal(go_on(engine, cut), expected) and np.array_equal(go_on(engine, again), expected)
+    assert done >= 3
+
+
 def test_what_has_outgrown_a_cache(build):
     """Only what layers that see everything have lost is gone for good; without any, more than ctx has room for."""
     options = dict(ctx=200, sinks=4, window=64)  # room for 3 tiles in the ring

@@ -67,6 +67,26 @@ def test_state_truncation_and_copies(formats, options):
         assert gpu.n_tokens == 0 and other.n_tokens == n
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("formats", FORMATS, ids="/".join)
+def test_rewinding(formats, options):
+    """Snapshots are interchangeable, and lead back to the same."""
+    engine = stand_in()
+    for n in LENGTHS:
+        cpu, gpu = pair(engine, *formats, options, n)
+        snapshots = cpu.snapshot(), gpu.snapshot()
+        assert np.array_equal(*(snapshot.data for snapshot in snapshots))
+        assert gpu.snapshot(snapshots[0].nbytes - 1) is None
+        more, _ = pair(engine, *formats, options, n + 150, seed=1)
+        for keep in (n, max(0, n - 1), n + 149, n + 80):
+            for given in (None, *snapshots):
+                cpu = more.copy()
+                put(gpu, cpu)
+                assert cpu.exact_from(3) == gpu.exact_from(3)
+                assert cpu.rewind(keep, given) == gpu.rewind(keep, given)
+                same(gpu, cpu)
+
+
 def test_a_state_that_does_not_fit_changes_nothing():
     cpu, gpu = pair(stand_in(), "q4", "q4", OPTIONS[0], 200)
     for wrong in ((200, 0, cpu.state()[:-1]), (-1, 0, cpu.state()), (200, 5, cpu.state())):

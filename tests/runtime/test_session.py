@@ -409,7 +409,7 @@ def test_reset(model):
 
 
 def many_choices(model):
-    def forward(tokens, kv, logits="last"):
+    def forward(tokens, kv, logits="last", decoding=None):
         kv.n_tokens += len(tokens)
         return np.linspace(0, 1, model.vocab_size, dtype=np.float32)
 
@@ -441,7 +441,7 @@ def test_the_repeat_penalty_counts_the_prompt(model):
 
 
 def test_logits_that_are_no_numbers(model):
-    def forward(tokens, kv, logits="last"):
+    def forward(tokens, kv, logits="last", decoding=None):
         kv.n_tokens += len(tokens)
         return np.full(model.vocab_size, np.nan, np.float32)
 

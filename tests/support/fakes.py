@@ -47,7 +47,7 @@ class FakeEngine:
         self.cache = FakeCache(self, **options)
         return self.cache
 
-    def forward(self, tokens, kv, logits="last"):
+    def forward(self, tokens, kv, logits="last", decoding=None):
         if "before" in self.fault:
             raise self.fault.pop("before")
         assert tokens.dtype == np.int32 and 1 <= len(tokens) <= 512
@@ -66,6 +66,13 @@ class FakeEngine:
 class FakeCache:
     def __init__(self, engine, **options):
         self.engine, self.options, self.nbytes, self.n_tokens, self.outgrown = engine, options, 1000, 0, False
+
+    def exact_from(self, more=0):
+        return 0
+
+    def rewind(self, n):
+        self.truncate(n)
+        return True
 
     def reset(self):
         self.truncate(0)
@@ -86,7 +93,7 @@ class FakeModel:
         self.tokenizer = byte_tokenizer(special)
         self.vocab_size = self.tokenizer.vocab_size
         self.engine = FakeEngine(self.vocab_size)
-        self.description = SimpleNamespace(context_length=2048, usual_context=2048)
+        self.description = SimpleNamespace(context_length=2048, usual_context=2048, learned_positions=False)
         self.file = SimpleNamespace(sampling=sampling or {}, path="model.bin", check_unchanged=lambda: None)
         self.stop_ids = frozenset([END])
         self.chat = template and ChatTemplate(template, {}, self.tokenizer.special)
