@@ -29,7 +29,7 @@ def sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
     info = vocabulary.info(add_bos, add_eos)
     scores = _scores(ggml, len(vocabulary))
     _settle_unknown(vocabulary, info, defaults["unk"])
-    _settle_bytes(vocabulary)
+    lacking = _settle_bytes(vocabulary)
     ids = {key: info[f"{key}_id"] for key in ("unk", "bos", "eos", "pad")}
     shrinks = ggml.flag("remove_extra_whitespaces", False)
     normalizer = Normalizer(
@@ -40,7 +40,8 @@ def sentencepiece(ggml: Fields, name: str, strips: bool) -> Vocabulary:
     apart = _found_apart(vocabulary) if normalizer.dummy_prefix else {}
     texts, types = _pieces(vocabulary, set(apart.values()))
     try:
-        data = model_bytes(list(zip(texts, scores, types)), kind, ids, normalizer)
+        pieces = [*zip(texts, scores, types), *((text, 0.0, BYTE) for text in lacking)]
+        data = model_bytes(pieces, kind, ids, normalizer)
     except UnicodeEncodeError:
         return ggml.fail("tokens", "not valid UTF-8")
     _check(ggml, data)
@@ -104,12 +105,13 @@ def _settle_unknown(vocabulary: GgufVocabulary, info: dict[str, Any], default: i
     vocabulary.types[unknown] = UNKNOWN
 
 
-def _settle_bytes(vocabulary: GgufVocabulary) -> None:
-    """Make tokens that are written as bytes bytes, whatever the file says. SentencePiece wants all 256 or none."""
+def _settle_bytes(vocabulary: GgufVocabulary) -> list[str]:
+    """Make tokens that are written as bytes bytes, whatever the file says. Returns those that are lacking, if there are
+    any: SentencePiece wants all 256 or none, and the runtime takes ids beyond the vocabulary for unknown ones."""
     texts, types = vocabulary.texts, vocabulary.types
     named = [i for i, text in enumerate(texts) if text in BYTE_PIECES and types[i] not in (UNUSED, UNKNOWN)]
     if len(named) < len(BYTE_PIECES) and BYTE not in types:
-        return
+        return []
     wrong = [i for i, type in enumerate(types) if type == BYTE and texts[i] not in BYTE_PIECES]
     if wrong:
         vocabulary.ggml.fail("tokens", f"token {wrong[0]} is of the type of bytes, but is not one of <0x00> to <0xFF>")
@@ -125,9 +127,10 @@ def _settle_bytes(vocabulary: GgufVocabulary) -> None:
     lacking = sorted(missing - characters.keys())
     if lacking:
         number = f"{len(lacking)} of the 256 byte tokens"
-        vocabulary.ggml.fail("tokens", f"{number} are missing, the first is {lacking[0]}; convert the model anew")
+        vocabulary.notes.append(f"{number} are missing, the first is {lacking[0]}: what needs them is unknown")
     for i in other:
         types[i] = BYTE
+    return lacking
 
 
 def _charsmap(ggml: Fields) -> bytes:
