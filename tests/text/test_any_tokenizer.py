@@ -18,7 +18,7 @@ INFO = {"add_bos": False, "add_eos": False, **dict.fromkeys(("bos_id", "eos_id",
 
 
 def bpe(byte_level):
-    """A small tokenizer.json: byte-level, which is read here first, or in SentencePiece's style, for the library alone."""
+    """A small tokenizer.json: byte-level, which is read here first, or in the style of SentencePiece, which is not."""
     letters = "abcde\u0120\u2581é"
     vocab = {text: i for i, text in enumerate([*letters, "ab", "cd", "abcd", "\u0120a"])}
     merges = [("a", "b"), ("c", "d"), ("ab", "cd"), ("\u0120", "a")]
