@@ -16,6 +16,7 @@ from kvrun.convert.small_files import read_file
 from kvrun.convert.token_ids import ENDS, note_of_ends, token_ids, undeclared_ends
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
+from kvrun.text.pruned import check_prefix
 from kvrun.text.sentencepiece_file import CONTROL, NORMAL, USER_DEFINED, as_control, piece_types
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _add_declared(library: Tokenizer, declared: DeclaredTokens, control: Collect
 def _read_json(data: bytes, declared: DeclaredTokens) -> _Found:
     from tokenizers import Tokenizer
 
+    check_prefix(data)
     library = Tokenizer.from_buffer(data)
     library.no_padding()
     library.no_truncation()

@@ -19,7 +19,7 @@ def without_tokens_from(spec: dict[str, Any], size: int, added: dict[str, int]) 
     else:
         model["vocab"] = kept = {text: token for text, token in vocab.items() if token < size}
         if len(kept) < len(vocab):
-            model["merges"] = [merge for merge in model.get("merges") or [] if _within(merge, kept)]
+            model["merges"] = _merges_within(model, kept)
         if model.get("unk_token") is not None and model["unk_token"] not in kept:
             model["unk_token"] = None
     tokens = [token for token in spec.get("added_tokens") or [] if added.get(token["content"], token["id"]) < size]
@@ -42,16 +42,25 @@ def without_text(spec: dict[str, Any], special: Collection[str]) -> dict[str, An
         model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
     else:
         model["vocab"] = renamed = {names.get(text, text): token for text, token in vocab.items()}
-        model["merges"] = [merge for merge in model.get("merges") or [] if _within(merge, renamed)]
+        model["merges"] = _merges_within(model, renamed)
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     added = [{**t, "content": names.get(t["content"], t["content"])} for t in spec.get("added_tokens") or []]
     return {**spec, "added_tokens": added, "model": model}
 
 
-def _within(merge: str | list[str], vocab: dict[str, int]) -> bool:
-    """Whether a merge joins two of these tokens to a third."""
-    if isinstance(merge, str):
-        cut = merge.find(" ", 1)  # the second part begins after the first space that is not the first character
-        merge = [merge[:cut], merge[cut + 1 :]]
-    return merge[0] in vocab and merge[1] in vocab and merge[0] + merge[1] in vocab
+def _merges_within(model: dict[str, Any], vocab: dict[str, int]) -> list[str | list[str]]:
+    """The merges of a BPE model that join two of these tokens to a third."""
+    prefix = len(model.get("continuing_subword_prefix") or "")  # the library cuts it off the second token
+    merges = []
+    for merge in model.get("merges") or []:
+        first, second = _pair(merge) if isinstance(merge, str) else merge
+        if first in vocab and second in vocab and first + second[prefix:] in vocab:
+            merges.append(merge)
+    return merges
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    """The second part begins after the first space that is not the first character."""
+    cut = merge.find(" ", 1)
+    return merge[:cut], merge[cut + 1 :]

@@ -14,12 +14,13 @@ from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.pipeline import convert
 from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, Normalizer, model_bytes
 from kvrun.convert.source import open_checkpoint
-from kvrun.errors import ConvertError
+from kvrun.errors import ConvertError, TokenizerError
 from kvrun.text.sentencepiece_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT
 from support.declared_tokens import letters, pieces, write_folder
 from support.make_checkpoint import CONFIG, hf_folder, save_gguf, tokenizer_json, write_json
+from support.wrong_values import WRONG, places, with_value
 
 FIXTURE = json.loads((ROOT / "tests/fixtures/declared_tokens.json").read_text(encoding="utf-8"))
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -208,6 +209,31 @@ def test_what_is_no_token_is_refused_by_name(tmp_path, base, file, content, says
     with pytest.raises(ConvertError, match=f"{file}.json: field .*{says}") as error:
         read(tmp_path, base, **{file: content})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+def test_any_value_in_any_place_is_taken_or_refused_in_one_line(tmp_path, base):
+    token = {"content": "<x>", "special": True, "lstrip": True, "rstrip": False, "single_word": True}
+    decoder = {"added_tokens_decoder": {"260": token}}
+    lists = {"extra_special_tokens": [token], "additional_special_tokens": ["<y>"], "image_token": "<z>"}
+    files = {
+        "tokenizer_config": LLAMA | lists | {"extra_special_tokens": {"a": "<b>"}, "legacy": True, "pad_token": token},
+        "special_tokens_map": lists | {"eos_token": token},
+        "added_tokens": {"<x>": 271, "<w>": 272},
+    }
+    taken = 0
+    for name, content in [*files.items(), ("tokenizer_config", LLAMA | decoder)]:
+        path = write_folder(tmp_path, base, files)
+        for place in places(content):
+            for text in WRONG.values():
+                (path / f"{name}.json").write_text(with_value(content, place, text), encoding="utf-8")
+                try:
+                    vocabulary = read_tokenizer(str(path), read_json(str(path), "config.json"), None)
+                    Tokenizer(vocabulary.model_entry(300), vocabulary.data, 300).encode("the<x>")
+                    taken += 1
+                except (ConvertError, TokenizerError) as error:
+                    assert len(str(error).splitlines()) == 1 and str(error).isprintable()
+    assert taken > 100
 
 
 # --- more tokens than rows

@@ -65,6 +65,23 @@ def test_byte_level_bpe_is_the_one_with_fewer_tokens(rows, style):
         assert ours.decode(ours.encode(text)) == text
 
 
+def test_merges_of_word_parts_with_a_prefix():
+    vocab = ["a", "##b", "##c", "##bc", "abc", "ab"]
+
+    def library(n):
+        merges = [("##b", "##c"), ("a", "##bc"), ("a", "##b")]
+        within = [m for m in merges if all(t in vocab[:n] for t in (*m, m[0] + m[1][2:]))]
+        model = models.BPE({t: i for i, t in enumerate(vocab[:n])}, within, continuing_subword_prefix="##")
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.decoder = decoders.Replace("##", "")
+        return tokenizer
+
+    for rows in (3, 4, 5, 6):
+        ours = Tokenizer(JSON, library(6).to_str().encode(), rows)
+        for text in ("abc", "ab", "abcb"):
+            assert ours.encode(text) == library(rows).encode(text).ids
+
+
 def test_added_tokens_without_a_row_are_text():
     added = [("<|im_start|>", True), ("<|im_end|>", True), ("[PAD2]", False), ("[PAD3]", True)]
     library = byte_level(270, added)
