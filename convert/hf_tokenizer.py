@@ -27,9 +27,12 @@ _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", 
 _NAMES = ("bos", "eos", "pad", "unk")
 
 
-def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vocabulary:
-    """tokenizer.json, or else tokenizer.model, with all tokens that the folder's files declare. Raises ConvertError if
-    there is neither, or they cannot be read."""
+def read_tokenizer(
+    folder: str, config: Fields, generation: Fields | None, text_config: Fields | None = None
+) -> Vocabulary:
+    """tokenizer.json, or else tokenizer.model, with all tokens that the folder's files declare. BOS and others without
+    a name there have the ids of the configs, in this order: `generation`, `config`, `text_config`. Raises ConvertError
+    if there is neither, or they cannot be read."""
     settings = read_json(folder, "tokenizer_config.json") or Fields({}, os.path.join(folder, "tokenizer_config.json"))
     for kind, read in (("tokenizer.json", _read_json), ("tokenizer.model", _read_sentencepiece)):
         path = os.path.join(folder, kind)
@@ -46,7 +49,7 @@ def read_tokenizer(folder: str, config: Fields, generation: Fields | None) -> Vo
         except BaseException as error:
             raise ConvertError(f"{path}: the tokenizer cannot be loaded: {refusal(error)}") from None
         for name in _NAMES:
-            token = _token_id(name, found, declared, (generation, config))
+            token = _token_id(name, found, declared, (generation, config, text_config))
             found.info[f"{name}_id"] = token if token is not None else found.info.get(f"{name}_id")
         found.info["kind"] = kind
         if kind == "tokenizer.model":

@@ -77,7 +77,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     if description.rotary_dim is not None:
         tensors = with_halves_apart(tensors, ROTARY, rotary_order(description))
     generation = read_json(folder, "generation_config.json")
-    vocabulary = read_tokenizer(folder, config, generation) if tokenizer else Vocabulary("none", None, {})
+    vocabulary = read_tokenizer(folder, config, generation, text) if tokenizer else Vocabulary("none", None, {})
     sampling, left_out = sampling_defaults(generation, "huggingface")
     return Checkpoint(
         form="Hugging Face",

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import kvrun
-from kvrun.convert.fields import read_json
+from kvrun.convert.fields import Fields, read_json
 from kvrun.convert.hf_tokenizer import read_tokenizer
 from kvrun.convert.pipeline import convert
 from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, Normalizer, model_bytes
@@ -174,6 +174,22 @@ def test_an_end_that_another_file_declares_is_a_token(tmp_path, base):
 def test_no_end_is_what_an_empty_name_says(tmp_path):
     vocabulary, _ = read(tmp_path, "letters", tokenizer_config={"bos_token": "", "eos_token": None})
     assert (vocabulary.info["bos_id"], vocabulary.info["eos_id"]) == (None, None)
+
+
+def test_ids_of_unnamed_tokens_come_from_the_configs_in_order(tmp_path):
+    path = str(write_folder(tmp_path, "letters", {}))
+    generation, config, text = (
+        Fields(ids, "config.json")
+        for ids in (
+            {"eos_token_id": [-1, 5, 6], "bos_token_id": 4294967295},
+            {"eos_token_id": 7, "bos_token_id": None, "pad_token_id": 8},
+            {"eos_token_id": 9, "bos_token_id": 10, "pad_token_id": 11},
+        )
+    )
+    info = read_tokenizer(path, config, generation, text).info
+    assert (info["eos_id"], info["bos_id"], info["pad_id"], info["unk_id"]) == (5, 10, 8, None)
+    info = read_tokenizer(path, config, None, config).info
+    assert (info["eos_id"], info["bos_id"]) == (7, None)
 
 
 @pytest.mark.parametrize("base", ["letters", "pieces"])
