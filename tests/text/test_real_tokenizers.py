@@ -2,10 +2,15 @@
 
 Llama 2's tokenizer.model ($KVRUN_TEST_LLAMA2, or in a folder shared/data beside the checkout), SmolLM2's (the
 default model's GGUF file) and Gemma 3's ($KVRUN_TEST_GEMMA, a GGUF file).
+
+llama.cpp's own vocabularies of other families, with the ids of texts that come with them ($KVRUN_TEST_VOCABULARIES, the
+folder models of llama.cpp, which is also in the source package of llama-cpp-python: vendor/llama.cpp/models).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -18,6 +23,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from kvrun.convert.fields import Fields
 from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
+from kvrun.errors import ConvertError
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT
 from support.library_tokenizers import library_from_gguf
@@ -152,3 +158,63 @@ def test_any_ids(case):
     for _ in range(COUNT):
         ids = [rng.choice(rng.choice((ordinary, bytes_too))) for _ in range(rng.randrange(12))]
         assert ours.decode(ids) == library.decode(ids) == streamed(ours, ids), ids
+
+
+WITH_TEXTS = (
+    *("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm", "mpt"),
+    *("phi-3", "qwen2", "qwen35", "refact", "starcoder"),
+)
+# For 500 varied strings, the SHA-256 of llama.cpp's ids as JSON (its beginning), and the ids of the tokens that end a
+# turn or a file of code. With deepseek-llm and falcon some of the ids differ (docs/models.md; no token for some bytes).
+NOTED = {
+    "aquila": ("69ef7c7f0d0ae7fe", {0, 100007}),
+    "baichuan": ("778346e5004d7cff", {2}),
+    "command-r": ("b632f6fc0f8941e1", {0, 255001}),
+    "deepseek-coder": ("1252ee597168a462", {32014}),
+    "deepseek-llm": (None, {100001}),
+    "falcon": (None, {11}),
+    "gemma-4": ("87cd7a71bd301e46", {1, 50, 106}),
+    "gpt-2": ("51817b3df9975322", {50256}),
+    "gpt-neox": ("4de8c8d47ec53c75", {0}),
+    "llama-bpe": ("07ce6fe7597b2886", {128001, 128009}),
+    "llama-spm": ("68e90ecb5910de72", {2}),
+    "mpt": ("7220973f7fcebbff", {0}),
+    "nomic-bert-moe": ("9e007684ec425a7e", {2}),
+    "phi-3": ("68e90ecb5910de72", {2, 32000, 32007}),
+    "qwen2": ("d186e24b282e2bfd", {151643, 151645}),  # of the strings in form NFC
+    "qwen35": ("1d2149932ac02592", {151643, 151645}),
+    "refact": ("cd0c092eef2f6fd1", {0, 4, 18}),
+    "starcoder": ("139f96dde7168b28", {0, 4}),
+}
+
+
+def vocabulary_file(name):
+    return needed("KVRUN_TEST_VOCABULARIES") + f"/ggml-vocab-{name}.gguf"
+
+
+@pytest.mark.parametrize("name", WITH_TEXTS)
+def test_texts_that_come_with_a_vocabulary(name):
+    path = vocabulary_file(name)
+    ours, _, _ = from_gguf(path)
+    texts = Path(path + ".inp").read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
+    ids = [[int(number) for number in line.split()] for line in Path(path + ".out").read_text().splitlines()]
+    assert len(ids) >= 46 and len(texts) - len(ids) in (0, 1)  # some end with a mark
+    for text, expected in zip(texts, ids):
+        assert ours.encode(text, add_special=False, parse_special=False) == expected, repr(text)
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_varied_strings_and_the_ends_of_a_turn(name):
+    path = vocabulary_file(name)
+    ours, metadata, _ = from_gguf(path)
+    digest, ends = NOTED[name]
+    vocabulary = read_tokenizer(Fields(metadata, path))
+    assert {*vocabulary.stops(), vocabulary.info["eos_id"]} == ends
+    texts = varied_strings(500, seed=53, special=False)
+    ids = [ours.encode(text, add_special=False, parse_special=False) for text in texts]
+    assert digest in (None, hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16])
+
+
+def test_a_vocabulary_of_an_encoder():
+    with pytest.raises(ConvertError, match="not supported yet: tokenizer 'bert' \\(WordPiece, of encoders\\)"):
+        from_gguf(vocabulary_file("bert-bge"))
