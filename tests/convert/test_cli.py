@@ -183,7 +183,7 @@ def test_damaged_safetensors(hf, tmp_path):
         (hf / "model.safetensors").write_bytes(content[:size])
         refused(tmp_path, hf, "model.safetensors", says)
     (hf / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    refused(tmp_path, hf, "not a safetensors file")
+    refused(tmp_path, hf, "a pointer of Git LFS instead of the file")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
