@@ -19,7 +19,7 @@ from kvrun import _core
 from kvrun.errors import ModelFileError, TokenizerError, one_line
 from kvrun.files.description import ModelDescription, shortened, strict_json, text_json
 from kvrun.files.regular import open_regular
-from kvrun.options import saved_names
+from kvrun.options import SamplingKeywords, declared, saved_names
 
 try:  # hashlib loads OpenSSL, which takes longer to start and more memory than a header's checksum is worth
     from _sha2 import sha256
@@ -35,6 +35,7 @@ ALIGNMENT = 64
 MAX_HEADER = 100_000_000
 TOKENIZER_KINDS = ("tokenizer.json", "tokenizer.model", "none")
 SAMPLING_KEYS = tuple(saved_names("huggingface"))
+_WHOLE = {name for name in SAMPLING_KEYS if declared(SamplingKeywords)[name].kind is int}
 REQUIRED = (
     "format",
     "version",
@@ -401,6 +402,8 @@ class _Metadata:
         for key, value in values.items():
             if key not in SAMPLING_KEYS or type(value) not in (int, float) or not 0 <= value < 1e9:
                 self._fail("sampling", f"{shortened(key)} is unknown or not a number of 0 or more")
+            if key in _WHOLE and value != int(value):
+                self._fail("sampling", f"{key} = {value} is not a whole number")
         return values
 
     def _source(self) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def meta_changes():
         ("sampling", '{"top_k": "x"}', "sampling"),
         ("sampling", '{"top_k": NaN}', "sampling"),
         ("sampling", '{"top_k": -1}', "sampling"),
+        ("sampling", '{"top_k": 1.5}', "sampling: top_k = 1.5 is not a whole number"),
         ("tokenizer", '{"kind": "x"}', "kind"),
         ("tokenizer", json.dumps({**INFO, "bos_id": 20}), "bos_id"),
         ("checksums", "{}", "checksums"),

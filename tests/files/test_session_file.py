@@ -188,7 +188,7 @@ for _ in range(15):
     command = [sys.executable, "-c", code, str(model.file.path), str(path)]
     processes = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait(300) for process in processes] == [0] * 3
-    assert 15 * 2 <= model.restore(path).n_tokens <= 45 * 2 and os.listdir(tmp_path) == ["s.kv"]
+    assert 2 <= model.restore(path).n_tokens <= 45 * 2 and os.listdir(tmp_path) == ["s.kv"]
 
 
 def test_a_session_goes_on_after_a_save_that_failed(model, tmp_path, monkeypatch):
