@@ -9,6 +9,7 @@
 #ifndef KVRUN_MAPPED_H
 #define KVRUN_MAPPED_H
 
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -97,10 +98,12 @@ static struct mapped_file *mapped_open(int fd, size_t size, const char *line)
     file->line = strdup(line);
     void *data = own < 0 || !file->line ? MAP_FAILED : mmap(NULL, size, PROT_READ, MAP_SHARED, own, 0);
     if (data == MAP_FAILED) {
+        int why = errno;
         free(file->line);
         if (own >= 0)
             close(own);
         file->taken = 0;
+        errno = why;
         return NULL;
     }
     file->fd = own;

@@ -69,7 +69,7 @@ cdef class MappedFile:
     It keeps a descriptor of its own. If the file loses pages while it is mapped, as by being truncated, and one of them
     is needed, the process writes `line` to standard error and ends with status 1, where the system would end it with
     SIGBUS; a handler of SIGBUS that the process had before still gets what does not concern mapped files. Raises
-    OSError, ValueError if the file is shorter, MemoryError.
+    OSError, ValueError if the file is shorter.
     """
 
     cdef MappedMemory* memory

@@ -261,6 +261,10 @@ def test_the_map(tmp_path):
         for size in (0, -1, len(content) + 1, 1 << 62):
             with pytest.raises(ValueError, match="fewer bytes"):
                 _core.MappedFile(file.fileno(), size, b"")
+    unread = os.open(tmp_path / "f", os.O_WRONLY)
+    with pytest.raises(PermissionError):
+        _core.MappedFile(unread, 1, b"")
+    os.close(unread)
     with pytest.raises(OSError, match="Bad file descriptor"):
         _core.MappedFile(10**6, 1, b"")
     view = memoryview(mapped)
