@@ -192,11 +192,13 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path, kind, old, private):
     assert mode(path) == old and path.read_bytes() == b"new"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_a_replaced_file_keeps_its_owner(tmp_path, kind):
     path = tmp_path / "f"
     path.write_bytes(b"old")
-    os.chown(path, 1234, 2345)
+    try:
+        os.chown(path, 1234, 2345)
+    except PermissionError:
+        pytest.skip("only root can give files away")
     os.chmod(path, 0o640)
     write(path)
     assert (os.stat(path).st_uid, os.stat(path).st_gid, mode(path)) == (1234, 2345, 0o640)
