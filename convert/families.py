@@ -289,8 +289,22 @@ def _classes(config: Fields) -> list[str]:
     return classes
 
 
+# GGUF files that are no models, by general.type or else general.architecture.
+_NO_MODELS = {
+    "adapter": "an adapter, not a model; merge it into its base model first (with llama.cpp's llama-export-lora)",
+    "mmproj": "the part of a model for images or sound; convert the file of its text model",
+    "clip": "the part of a model for images or sound; convert the file of its text model",
+    "imatrix": "an importance matrix, not a model",
+    "controlvector": "a control vector, not a model",
+}
+
+
 def family_of_gguf(meta: Fields) -> Family:
     """The family that general.architecture names."""
+    for key in ("general.type", "general.architecture"):
+        value = meta.get(key)
+        if isinstance(value, str) and value in _NO_MODELS:
+            raise ConvertError(f"{meta.where}: {_NO_MODELS[value]}")
     name = meta.text("general.architecture")
     for family in FAMILIES:
         if family.gguf_type == name:

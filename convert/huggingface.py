@@ -70,7 +70,7 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     stored = with_factors(stored, block)
     refuse_quantised_weights(folder, stored, (theirs for _, theirs in wanted), prefixes)
     names = _names_of(wanted, family, stored, prefixes)
-    _refuse_absent(wanted, family, names, absent, prefixes)
+    _refuse_absent(folder, stored, wanted, family, names, absent, prefixes)
     available = {theirs: stored[name] for theirs, name in names.items()}
     _check_types_and_head(available, family, description, text)
     tensors = select_tensors(folder, _as_ours(available, wanted, family), wanted, description)
@@ -175,13 +175,21 @@ def _names_of(
 
 
 def _refuse_absent(
+    folder: str,
+    stored: Mapping[str, StoredTensor],
     wanted: list[tuple[str, str]],
     family: Family,
     names: Mapping[str, str],
     absent: Mapping[str, str],
     prefixes: tuple[str, ...],
 ) -> None:
-    """Raise ConvertError for a tensor that is wanted and not there, though the index names it."""
+    """Raise ConvertError for a tensor that is wanted and not there, though the index names it; or if all have other
+    names."""
+    if stored and not names:
+        raise ConvertError(
+            f"{folder}: no tensor has a name of a {family.hf_class}; there is {one_line(min(stored))[:80]} "
+            f"and not {prefixes[0]}{wanted[0][1]}"
+        )
     gone = _names_of(wanted, family, absent, prefixes)
     for _, theirs in wanted:
         if theirs not in names and theirs in gone:

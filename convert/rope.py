@@ -28,8 +28,9 @@ def rope_from_config(
     `theta`, `context` and `original` are the family's defaults for the base, max_position_embeddings and
     original_max_position_embeddings. `partial`: the family obeys partial_rotary_factor.
     """
+    older, newer = config.section("rope_scaling"), config.section("rope_parameters")
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.section(name) or Fields({}, config.where)
+    rope = (older if name == "rope_scaling" else newer) or Fields({}, config.where)
     for kind in (FULL, SLIDING):
         rope.refuse(kind, (), "layers of this class have one RoPE and not one for each kind")
     theta = rope.number("rope_theta", config.number("rope_theta", theta))

@@ -181,6 +181,10 @@ def test_an_output_tensor_unties(tmp_path):
     "metadata, says",
     [
         ({"general.architecture": "mamba"}, r"not supported yet: mamba \(supported: llama, qwen2, "),
+        ({"general.type": "adapter"}, "m.gguf: an adapter, not a model; merge it into its base model first"),
+        ({"general.type": "mmproj", "general.architecture": "clip"}, "the part of a model for images or sound"),
+        ({"general.architecture": "clip"}, "convert the file of its text model"),
+        ({"general.type": "imatrix"}, "an importance matrix, not a model"),
         ({"llama.block_count": None}, "llama.block_count: missing"),
         ({"llama.block_count": "2"}, "llama.block_count"),
         ({"llama.block_count": 1 << 30}, "llama.block_count: 1073741824 is not an integer from 1 to 4096"),

@@ -156,7 +156,15 @@ def test_rope(tmp_path, changes, theta, scaling):
             "rope_scaling: 7 long_factors where the rotary width needs 8",
         ),
         ({"rope_scaling": {"factor": 4}}, "type: missing"),
-        ({"rope_scaling": "linear"}, "rope_scaling: not a JSON object"),
+        *(({"rope_scaling": value}, "rope_scaling: not a JSON object") for value in ("linear", "", 0, [], False, [{}])),
+        *(({"rope_parameters": value}, "rope_parameters: not a JSON object") for value in ("linear", 0, [], True)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": 1}, "rope_parameters: not a JSON object"),
+        ({"rope_scaling": {"rope_type": 5}}, "rope_scaling: field rope_type: 5 is not a text"),
+        ({"rope_scaling": {"type": ["linear"], "factor": 2}}, "field type: .* is not a text"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "field factor: '2' is not a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "field factor: True is not a positive number"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "field rope_theta: '1e4' is not a positive number"),
+        ({"rope_parameters": {"partial_rotary_factor": "1"}}, "field partial_rotary_factor: '1'"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": None}}, "factor"),
@@ -290,6 +298,13 @@ def test_tensors_that_the_model_does_not_need(tmp_path):
 )
 def test_tensors_that_are_more_than_surplus(tmp_path, name, says):
     tensors = random_tensors(hf_shapes()) | {name: np.ones(3, np.float32)}
+    with pytest.raises(ConvertError, match=says):
+        names(hf_folder(tmp_path / "hf", tensors=tensors))
+
+
+def test_names_of_another_kind(tmp_path):
+    tensors = {f"backbone.{name}": a for name, a in random_tensors(hf_shapes()).items()}
+    says = "no tensor has a name of a LlamaForCausalLM; there is backbone.model.embed_tokens.weight and not model.embed"
     with pytest.raises(ConvertError, match=says):
         names(hf_folder(tmp_path / "hf", tensors=tensors))
 
