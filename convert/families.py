@@ -241,12 +241,13 @@ FAMILIES = (
         hf_transposed=True,
     ),
 )
-# Models of text and images whose text model is one of the above; `text_config` says which.
+# Models of text and images whose text model is one of the above; `text_config` says which, and by default what is named
+# here. Whether the embedding is the output head is said by the outer config, and by default as here.
 MULTIMODAL = {
-    "Gemma3ForConditionalGeneration": "gemma3_text",
-    "Mistral3ForConditionalGeneration": "mistral",
-    "LlavaForConditionalGeneration": "llama",
-    "LlavaNextForConditionalGeneration": "llama",
+    "Gemma3ForConditionalGeneration": ("gemma3_text", True),
+    "Mistral3ForConditionalGeneration": ("mistral", True),
+    "LlavaForConditionalGeneration": ("llama", False),
+    "LlavaNextForConditionalGeneration": ("llama", False),
 }
 
 
@@ -258,7 +259,8 @@ def text_config(config: Fields) -> Fields:
             if text is None:
                 return config.fail("text_config", f"missing; {name} has one")
             text = text.without("final_logit_softcapping")  # which transformers obeys in text models only
-            return text.or_else("tie_word_embeddings", config.get("tie_word_embeddings"))
+            tied = config.flag("tie_word_embeddings", MULTIMODAL[name][1])
+            return text.without("tie_word_embeddings").or_else("tie_word_embeddings", tied)
     return config
 
 
@@ -267,7 +269,7 @@ def family_of_config(config: Fields) -> Family:
     classes = _classes(config)
     for name in classes:
         if name in MULTIMODAL:
-            kind = text_config(config).text("model_type", MULTIMODAL[name])
+            kind = text_config(config).text("model_type", MULTIMODAL[name][0])
             for family in FAMILIES:
                 if family.hf_type == kind:
                     return family

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,10 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     names = _names_of(wanted, family, stored, prefixes)
     _refuse_absent(folder, stored, wanted, family, names, absent, prefixes)
     available = {theirs: stored[name] for theirs, name in names.items()}
-    _check_types_and_head(available, family, description, text)
+    _check_types(available)
+    if not _is_tied(available, family, description, config):
+        description = replace(description, tie_embeddings=False)
+        wanted = list(family.source_names(description, HF))
     tensors = select_tensors(folder, _as_ours(available, wanted, family), wanted, description)
     if description.rotary_dim is not None:
         tensors = with_halves_apart(tensors, ROTARY, rotary_order(description))
@@ -222,26 +226,33 @@ def _as_ours(
     return result
 
 
-def _check_types_and_head(
-    available: dict[str, StoredTensor], family: Family, description: ModelDescription, config: Fields
-) -> None:
-    """Check the tensors' types; remove an output head that only repeats the embedding."""
+def _check_types(available: Mapping[str, StoredTensor]) -> None:
     for tensor in available.values():
         if tensor.type not in DTYPES.values():
             raise ConvertError(
                 f"{tensor.path}: tensor {tensor.name} has type {tensor.type[:40]}, which is not supported "
                 f"yet (supported: {', '.join(DTYPES)})"
             )
+
+
+def _is_tied(
+    available: Mapping[str, StoredTensor], family: Family, description: ModelDescription, config: Fields
+) -> bool:
+    """Whether the output head is the embedding. A head that is another one counts, unless the config says that there is
+    none: then the older versions of transformers do without it, newer ones do not, and ConvertError is raised."""
     embed, head = (family.names[name][HF] + ".weight" for name in ("embed", "head"))
-    if not description.tie_embeddings and embed in available and head not in available:
-        raise ConvertError(
-            f"{config.where}: tensor {head} is missing, and tie_word_embeddings is not true: "
-            "without an output head this is no language model"
-        )
-    if description.tie_embeddings and head in available and embed in available:
-        if not _equal(available[embed], available[head]):
-            config.fail("tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both")
-        del available[head]
+    if embed not in available or head not in available:
+        if embed in available and not description.tie_embeddings:
+            raise ConvertError(
+                f"{config.where}: tensor {head} is missing, and tie_word_embeddings is not true: "
+                "without an output head this is no language model"
+            )
+        return description.tie_embeddings
+    if not description.tie_embeddings or _equal(available[embed], available[head]):
+        return description.tie_embeddings
+    if "tie_word_embeddings" in config:
+        config.fail("tie_word_embeddings", f"true, but {head} differs from {embed}; set it to false to use both")
+    return False
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:

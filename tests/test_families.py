@@ -391,6 +391,14 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path):
     assert result.model.description.architecture == "gemma3" and result.model.description.tie_embeddings
 
 
+def test_whether_text_and_images_have_a_head_says_the_outer_config(tmp_path, family):
+    untied = with_text(tie_word_embeddings=False)
+    for changes in ({"text_config": untied}, {"text_config": untied, "tie_word_embeddings": None}):
+        assert describe(tmp_path, "gemma3-images", **changes) == description("gemma3-images", family)
+    with pytest.raises(ConvertError, match="lm_head.weight is missing, and tie_word_embeddings is not true"):
+        describe(tmp_path, "gemma3-images", tie_word_embeddings=False)
+
+
 @pytest.mark.parametrize("name, trained", [("phi3", 128), ("dynamic-rope", 100)])
 def test_a_rope_that_goes_by_length(name, trained, family):
     """In a cache that shows no more than the model was trained on, it is that of short texts, however long the text."""

@@ -329,6 +329,19 @@ def test_a_tied_head_that_is_stored_anyway(tmp_path):
         names(hf_folder(tmp_path / "hf", tensors=tensors))
 
 
+def test_a_head_where_the_config_does_not_say(tmp_path):
+    """SmolLM3's head is the embedding by default, but not if there is another one."""
+    config = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    config["architectures"] = ["SmolLM3ForCausalLM"]
+    tensors = random_tensors(hf_shapes())
+    embed = tensors["model.embed_tokens.weight"]
+    for head, tied in ((None, True), (embed.copy(), True), (embed + 1, False)):
+        more = {} if head is None else {"lm_head.weight": head}
+        checkpoint = open_checkpoint(str(hf_folder(tmp_path / "hf", config, tensors | more)))
+        assert checkpoint.description.tie_embeddings is tied and checkpoint.surplus == ()
+        assert ("head.weight" in checkpoint.tensors) is not tied
+
+
 def sharded(tmp_path, with_index=True):
     tensors = list(random_tensors(hf_shapes()).items())
     folder = hf_folder(tmp_path / "hf")
