@@ -230,8 +230,8 @@ def phi3(config: Fields) -> dict[str, Any]:
     or "yarn"."""
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.section(name)
-        if rope is not None and "yarn" in (rope.get("type"), rope.get("rope_type")):
-            config.fail(name, "rope type 'yarn' of an early Phi-3; set it to 'longrope'")
+        if rope is not None and rope.get("rope_type", rope.get("type")) == "yarn":
+            config = config.without(name).or_else(name, {**config.get(name), "rope_type": "longrope"})
     values = _llama_sizes(config, {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096})
     turns = rope_from_config(config, values["head_dim"], 10000.0, values["context_length"], 4096, partial=True)
     width = config.integer("sliding_window", None)

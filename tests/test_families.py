@@ -238,11 +238,7 @@ def describe(tmp_path, name, **changes):
             r"qkv_proj.weight has shape \[96, 48\], but the config says \[144, 48\]",
         ),
         ("phi3", {"intermediate_size": 45}, r"shape \[88, 48\], but the config says \[90, 48\]"),
-        (
-            "phi3",
-            {"rope_parameters": {"type": "yarn"}},
-            "rope_parameters: rope type 'yarn' of an early Phi-3",
-        ),
+        ("phi3", {"rope_parameters": {"type": "yarn", "factor": 4.0}}, "rope_parameters: field short_factor: missing"),
         ("granite", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
         ("qwen3", {"head_dim": 24}, r"q_proj.weight has shape \[80, 36\], but the config says \[96, 36\]"),
         ("olmo2", {"architectures": ["LlamaForCausalLM"]}, "input_layernorm.weight is missing"),
@@ -291,6 +287,9 @@ def test_older_ways_to_say_the_same(tmp_path, family):
         "long_factor": [1.1, 1.4, 2.0, 3.5, 6.0, 7.5],
     }
     old = describe(tmp_path, "phi3", rope_parameters=None, rope_scaling=rope, partial_rotary_factor=0.5)
+    assert old == description("phi3", family)
+    early = rope | {"type": "yarn"}
+    old = describe(tmp_path, "phi3", rope_parameters=None, rope_scaling=early, partial_rotary_factor=0.5)
     assert old == description("phi3", family)
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 8.0}
     old = describe(tmp_path, "olmo3", rope_parameters=None, rope_scaling=rope, rope_theta=20000.0, layer_types=None)
