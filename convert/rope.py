@@ -216,20 +216,19 @@ def rope_from_gguf(
         fast, slow = meta.number("rope.scaling.yarn_beta_fast", 32.0), meta.number("rope.scaling.yarn_beta_slow", 1.0)
         amplitude *= _yarn_amplitude(factor)
         scaling = yarn(meta.where, theta, width, factor, original, fast, slow, amplitude)
-    elif long_short is not None:
+    elif long_short is not None or amplitude != 1:  # without factors for long texts, an amplitude takes the same form
+        long, short = long_short or (factors or [1.0] * (width // 2),) * 2
         scaling = {
             "type": "longrope",
-            "short_factors": _times(long_short[1], factor),
-            "long_factors": _times(long_short[0], factor),
-            "original_context_length": float(original),
+            "short_factors": _times(short, factor),
+            "long_factors": _times(long, factor),
+            "original_context_length": float(original if long_short is not None else context),
             "attention_factor": amplitude,
         }
-    else:
-        meta.refuse("rope.scaling.attn_factor", (1.0,), "not supported with this rope.scaling.type")
-        if factors is not None:
-            scaling = {"type": "factors", "factors": _times(factors, factor)}
-        elif factor != 1.0:
-            scaling = {"type": "linear", "factor": factor}
+    elif factors is not None:
+        scaling = {"type": "factors", "factors": _times(factors, factor)}
+    elif factor != 1.0:
+        scaling = {"type": "linear", "factor": factor}
     return {"rope_theta": theta, "rope_scaling": scaling, "rotary_dim": None if width == head_dim else width}
 
 

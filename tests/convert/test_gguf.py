@@ -147,6 +147,19 @@ def test_linear_scaling(tmp_path, metadata, factor):
     assert scaling == {"type": "factors", "factors": [factor * i for i in range(1, 9)]}
 
 
+def test_an_amplitude(tmp_path):
+    """llama.cpp obeys rope.scaling.attn_factor whatever the type."""
+    given = {"llama.rope.scaling.attn_factor": 1.25, "llama.rope.scaling.factor": 4.0}
+    d = describe(tmp_path, metadata=given)
+    plain = d.rope_theta ** (-np.arange(8) / 8)
+    for ctx in (64, d.context_length, 4 * d.context_length):
+        assert np.allclose(d.rope_tables(ctx).inv_freq[0], plain / 4) and (d.rope_tables(ctx).amplitude == 1.25).all()
+    assert d.usual_context == d.context_length
+    tensors = {**random_tensors(gguf_shapes()), "rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}
+    d = describe(tmp_path, metadata=given | {"llama.rope.scaling.type": "none"}, tensors=tensors)
+    assert np.allclose(d.rope_tables().inv_freq[0], plain / np.arange(1, 9)) and d.rope_tables().amplitude[0, 0] == 1.25
+
+
 def test_two_scalings_at_once(tmp_path):
     tensors, eight = random_tensors(gguf_shapes()), np.arange(1, 9, dtype=np.float32)
     yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
@@ -196,7 +209,6 @@ def test_an_output_tensor_unties(tmp_path):
         ({"llama.rope.scaling.type": "spiral"}, "rope.scaling.type: 'spiral' is not supported yet"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope', but rope_factors_long.weight and .* are missing"),
         ({"llama.rope.scaling.factor": -4.0}, "rope.scaling.factor: -4.0 is not a positive number"),
-        ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor: 1.2.*: not supported with this rope.scaling.type"),
         ({"llama.attention.causal": False}, "attention.causal: False: attention to later tokens"),
         ({"llama.rope.dimension_count_swa": 8}, "rope.dimension_count_swa: 8: layers with a window that differ"),
         ({"llama.attention.head_count_kv": [1, 2]}, "different values per layer"),
