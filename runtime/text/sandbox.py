@@ -16,7 +16,8 @@ from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_environment, pass_eval_context
-from jinja2.exceptions import SecurityError
+from jinja2.compiler import CodeGenerator
+from jinja2.exceptions import SecurityError, TemplateRuntimeError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_join, make_attrgetter
 from jinja2.runtime import BlockReference, LoopContext, Macro, Undefined, markup_join
@@ -25,17 +26,19 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-from kvrun.text import budget as costs
-from kvrun.text.budget import LimitError, current
+from kvrun.text import costs
+from kvrun.text.budget import LimitError, current, text_bytes
 
 LONGEST_SOURCE = 100_000
 """Characters of a template."""
+LONGEST_CODE = 1_000_000
+"""Characters of a template compiled to Python; real ones have 60,000."""
 _LAZY = frozenset("batch first items map random reject rejectattr reverse select selectattr slice unique".split())
 _CHEAP_TESTS = frozenset(
     "boolean callable defined divisibleby escaped even false filter float integer iterable mapping none number odd "
     "sameas sequence string test true undefined".split()
 )
-_OPERATORS = {"+": costs.added, "*": costs.multiplied, "**": costs.raised, "%": costs.remainder}
+_OPERATORS = {"+": costs.added, "-": costs.subtracted, "*": costs.multiplied, "**": costs.raised, "%": costs.remainder}
 
 
 class _Generation(Extension):
@@ -55,6 +58,7 @@ class _Namespace(Namespace):
         attributes = dict(*args, **kwargs)
         for name in attributes:
             _Namespace._check(name)
+        current().spend(100 * len(attributes))
         Namespace.__init__(self, attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -106,6 +110,13 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+def _range(*bounds: int) -> range:
+    # Integers from 2 ** 61 - 1 on may all have the same hash.
+    if any(isinstance(bound, int) and abs(bound) > 1 << 53 for bound in bounds):
+        raise LimitError("a range goes beyond 2 ** 53")
+    return safe_range(*bounds)
+
+
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
@@ -127,7 +138,7 @@ def _begin(steps: int, size: int) -> None:
 @pass_eval_context
 def _concat(context: Any, parts: tuple[Any, ...]) -> str:
     budget = current()
-    budget.need(sum(map(budget.size, parts)))
+    budget.need(costs.concatenated(parts))
     text: str = budget.made(markup_join(parts) if context.autoescape else "".join(map(str, parts)))
     return text
 
@@ -150,8 +161,8 @@ def _hook(name: str, node: Any, *constants: int) -> nodes.Filter:
 # --- the tree -------------------------------------------------------------------------------------
 
 _STEPS: tuple[tuple[type[nodes.Node], int], ...] = (
-    (nodes.Call, 24),
-    (nodes.Filter, 24),
+    (nodes.Call, 8),
+    (nodes.Filter, 8),
     (nodes.Concat, 16),
     (nodes.BinExpr, 10),
     (nodes.Test, 8),
@@ -168,7 +179,7 @@ def _cost(node: nodes.Node) -> tuple[int, int]:
     """(steps, bytes of text) of a node, without the bodies that count themselves."""
     steps, size = next((steps for kind, steps in _STEPS if isinstance(node, kind)), 1), 0
     if isinstance(node, nodes.TemplateData):
-        size += 16 + costs.text_bytes(node.data)
+        size += 16 + text_bytes(node.data)
     elif isinstance(node, nodes.Const) and isinstance(node.value, str):
         steps += len(node.value) // 64
     for child in node.iter_child_nodes(exclude=("body", "test") if isinstance(node, _BODIES) else ()):
@@ -250,17 +261,24 @@ def _counted_filter(name: str, function: Any) -> Any:
     @wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         budget = current()
-        budget.step(4)
         given = list(args[skip:])
-        for value in (*given, *kwargs.values()):
+        options = (*given[1:], *kwargs.values())
+        for value in (*given, *options):
             budget.look(value)
-        if given and not isinstance(given[0], str):
-            given[0] = budget.turns(given[0], 1, 0)
-            if isinstance(given[0], Iterator) and name not in _LAZY:
+        source = given[0] if given else None
+        if given and not isinstance(source, str):
+            # An attribute may be a path of many parts, which is gone for each value.
+            each = 8 + sum(len(option) for option in options if isinstance(option, str)) // 2
+            given[0] = budget.turns(source, each)
+            if isinstance(source, Iterator) and name not in _LAZY:
                 given[0] = list(budget.turns(given[0], 1, 16))
+        budget.step(16)
         if sizer is not None:
             budget.need(sizer(*(_in_order(signature, skip, given, kwargs) if kwargs else given)))
-        return budget.lazy(function(*args[:skip], *given, **kwargs))
+        result = function(*args[:skip], *given, **kwargs)
+        if isinstance(result, list):  # of pairs or characters, perhaps, made for it
+            budget.spend(64 * len(result))
+        return budget.lazy(result, source)
 
     return counted
 
@@ -299,15 +317,28 @@ def _join(context: Any, value: Any, d: Any = "", attribute: Any = None) -> Any:
 
 # --- the environment ------------------------------------------------------------------------------
 
-_FUNCTIONS = (_raise_exception, _strftime_now, safe_range, _Namespace, Cycler, Joiner)
+_FUNCTIONS = (_raise_exception, _strftime_now, _range, _Namespace, Cycler, Joiner)
 _CALLABLE = (Macro, BlockReference, LoopContext, Joiner, Undefined, _Dict, _Format)
 _OWN_METHODS = ((LoopContext, ("cycle", "changed")), (Cycler, ("next", "reset")), (_Dict, ("fromkeys",)))
+
+
+class _Generator(CodeGenerator):
+    """Stops when the code becomes long: for some statements jinja2 writes the names of all variables each time."""
+
+    _written = 0
+
+    def write(self, x: str) -> None:
+        self._written += len(x)
+        if self._written > LONGEST_CODE:
+            raise LimitError("it is too long when compiled")
+        super().write(x)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """Templates for chats. What is rendered uses up the budget of `kvrun.text.budget.limited`; nothing is computed when
     a template is compiled."""
 
+    code_generator_class = _Generator
     intercepted_binops = frozenset(_OPERATORS)
 
     def __init__(self) -> None:
@@ -325,7 +356,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals = {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
-            "range": safe_range,
+            "range": _range,
             "dict": _Dict(),
             "namespace": _Namespace,
             "cycler": Cycler,
@@ -337,6 +368,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(source) > LONGEST_SOURCE:
             raise LimitError(f"it has {len(source)} characters, more than {LONGEST_SOURCE}")
         return self.from_string(source)
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in _HOOKS:  # they are for the changed tree only
+            raise TemplateRuntimeError(f"No filter named {name!r}.")
+        return super().call_filter(name, *args, **kwargs)
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Counting().visit(source), *args, **kwargs)
@@ -367,13 +403,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = current()
-        budget.step(8)
+        budget.step(16)
+        budget.spend(16 * len(args) + 100 * len(kwargs))
         for value in (*args, *kwargs.values()):
             budget.look(value)
         if not __self.is_safe_callable(__obj):
             raise SecurityError(f"{getattr(__obj, '__name__', type(__obj).__name__)!r:.40} cannot be called here")
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
+        if isinstance(owner, (list, tuple)):
+            budget.look(owner)
+        elif isinstance(owner, str):
             args = __self._measured(owner, __obj.__name__, args, kwargs)
         result = __context.call(__obj, *args, **kwargs)
         if isinstance(owner, str) and isinstance(result, list):  # parts of a text are texts of their own

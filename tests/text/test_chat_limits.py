@@ -127,7 +127,34 @@ BOMBS = [
     sixty("{% set ns.y = {'a': ns.y, 'b': ns.y}.items() %}", "{{ ns.y }}"),
     sixty("{% set ns.y = cycler(ns.y, ns.y).items %}", "{{ ns.y }}"),
     sixty("{% set ns.y = [ns.y] | batch(2, ns.y) | list %}", "{{ ns.y }}"),
-    # The source itself
+    # Hashes and the stack
+    "{{ dict.fromkeys(range(0, 90000 * (2**61 - 1), 2**61 - 1), 1) | length }}",
+    START + "{% set ns.y = () %}" + MANY + "{% set ns.y = (ns.y,) %}{{ ns.y in [1] }}" + END + "{{ {ns.y: 1} }}",
+    START + MANY + "{% set ns.y = ns.y | map('string') %}" + END,
+    # What filters would do inside
+    "{{ range(99999) | map('string') | select('in', range(99999)) | list | length }}",
+    "{{ (['x'] * 99999) | map(attribute='0" + ".0" * 40000 + "') | list | length }}",
+    "{{ [['x'] * 99999] | map('map', attribute='0" + ".0" * 40000 + "') | map('list') | list | length }}",
+    "{{ ('%(' * 2000000) % {} }}",
+    "{{ '%(a(b))1000000000d' % {'a(b)': 1} }}",
+    "{{ (['a' * 30000000] + ['\U0001f600']) | join }}",
+    "{{ 'a' * 30000000 ~ '\U0001f600' }}",
+    # The hooks of the sandbox are no filters
+    "{{ [1] | map('a loop', -10**9, -10**9) | list }}",
+    "{{ [1] | map('a beginning', 'nan' | float) | list }}",
+    # Copies that no operator makes
+    START + "{% set d = dict.fromkeys(range(99999), 1) %}" + MANY + "{% set ns.y = [ns.y, d.keys() - [1]] %}" + END,
+    START + "{% set d = range(99999) | list %}" + MANY + "{% set ns.y = [ns.y, cycler(*d)] %}" + END,
+    START + "{% set d = dict.fromkeys(range(99999), 1) %}" + MANY + "{% set ns.y = [ns.y, d.copy()] %}" + END,
+    START + "{% set d = dict.fromkeys(range(99999), 1) %}" + MANY + "{% set ns.y = [ns.y, d.items() | list] %}" + END,
+    START
+    + "{% set d = dict.fromkeys(range(999) | map('string'), 1) %}"
+    + MANY
+    + "{% set ns.y = [ns.y, namespace(d)] %}"
+    + END,
+    START + "{% set d = range(99999) | list %}" + MANY + "{{ d.count(-1) }}" + END,
+    # The source itself, and what it is compiled to
+    "".join("{% set a" + str(i) + " = 1 %}" for i in range(2500)) + "{% include 'a' %}" * 2000,
     "{{ a }}" * 20000,
     "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
     "{{ " + "[" * 40000 + "]" * 40000 + " }}",
