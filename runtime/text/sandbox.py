@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from functools import wraps
+from functools import cache, wraps
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
@@ -256,7 +256,7 @@ def _looked_at(node: nodes.Expr) -> nodes.Expr:
 def _counted_filter(name: str, function: Any) -> Any:
     """A filter that says how large its result will be, and counts it."""
     skip = 1 if hasattr(function, "jinja_pass_arg") else 0
-    sizer, signature = costs.FILTERS.get(name), inspect.signature(function)
+    sizer = costs.FILTERS.get(name)
 
     @wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -274,7 +274,7 @@ def _counted_filter(name: str, function: Any) -> Any:
                 given[0] = list(budget.turns(given[0], 1, 16))
         budget.step(16)
         if sizer is not None:
-            budget.need(sizer(*(_in_order(signature, skip, given, kwargs) if kwargs else given)))
+            budget.need(sizer(*(_in_order(function, skip, given, kwargs) if kwargs else given)))
         result = function(*args[:skip], *given, **kwargs)
         if isinstance(result, list):  # of pairs or characters, perhaps, made for it
             budget.spend(64 * len(result))
@@ -283,9 +283,12 @@ def _counted_filter(name: str, function: Any) -> Any:
     return counted
 
 
-def _in_order(signature: inspect.Signature, skip: int, given: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+_signature = cache(inspect.signature)
+
+
+def _in_order(function: Any, skip: int, given: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """All arguments by position."""
-    bound = signature.bind(*[None] * skip, *given, **kwargs)
+    bound = _signature(function).bind(*[None] * skip, *given, **kwargs)
     bound.apply_defaults()
     return (*bound.args[skip:], *bound.kwargs.values())
 

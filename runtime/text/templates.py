@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError
-from kvrun.text.budget import Budget, limited
+from kvrun.text.budget import Budget, LimitError, limited
 from kvrun.text.contents import ContentKinds, check_content, first_lost
 from kvrun.text.thinking import separated, special_marks
 
@@ -69,23 +69,31 @@ class ChatTemplate:
         return text
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        budget = None
         try:
-            with limited(Budget(messages)):
-                text: str = self._template.render({"messages": messages, "tools": None, "documents": None, **variables})
-            return text
+            budget = Budget(messages)
+            return self._text(messages, variables, budget)
         except Exception as error:
-            reason = self._lacking(messages, variables, error)
+            reason = None if budget is None else self._lacking(messages, variables, budget, error)
             raise KvrunError(_report("fails on this conversation", error, reason)) from None
 
-    def _lacking(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], error: Exception) -> str | None:
+    def _text(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], budget: Budget) -> str:
+        with limited(budget):
+            values = {"messages": messages, "tools": None, "documents": None, **variables}
+            text: str = self._template.render(values)
+        return text
+
+    def _lacking(
+        self, messages: list[dict[str, Any]], variables: Mapping[str, Any], budget: Budget, error: Exception
+    ) -> str | None:
         """What the template needs and does not get here, if that is why it fails."""
         name = re.fullmatch(r"'(\w+)' is undefined", str(error))
         if name:
             return f"it needs {name[1]!r}, which is not given here"
-        if "tools" not in variables and isinstance(error, TypeError) and "NoneType" in str(error):
+        if isinstance(error, TypeError) and "NoneType" in str(error):
             try:
-                self._render(messages, {**variables, "tools": []})
-            except KvrunError:
+                self._text(messages, {**variables, "tools": []}, budget)
+            except Exception:
                 return None
             return "it is for answers with tools, which are not given here"
         return None
@@ -105,11 +113,18 @@ class ChatTemplate:
         return self._probe([{"role": "user", "content": "Why?"}], variables)
 
     def _probe(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str | None:
-        """A rendered conversation, None if the template refuses it."""
+        """A rendered conversation, None if the template refuses it. KvrunError if it takes more than all probes may."""
+        values = {**self._tokens, "add_generation_prompt": True, **variables}
         try:
-            return self._render(messages, {**self._tokens, "add_generation_prompt": True, **variables})
-        except KvrunError:
+            return self._text(messages, values, self._probing)
+        except LimitError as error:
+            raise KvrunError(_report("cannot be used", error)) from None
+        except Exception:
             return None
+
+    @cached_property
+    def _probing(self) -> Budget:
+        return Budget([])
 
     @cached_property
     def _kinds(self) -> ContentKinds:

@@ -179,7 +179,7 @@ resource.setrlimit(resource.RLIMIT_AS, (now + 200 * megabytes,) * 2)
 for source in json.load(sys.stdin):
     began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     try:
-        ChatTemplate(source).render([])
+        ChatTemplate(source).render([{"role": "user", "content": "Hi"}])
         said = "rendered"
     except KvrunError as error:
         said = str(error)

@@ -1,6 +1,7 @@
 """Each family's kind of template, rendered as transformers renders it (fixtures/make_chats.py)."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ CHATS = json.loads((FIXTURES / "chats.json").read_text("utf-8"))
 NAMES = sorted(CHATS["rendered"])
 
 
+@cache
 def template(name, special=None):
     source = (FIXTURES / "chat_templates" / f"{name}.jinja").read_text("utf-8")
     return ChatTemplate(source, CHATS["tokens"], special)
@@ -56,6 +58,17 @@ def test_special_tokens_in_messages_change_nothing_else(name):
             parts = special.split(text)
             back = {i: t for t, i in special.ids.items()}
             assert "".join(back[p] if isinstance(p, int) else p for p in parts) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_text_are_rendered_as_the_text(name):
+    """Only Gemma 3's template takes them itself."""
+    for messages, options, expected in cases(name):
+        if isinstance(expected, str) and first_lost(messages, expected) is None:
+            parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            plain = [{**m, "content": m["content"].strip()} for m in messages]
+            text = template(name).render(parts, **options)
+            assert text == expected or (name == "gemma3" and text == template(name).render(plain, **options))
 
 
 def test_which_templates_can_leave_thinking_out():
