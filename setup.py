@@ -16,7 +16,7 @@ from typing import Any
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, LinkError
+from setuptools.errors import CompileError
 
 KERNELS = "_core/kernels"
 KERNEL_FILES = sorted(str(p) for p in Path(KERNELS).rglob("*.[ch]"))
@@ -60,29 +60,49 @@ LEVEL_SOURCES = [*WEIGHT_SOURCES, *CACHE_SOURCES, f"{KERNELS}/vector.c", f"{KERN
 BASE_SOURCES = WEIGHT_SOURCES + [f"{KERNELS}/{name}.c" for name in ("weights", "team", "levels")]
 
 
-def accepts(compiler: Any, source: str, flags: Sequence[str]) -> bool:
-    """True when ``compiler`` builds ``source`` with these flags."""
+PROGRAM = "int main(void) { return 0; }\n"
+
+
+def refusal(compiler: Any, source: str, flags: Sequence[str]) -> str | None:
+    """Why ``compiler`` does not compile ``source`` with these flags; None if it does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.c")
         path.write_text(source)
         try:
-            objects = compiler.compile([str(path)], output_dir=folder, extra_postargs=list(flags))
-            compiler.link_executable(objects, "probe", output_dir=folder)
-        except (CompileError, LinkError):
-            return False
-    return True
+            compiler.compile([str(path)], output_dir=folder, extra_postargs=list(flags))
+        except CompileError as error:
+            reason = str(error)
+            return reason if len(reason) < 100 else "what it says is above"  # the rest is the whole command
+    return None
+
+
+def check_compiler(compiler: Any) -> None:
+    """Stops, before anything is built, when nothing could be."""
+    refused = refusal(compiler, PROGRAM, COMMON_FLAGS)
+    if refused:
+        raise CompileError(f"kvrun needs a C compiler, GCC or Clang (CC names another than the usual one): {refused}")
+    refused = refusal(compiler, f"#include <Python.h>\n{PROGRAM}", COMMON_FLAGS)
+    if refused:
+        raise CompileError(
+            "kvrun needs the headers of the Python that runs it, and there is no Python.h that compiles "
+            f"(Debian, Ubuntu: apt-get install python3-dev): {refused}"
+        )
 
 
 def buildable_levels(compiler: Any) -> list[str]:
-    """The levels that this compiler builds on this machine; says what is left out."""
-    levels = []
+    """The levels that this compiler builds on this machine; says what is left out. Stops if there is none."""
+    levels, refusals = [], []
     for level, (machines, flags) in LEVELS.items():
         if machines is not None and platform.machine() not in machines:
             continue
-        if accepts(compiler, "int main(void) { return 0; }\n", flags):
-            levels.append(level)
-        else:
+        refused = refusal(compiler, PROGRAM, COMMON_FLAGS + flags)
+        if refused:
             print(f"kvrun: this compiler has no flags for {level}: building without that level")
+            refusals.append(f"{level}: {refused}")
+        else:
+            levels.append(level)
+    if not levels:
+        raise CompileError(f"kvrun: this compiler builds no level of the kernels ({'; '.join(refusals)})")
     print(f"kvrun: kernel levels: {', '.join(levels)}")
     return levels
 
@@ -95,6 +115,7 @@ class build_extensions(build_ext):
     """Builds the kernel libraries first, objects of each level in a folder of its own, then the extensions."""
 
     def build_extensions(self) -> None:
+        check_compiler(self.compiler)
         levels = buildable_levels(self.compiler)
         have = [f"-DKV_HAVE_{level.upper()}" for level in levels]
         libraries = {"base": (BASE_SOURCES, ["-ffp-contract=off"] + have)}

@@ -1,5 +1,7 @@
 """What pyproject.toml installs is what the folders hold: a file that it forgets is missed only by those who install."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -53,3 +55,90 @@ def test_headers_from_the_core_that_kernels_include_are_installed():
     for header in core.glob("*.h"):
         own = (ROOT / "runtime" / "cuda" / "kernels" / header.name).exists()
         assert own or f'#include "{header.name}"' not in text or header in NEEDED
+
+
+# --- building ---------------------------------------------------------------------------------------
+
+BUILD = """
+import runpy, sys, sysconfig, types
+sys.modules["Cython"] = types.ModuleType("Cython")
+sys.modules["Cython.Build"] = build = types.ModuleType("Cython.Build")
+build.cythonize = lambda *arguments, **options: []
+import setuptools
+from distutils.ccompiler import new_compiler
+from distutils.sysconfig import customize_compiler
+setuptools.setup = lambda **options: None
+setup = runpy.run_path("setup.py")
+compiler = new_compiler()
+customize_compiler(compiler)
+compiler.set_include_dirs([sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"]])
+try:
+    setup["check_compiler"](compiler)
+    print("levels:", *setup["buildable_levels"](compiler))
+except setup["CompileError"] as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def building(cc):
+    """(exit status, the last line) of setup.py's look at a compiler."""
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD],
+        cwd=ROOT,
+        env={**os.environ, "CC": str(cc)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def wrapper(tmp_path):
+    """wrapper(script): a compiler that is a shell script."""
+
+    def write(script):
+        path = tmp_path / "cc"
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def compiler():
+    """The usual one; setup.py runs in the tests with setuptools, but without Cython."""
+    pytest.importorskip("setuptools")
+    status, line = building("cc")
+    if status:
+        pytest.skip(f"no compiler here: {line}")
+    return "cc"
+
+
+def test_levels_that_a_compiler_does_not_know_are_left_out(compiler, wrapper):
+    assert "scalar" in building(compiler)[1].split()
+    refuses_m = 'for a in "$@"; do case $a in -m*) exit 1;; esac; done\nexec cc "$@"\n'
+    assert building(wrapper(refuses_m)) == (0, "levels: scalar")
+
+
+def test_a_compiler_that_builds_nothing_ends_the_installation(compiler, wrapper):
+    """It says why, rather than install a core without kernels."""
+    for cc in ("no-such-compiler", wrapper("exit 1\n")):
+        status, line = building(cc)
+        assert status == 1 and line.startswith("error: kvrun needs a C compiler, GCC or Clang")
+    assert "no-such-compiler" in building("no-such-compiler")[1]
+
+
+def test_missing_headers_end_the_installation(compiler, wrapper):
+    without = 'for a in "$@"; do case $a in -I*) ;; *) set -- "$@" "$a";; esac; shift; done\nexec cc "$@"\n'
+    status, line = building(wrapper(without))
+    assert status == 1 and line.startswith("error: kvrun needs the headers of the Python") and "python3-dev" in line
+
+
+def test_no_level_ends_the_installation(compiler, wrapper):
+    """Nor does one that compiles programs, but none for any level."""
+    counted = 'n=$(cat "$0.n" 2>/dev/null || echo 0)\necho $((n + 1)) > "$0.n"\n[ $n -lt 2 ] && exec cc "$@"\nexit 1\n'
+    status, line = building(wrapper(counted))
+    assert status == 1 and "builds no level of the kernels (scalar: " in line
