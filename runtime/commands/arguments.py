@@ -146,8 +146,12 @@ LONGEST_TEXT = 64 << 20
 
 
 def read_text(file: BinaryIO, what: str) -> str:
-    """All of a text. OptionError if it is not UTF-8, or longer than any should be: a device may never end."""
-    data = file.read(LONGEST_TEXT + 1)
+    """All of a text. OptionError if it cannot be read, is not UTF-8, or longer than any should be: a device may never
+    end."""
+    try:
+        data = file.read(LONGEST_TEXT + 1)
+    except OSError as error:
+        raise OptionError(f"{what} cannot be read: {error.strerror}") from None
     if len(data) > LONGEST_TEXT:
         raise OptionError(f"{what} is longer than {LONGEST_TEXT >> 20} MiB")
     return utf8(data, what)

@@ -62,7 +62,7 @@ def _stated(arguments: list[str], with_output: bool) -> int:
     except SystemExit as stop:  # argparse, after --help or wrong usage; a signal
         return stop.code if isinstance(stop.code, int) else 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = "" if error.filename is None else f"{error.filename or repr('')}: "
         return _fail(f"{where}{error.strerror or error}")
     except MemoryError as error:
         return _fail(f"not enough memory{f': {error}' if str(error) else ''}")

@@ -71,6 +71,15 @@ def test_where_the_prompt_comes_from(model, tmp_path, capsys):
         assert (status, out.decode(), err) == (0, expected, "")
 
 
+def test_a_prompt_from_a_named_pipe(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen([*KVRUN, model, "-q", "-f", tmp_path / "pipe", *STEADY], stdout=subprocess.PIPE) as process:
+        (tmp_path / "pipe").write_bytes(b"Stra\xc3\x9fe\n")
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 0
+    assert out == command(model, "-q", "-p", "Straße", *STEADY)[1]
+
+
 def test_system_message(model, capsys):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
     expected = kvrun.load(model).generate(messages, max_tokens=12, seed=3, ignore_eos=True)
@@ -235,7 +244,10 @@ def test_prompts_that_cannot_be(model, tmp_path, capsys):
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     refused(called(capsys, model, "-f", str(tmp_path / "latin1")), "latin1", "not UTF-8")
     refused(called(capsys, model, "-f", str(tmp_path / "missing")), "missing: No such file")
-    refused(called(capsys, model, "-f", str(tmp_path)), "directory")
+    refused(called(capsys, model, "-f", str(tmp_path)), f"{tmp_path}: Is a directory")
+    refused(called(capsys, model, "-f", ""), "'': No such file")
+    if os.path.exists("/proc/self/mem"):
+        refused(called(capsys, model, "-f", "/proc/self/mem"), "the prompt in /proc/self/mem cannot be read: ")
     refused(command(model, "-p", "a", "--system", b"\xff"), "system message")
     refused(command(model, "-p", "a", "--stop", b"\xff"), "stop string")
     assert command(model, "-p", "-", *STEADY, stdin=b"a\0b\x01")[0] == 0
