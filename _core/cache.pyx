@@ -14,12 +14,14 @@ import numpy as np
 
 from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels, kv_head_pad
 from .kernels cimport KV_FORMATS as N_FORMATS
-from .memory import advise_huge, anonymous, touch
+from .memory import advise_huge, anonymous, collapse, touch
 
 
 cdef enum:
     HUGE_PAGE = 2 << 20
     SMALL_HEAD = 2 * HUGE_PAGE
+    HUGE_SHARE = 8           # once an eighth of a cache is in use all of it gets huge pages,
+    HUGE_AT_ONCE = 8 << 20   # so many bytes after each call, some milliseconds' work
 
 
 KV_FORMATS = {kernels().format[i].name.decode(): kernels().format[i].bits for i in range(N_FORMATS)}
@@ -289,13 +291,13 @@ cdef class Snapshot:
 
 
 cdef class KVCache:
-    """One sequence's keys and values, in memory that is fixed from the start.
+    """One sequence's keys and values, in memory that is fixed from the start. Its pages are taken as they are used.
 
     engine: anything with a ``description``. k, v: formats of the ring's keys and values (``KV_FORMATS``).
     ctx: tokens that stay visible at least (the newest ctx - sinks, and the first `sinks`). window: newest tokens
     kept unquantised, at least. A layer with a sliding window that ends before those has a ring for this window only.
     prefault: have all memory present from the start. Raises ValueError for options that make no cache, MemoryError when
-    it does not fit. Every method raises RuntimeError while another thread is in one.
+    it does not fit into the memory there is. Every method raises RuntimeError while another thread is in one.
     """
 
     def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64, prefault=False):
@@ -311,23 +313,40 @@ cdef class KVCache:
         self.lock = Exclusive(RuntimeError, "this cache is in use by another thread")
         self._allocate()
         if prefault:
+            self._all_huge(self.nbytes)
             touch(self.memory)
 
     def __dealloc__(self):
         free(self.c.layers)
 
     cdef int _allocate(self) except -1:
-        """A few large heads, which a short text does not fill, begin with small pages, so that each costs little."""
+        """Small pages, so that a short text takes what it uses of every head and no more. Large heads, of which the
+        first huge page would be the most that a short text needs, have huge ones from the second on."""
         cdef uint8_t[::1] memory
-        cdef int64_t layer, head, skip
+        cdef int64_t layer, head, at
         self.memory = anonymous(max(self.nbytes, <int64_t>1))
         memory = self.memory
         self.c.base = &memory[0]
         for layer in range(self.c.n_layers):
-            skip = HUGE_PAGE if self.c.layers[layer].head_bytes > SMALL_HEAD else 0
+            if self.c.layers[layer].head_bytes <= SMALL_HEAD:
+                continue
             for head in range(self.c.n_kv_heads):
-                advise_huge(self.memory, self.c.layers[layer].start + head * self.c.layers[layer].head_bytes + skip,
-                            self.c.layers[layer].head_bytes - skip)
+                at = self.c.layers[layer].start + head * self.c.layers[layer].head_bytes
+                advise_huge(self.memory, at + HUGE_PAGE, self.c.layers[layer].head_bytes - HUGE_PAGE)
+        return 0
+
+    cdef int grown(self) except -1:
+        """After tokens have come: huge pages, which hardware prefetches far into, once it pays."""
+        if self.huge < self.nbytes and _state_bytes(&self.c, WHOLE) >= self.nbytes // HUGE_SHARE:
+            self._all_huge(HUGE_AT_ONCE)
+        return 0
+
+    cdef int _all_huge(self, int64_t bytes) except -1:
+        """For so many more bytes."""
+        if self.huge == 0:
+            advise_huge(self.memory)
+        collapse(self.memory, self.huge, min(bytes, self.nbytes - self.huge))
+        self.huge += bytes
         return 0
 
     cdef int _lay_out_layers(self) except -1:
@@ -542,6 +561,7 @@ cdef class KVCache:
             other.c.n_tokens, other.c.packed_ever = self.c.n_tokens, self.c.packed_ever
             with nogil:
                 _move_parts(&self.c, other.c.base, COPY, WHOLE)
+        other.grown()
         return other
 
     def state(self):

@@ -346,6 +346,7 @@ cdef class Engine:
         with nogil:
             kv_team_run(threads, forward, &call)
         kv.c.n_tokens += n
+        kv.grown()
         return None if result is None else result[:, :self.c.vocab_size]
 
     cdef void _buffers(self, _Arena arena, Call* call) noexcept:

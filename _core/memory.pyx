@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 
 import numpy as np
 
@@ -34,11 +35,40 @@ cdef extern from "<sys/mman.h>":
     int madvise(void* start, size_t length, int advice)
 
 
+cdef enum:
+    MADV_COLLAPSE = 25   # Linux 6.1 on; older headers have no name for it
+
+# What Linux says of its memory: of the machine, in kB, and of the control group (v2, v1), in bytes or "max".
+cdef dict _LIMITS = {
+    "/proc/meminfo": (rb"(?:Mem|Swap)Total: +(\d+) kB", 1024),
+    "/sys/fs/cgroup/memory.max": (rb"(\d+)", 1),
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": (rb"(\d+)", 1),
+}
+
+
+def most():
+    """Bytes that a process can have at most, of memory and swap or as far as its container lets it; None where the
+    system does not say."""
+    limits = []
+    for path, (pattern, unit) in _LIMITS.items():
+        try:
+            with open(path, "rb") as file:
+                found = re.findall(pattern, file.read())
+        except OSError:
+            continue
+        limits += [unit * sum(map(int, found))] if found else []
+    return min(limits, default=None)
+
+
 def anonymous(size):
     """Zeroed memory of its own, on a page boundary: a writable buffer of `size` bytes. Untouched pages cost nothing.
 
-    Raises MemoryError when the system has no room for it.
+    Raises MemoryError when the system has no room for it, or could never have: pages that come as they are touched
+    would be refused too late.
     """
+    limit = most()
+    if limit is not None and size > limit:
+        raise MemoryError(f"no memory for {size} bytes: there are {limit} in all")
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
         return mmap.mmap(-1, size, **private)
@@ -56,6 +86,17 @@ def advise_huge(memory, start=0, size=None):
             memory.madvise(mmap.MADV_HUGEPAGE, start, end - start)
         except OSError:
             pass
+
+
+def collapse(memory, start, size):
+    """Huge pages, now, for what is in use of a part of `anonymous` memory, whose `start` is on a page, and around it.
+    Where the system has none, or not like this (before Linux 6.1), nothing happens."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", "rb") as file:
+            if b"[never]" not in file.read():
+                memory.madvise(MADV_COLLAPSE, start, size)
+    except (OSError, AttributeError):
+        pass
 
 
 def trim():

@@ -106,7 +106,11 @@ def new_cache(engine: Engine[CacheT], options: CacheOptions, prefault: bool = Fa
     except ValueError as error:
         raise OptionError(str(error)) from None
     except MemoryError:
-        raise OptionError(f"not enough memory for a cache of {options.ctx} tokens; a smaller ctx needs less") from None
+        size = _core.kv_bytes(engine.description, **asdict(options)) / 1e9
+        raise OptionError(
+            f"not enough memory for a cache of {options.ctx} tokens, which takes {size:.1f} GB; a smaller ctx or a "
+            "format of fewer bits needs less"
+        ) from None
 
 
 class Session:
