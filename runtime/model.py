@@ -68,7 +68,10 @@ def load(
     path = path_text("path", path)
     gpu = _open_device(values["device"], values["device_memory"])
     count = values["threads"] or _core.max_threads()
-    file = read_model_file(path, mapped=values["mmap"])
+    try:
+        file = read_model_file(path, mapped=values["mmap"])
+    except MemoryError:
+        raise OptionError(f"mmap: there is not enough memory for {path}; with mmap it needs none of its own") from None
     if values["prefault"]:
         file.prefault()
     return Model(file, count, values["precise"], values["prefault"], gpu)
@@ -150,18 +153,21 @@ class Model:
 
     @documented(GenerateKeywords, max_tokens=512)
     def generate(self, prompt: str | Sequence[Any], **options: Unpack[GenerateKeywords]) -> str:
-        """The answer to one prompt, in a session of its own; options are those of `session` and `Session.stream`."""
+        """The answer to one prompt, in a session of its own; options are those of `session` and `Session.stream`.
+
+        Raises what these do: OptionError, TokenizerError, or another KvrunError.
+        """
         given: dict[str, Any] = {"max_tokens": 512}
         given.update((name, value) for name, value in options.items() if value is not None)
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
         return "".join(Session(self, **cache).stream(prompt, **given))
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text (see `Tokenizer.encode`)."""
+        """Token ids of a text (see `Tokenizer.encode`). TokenizerError for text that is none, and without a tokenizer."""
         return self.tokenizer.encode(text, add_special, parse_special)
 
     def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of token ids (see `Tokenizer.decode`)."""
+        """The text of token ids (see `Tokenizer.decode`). TokenizerError for an unknown id, and without a tokenizer."""
         return self.tokenizer.decode(ids, skip_special)
 
     @property

@@ -302,11 +302,11 @@ class Session:
         return self.logits
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text (see `Tokenizer.encode`)."""
+        """Token ids of a text, as `Model.tokenize`."""
         return self.model.tokenize(text, add_special, parse_special)
 
     def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of token ids (see `Tokenizer.decode`)."""
+        """The text of token ids, as `Model.detokenize`."""
         return self.model.detokenize(ids, skip_special)
 
     @documented(StreamKeywords)

@@ -86,8 +86,23 @@ def test_numbers_of_threads_that_are_none(converted, threads):
         kvrun.load(converted("grouped-tied"), threads=threads)
 
 
+def test_no_memory_to_read_a_model_into(converted, monkeypatch):
+    def none(size):
+        raise MemoryError
+
+    monkeypatch.setattr(kvrun.model._core, "anonymous", none)
+    with pytest.raises(kvrun.OptionError, match="mmap: there is not enough memory for .*grouped-tied"):
+        kvrun.load(converted("grouped-tied"), mmap=False)
+
+
 def test_errors_are_of_one_family():
-    for error in (kvrun.ConvertError, kvrun.ModelFileError, kvrun.OptionError, kvrun.TokenizerError):
+    for error in (
+        kvrun.ConvertError,
+        kvrun.ModelFileError,
+        kvrun.OptionError,
+        kvrun.SessionBusyError,
+        kvrun.TokenizerError,
+    ):
         assert issubclass(error, kvrun.KvrunError)
     with pytest.raises(kvrun.ModelFileError):
         kvrun.load("there/is/none.bin")
