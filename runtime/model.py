@@ -163,7 +163,7 @@ class Model:
         return "".join(Session(self, **cache).stream(prompt, **given))
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text (see `Tokenizer.encode`). TokenizerError for text that is none, and without a tokenizer."""
+        """Token ids of a text, see `Tokenizer.encode`. TokenizerError for what is no text, and without a tokenizer."""
         return self.tokenizer.encode(text, add_special, parse_special)
 
     def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:

@@ -373,7 +373,7 @@ class Session:
         """The turn, if all of it can be fed."""
         before = 0 if turn.fresh else self.n_tokens
         if not turn.ids and not before:
-            raise OptionError("the prompt is empty")
+            raise OptionError("the prompt is empty, or the tokenizer has no tokens for what is in it")
         most, positions = self.model.vocab_size, self.model.description.context_length
         if turn.ids and not 0 <= min(turn.ids) <= max(turn.ids) < most:
             unknown = next(i for i in turn.ids if not 0 <= i < most)
