@@ -84,12 +84,15 @@ def _add_declared(library: Tokenizer, declared: DeclaredTokens, control: Collect
     from tokenizers import AddedToken
 
     notes = declared.add_to(library)
-    added = library.get_added_tokens_decoder().values()
-    special = {token.content for token in added if token.special}.union(control)
+    added = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    special = {text for text, token in added.items() if token.special}.union(control)
     ends = undeclared_ends({text for text in ENDS if library.token_to_id(text) is not None}, special)
     if not ends:
         return notes
-    library.add_tokens([AddedToken(text, special=True) for text in ends])
+    tokens = [added.get(text) or AddedToken(text, normalized=False) for text in ends]
+    for token in tokens:
+        token.special = True
+    library.add_tokens(tokens)
     return (*notes, note_of_ends(ends))
 
 

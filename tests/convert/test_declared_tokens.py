@@ -319,6 +319,17 @@ def test_a_known_end_that_is_not_special(tmp_path, base, text):
     assert any(text in note and "end a turn" in note for note in vocabulary.notes)
 
 
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+def test_a_known_end_keeps_its_other_flags(tmp_path, base):
+    number = "262" if base == "letters" else "271"
+    end = {"content": "<|im_end|>", "special": False, "single_word": True, "rstrip": True}
+    settings = LLAMA | {"added_tokens_decoder": {number: end}}
+    vocabulary, tokenizer = read(tmp_path, base, tokenizer_config=settings)
+    assert tokenizer.encode("<|im_end|>  ,", add_special=False)[0] == int(number) in vocabulary.stops()
+    assert int(number) not in tokenizer.encode("a<|im_end|>")
+    assert tokenizer.decode(tokenizer.encode("<|im_end|> \n,", add_special=False)).replace(" ", "") == "<|im_end|>,"
+
+
 def test_a_known_end_that_is_only_in_the_vocabulary(tmp_path):
     path = write_folder(tmp_path, "letters", {"tokenizer_config": ENDS})
     spec = letters()
