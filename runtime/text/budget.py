@@ -10,14 +10,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from sys import getsizeof
 from typing import Any
 from weakref import WeakKeyDictionary
 
 STEPS, STEPS_PER_MESSAGE = 3_000_000, 100_000
 """Nodes of the syntax tree that are gone through, those that take longer counted several times; about 0.1 us each."""
 ROOM, COPIES = 48 << 20, 80
-"""Bytes that all values of one rendering may take together: at least, and so many copies of the conversation. For each
-message two more, since templates add one to the text of those before it."""
+"""Bytes that all values of one rendering may take together: at least, and so many copies of the conversation."""
+COPIES_PER_MESSAGE, MOST_PER_MESSAGE = 40, 2 << 30
+"""Some templates add each message to the text of those before it, several times: copies for each message, and the bytes
+that these may take together. Nearly all of them are dropped at once."""
 LARGEST_NUMBER = 8192
 """Bits of an integer."""
 DEEPEST = 100
@@ -58,7 +61,8 @@ class Budget:
         self.steps = self.room = 1 << 62
         size = self.size(messages)
         self.steps = STEPS + STEPS_PER_MESSAGE * len(messages) + size
-        self.room = ROOM + (COPIES + 2 * len(messages)) * (size // WRITTEN)
+        copy = size // WRITTEN
+        self.room = ROOM + COPIES * copy + min(COPIES_PER_MESSAGE * len(messages) * copy, MOST_PER_MESSAGE)
 
     def step(self, steps: int) -> None:
         self.steps -= steps
@@ -115,7 +119,7 @@ class Budget:
     def made(self, value: Any) -> Any:
         """A value that was made; its own bytes are counted."""
         if isinstance(value, str):
-            self.spend(64 + text_bytes(value))
+            self.spend(getsizeof(value))
         elif isinstance(value, (list, tuple)):
             self.spend(64 + 16 * len(value))
         elif isinstance(value, (dict, set)):

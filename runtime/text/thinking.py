@@ -20,6 +20,7 @@ class Marks:
 
 
 _CHANNEL = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
+_BEGIN = ("<|think|>", "<|content|>", "<|begin|>", "<|end|>")
 MARKS = (
     Marks("<think>", "</think>"),
     Marks("[THINK]", "[/THINK]"),
@@ -35,10 +36,12 @@ MARKS = (
     Marks("<|inner_prefix|>", "<|inner_suffix|>"),
     Marks("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>", _CHANNEL),
     Marks("<|channel|>final<|message|>", "", _CHANNEL),  # the answer begins at once
+    Marks("<|think|>", "<|end|><|begin|>assistant<|content|>", _BEGIN),
+    Marks("<|content|>", "", _BEGIN),
     Marks("<|channel>thought\n", "<channel|>", ("<|channel>", "<channel|>")),
 )
 """The marks of Qwen, DeepSeek and most others; Magistral; Seed; MiniMax; LongCat; Kimi-VL; Command A; OpenThinker;
-Apertus; gpt-oss; Gemma 4."""
+Apertus; gpt-oss; Solar; Gemma 4."""
 _OPENS = tuple(marks.open for marks in MARKS)
 _CLOSES = tuple(marks.close for marks in MARKS if marks.close)
 

@@ -21,6 +21,7 @@ KEEPS = CHATML.replace(
 )
 THINK, BRACKETS = ["<think>", "</think>"], ["[THINK]", "[/THINK]"]
 CHANNELS = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>"]
+BEGINS = ["<|think|>", "<|content|>", "<|begin|>", "<|end|>"]
 
 
 def text(stream):
@@ -88,6 +89,9 @@ def test_a_stop_string_that_is_the_stop_token_ends_the_answer_where_that_is_igno
             ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>", "yes"),
         ),
         (CHANNELS, ("<|channel|>final<|message|>", "yes")),
+        (BEGINS, ("<|think|>hm<|end|><|begin|>assistant<|content|>", "yes")),
+        (BEGINS, ("<|content|>", "yes")),
+        (["<|channel>", "<channel|>"], ("<|channel>thought\nhm\n<channel|>", "yes")),
     ],
 )
 def test_thinking_that_special_tokens_mark(special, answer):

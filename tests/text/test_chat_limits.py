@@ -210,6 +210,10 @@ def test_work_and_memory_are_limited():
             "{% endfor %}{{ ns.t }}"
         ),
         (
+            "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t ~ 'é' ~ m.role %}"
+            "{% set ns.t = ns.t ~ m.content %}{% set ns.t = ns.t ~ '|' %}{% endfor %}{{ ns.t }}"
+        ),
+        (
             "{% set ns = namespace(l=[]) %}{% for m in messages %}{% set ns.l = ns.l + [m] %}{% endfor %}"
             "{% for m in ns.l %}{{ m.content | trim | replace('x', 'y') | replace('y', 'x') }}{% endfor %}"
         ),
