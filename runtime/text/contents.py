@@ -7,6 +7,7 @@ other in another. Which it is, a conversation of words that stand nowhere else s
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,8 +86,9 @@ def _texts(content: Any) -> Iterator[str]:
 def first_lost(messages: Sequence[Mapping[str, Any]], rendered: str) -> int | None:
     """The number (from 0) of the first message with a text that is not in a rendered conversation; None if all are.
 
-    Templates trim messages, take switches such as /no_think out of a text, and write JSON. Of an answer they leave out
-    the thinking, often what stands beside tool calls, and tags that the model writes around its parts.
+    Templates trim messages, take switches such as /no_think out of a text, and write JSON, HTML or capitals. Of an
+    answer they leave out the thinking, often what stands beside tool calls, and tags that the model writes around its
+    parts.
     """
     rendered = rendered.replace(ESCAPE, "")
     for number, message in enumerate(messages):
@@ -103,7 +105,8 @@ def first_lost(messages: Sequence[Mapping[str, Any]], rendered: str) -> int | No
 def _words_are_in(text: str, rendered: str, enough: Callable[[Iterable[bool]], bool]) -> bool:
     if json.dumps(text, ensure_ascii=False)[1:-1] in rendered:
         return True
-    return enough(word in rendered for word in text.split() if not word.startswith("/"))
+    rendered = html.unescape(rendered).casefold()
+    return enough(word.casefold() in rendered for word in text.split() if not word.startswith("/"))
 
 
 def check_content(content: Any, where: str) -> None:

@@ -148,6 +148,8 @@ def test_what_is_said_and_not_rendered_is_refused(source, messages, lost):
         ({"role": "assistant", "content": "[THINK]hm[/THINK]yes"}, "yes"),
         ({"role": "assistant", "content": "<answer>\nyes\n</answer>"}, "yes"),
         ({"role": "assistant", "content": "I look", "tool_calls": [{}]}, "{}"),
+        (user("a < b"), "a &lt; b"),
+        (user("Hello there"), "HELLO THERE"),
         (user(""), ""),
         (user("\ufdd0x"), "x"),
     ],
