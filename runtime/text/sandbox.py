@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import cache, wraps
@@ -379,6 +380,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Counting().visit(source), *args, **kwargs)
+
+    def _compile(self, source: str, filename: str) -> Any:
+        with warnings.catch_warnings():
+            # What the compiler finds odd in a template is not for those who use it.
+            warnings.simplefilter("ignore")
+            return super()._compile(source, filename)
 
     @staticmethod
     def concat(parts: Any) -> str:

@@ -98,6 +98,11 @@ def test_what_templates_rely_on(source, expected):
     assert text == f"{expected}|{said}"
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_python_finds_odd_in_a_template_is_not_said():
+    assert render("{% if false %}{{ 1[1:] }}{{ 'a' is sameas 'a' }}{% endif %}x", []) == "x"
+
+
 def test_the_date():
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}", []))
 
