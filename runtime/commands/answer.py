@@ -210,12 +210,10 @@ def _session(model: Model, args: argparse.Namespace) -> Iterator[Session]:
 
 def _check_cache(session: Session, given: dict[str, Any], path: str) -> None:
     """A restored session has the cache it was saved with: OptionError if other options are given."""
-    options = declared(CacheKeywords)
-    kv = given["kv"] if given["kv"] != options["kv"].default else None
-    wanted = {**given, "kv_k": given["kv_k"] or kv, "kv_v": given["kv_v"] or kv}
+    wanted = {**given, "kv_k": given["kv_k"] or given["kv"], "kv_v": given["kv_v"] or given["kv"]}
     has = {**asdict(session.cache), "kv_k": session.cache.k, "kv_v": session.cache.v}
     for name in ("kv_k", "kv_v", "ctx", "sinks", "window"):
-        if wanted[name] not in (has[name], None, options[name].default):
+        if wanted[name] not in (has[name], None):
             option = name.replace("_", "-")
             raise OptionError(
                 f"--{option}: the session in {path} has {has[name]}, not {wanted[name]}; leave the option out"

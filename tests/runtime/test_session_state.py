@@ -524,6 +524,21 @@ def test_other_cache_options_than_the_file_has(model, tmp_path, capsys, options,
     assert re.search(message, err)
 
 
+def test_a_default_that_is_given_must_be_what_the_file_has_too(model, tmp_path, capsys):
+    path = tmp_path / "s.kv"
+    session = model.session(kv="f16", sinks=5)
+    text(session.stream("a", **GO_ON))
+    session.save(path)
+    for options, message in (
+        (["--kv", "q8"], "--kv-k: .* has f16, not q8"),
+        (["--sinks", 4], "--sinks: .* has 5, not 4"),
+    ):
+        status, out, err = called(capsys, model, "-p", "a", "--session", path, *options)
+        assert (status, out) == (1, "") and re.search(message, err)
+    for options in ([], ["--kv", "f16", "--sinks", 5]):
+        assert called(capsys, model, "-q", "-n", 1, "-p", "a", "--session", path, *options)[0] == 0
+
+
 def test_a_session_that_cannot_be_used_or_kept(model, tmp_path, capsys):
     """Said before anything is answered, and the file is left alone."""
     path = tmp_path / "s.kv"
