@@ -64,13 +64,15 @@ class History:
             self._written = (*self._written, (position, position + 1))
 
     def run(self, position: int) -> tuple[bool, int | None]:
-        """Whether the token at a position is written, and where that ends, None if nowhere."""
-        for start, end in self._written:
-            if position < start:
-                return False, start
-            if position < end:
+        """Whether the token at a position is written, and where that ends; None if nowhere."""
+        after = None
+        for start, end in reversed(self._written):
+            if position >= end:
+                break
+            if position >= start:
                 return True, end
-        return False, None
+            after = start
+        return False, after
 
     def cut(self, n: int) -> None:
         """The text has n tokens, and no more."""
