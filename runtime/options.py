@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 DEFAULT_KV = "q8"
-"""Format of a cache where none is given: no measure tells its answers from those of f16, and it is half as large and
-faster (docs/figures.md)."""
+"""Format of a cache where none is given: no measure tells its answers from those of f16, it is half as large, and with
+SIMD it is read faster (docs/figures.md)."""
 DEFAULT_CTX = 8192
 MAX_CTX = 2**31 - 1
 WINDOW, WINDOW_Q2 = 64, 128
