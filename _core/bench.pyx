@@ -235,6 +235,8 @@ def fill(KVCache kv not None, n_tokens, seed=0):
             of = &kv.c.layers[layer]
             ring, window = made[<size_t>of.k, <size_t>of.v]
             _copy(&kv.c, layer, ring, window, sinks, n_tokens)
+    while kv.grown():      # what so many calls would have done
+        pass
 
 
 cdef _copy(const Cache* c, int64_t layer, const uint8_t[:, ::1] ring, const uint8_t[:, ::1] window,

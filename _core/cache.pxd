@@ -105,7 +105,7 @@ cdef class KVCache:
     cdef object memory, lock, buffers      # buffers: the engine's, for its calls with this cache
     cdef int64_t huge                      # bytes from the start on that have been given huge pages
     cdef int _allocate(self) except -1
-    cdef int grown(self) except -1
+    cdef bint grown(self) except -1
     cdef int _all_huge(self, int64_t bytes) except -1
     cdef int64_t _evicted(self) noexcept
     cdef int _lay_out_layers(self) except -1

@@ -335,11 +335,13 @@ cdef class KVCache:
                 advise_huge(self.memory, at + HUGE_PAGE, self.c.layers[layer].head_bytes - HUGE_PAGE)
         return 0
 
-    cdef int grown(self) except -1:
-        """After tokens have come: huge pages, which hardware prefetches far into, once it pays."""
-        if self.huge < self.nbytes and _state_bytes(&self.c, WHOLE) >= self.nbytes // HUGE_SHARE:
-            self._all_huge(HUGE_AT_ONCE)
-        return 0
+    cdef bint grown(self) except -1:
+        """After tokens have come: huge pages, which hardware prefetches far into, once it pays. False if there are none
+        to be made."""
+        if self.huge >= self.nbytes or _state_bytes(&self.c, WHOLE) < self.nbytes // HUGE_SHARE:
+            return False
+        self._all_huge(HUGE_AT_ONCE)
+        return True
 
     cdef int _all_huge(self, int64_t bytes) except -1:
         """For so many more bytes."""
