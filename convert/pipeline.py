@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvrun.convert.source import open_checkpoint
 from kvrun.convert.tensors import PLAIN
 from kvrun.convert.transcoding import EXACT
 from kvrun.convert.weight_types import TYPES, target_type, wanted_type
+from kvrun.convert.workers import Workers
 from kvrun.errors import ConvertError, OptionError
 from kvrun.files.model_file import ModelFile
 from kvrun.files.model_writer import ModelFileWriter
@@ -140,7 +141,7 @@ def _write_tensors(
     """Pack slabs on several threads, a few ahead of the one that is written. Returns for each type of theirs that is
     kept the number of blocks that had to be rounded all the same."""
     rounded: list[tuple[str, int]] = []
-    workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(4, _core.max_threads())
     slabs = {name: list(tensor.slabs()) for name, tensor in source.tensors.items()}
     add = _counted("converting", sum(tensor.nbytes for tensor in source.tensors.values()), progress)
 
@@ -153,25 +154,21 @@ def _write_tensors(
             data = tensor.floats(start, stop).reshape(-1)
         return (stop - start) * tensor.row_bytes, data
 
-    def done_in_order(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+    def done_in_order(pool: Workers[tuple[str, int, int], tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
         pending: deque[Future[tuple[int, np.ndarray]]] = deque()
         tasks = ((name, start, stop) for name, spans in slabs.items() for start, stop in spans)
         for task in itertools.chain(tasks, [None] * (workers + 1)):
             if task is not None:
-                pending.append(pool.submit(work, task))
+                pending.append(pool.submit(task))
             if pending and (task is None or len(pending) > workers):
                 nbytes, data = pending.popleft().result()
                 yield data
                 add(nbytes)
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            results = done_in_order(pool)
-            for name, spans in slabs.items():
-                writer.write(name, itertools.islice(results, len(spans)))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with Workers(workers, work) as pool:
+        results = done_in_order(pool)
+        for name, spans in slabs.items():
+            writer.write(name, itertools.islice(results, len(spans)))
     total: Counter[str] = Counter()
     for kind, blocks in rounded:
         total[kind] += blocks

@@ -9,6 +9,7 @@ An interruption while all this still loads ends in the same way, so nothing that
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from kvrun.errors import KvrunError, one_line
@@ -31,6 +32,9 @@ SILENT = ("convert",)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (those of the process by default); returns the exit status."""
+    # NumPy's BLAS, of which no command uses more than a little, would start threads as it loads, and end the process
+    # where the system gives none.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from kvrun.commands import signals
         from kvrun.commands.streams import standard_streams

@@ -1,4 +1,5 @@
-"""Progress bars of long commands, on a terminal only."""
+"""Progress bars of long commands, on a terminal only. They are drawn when something is done, by no thread of their own,
+which the system may not give."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ def announced_steps(total: int) -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
         started = False
 
         def step(what: str) -> None:
             nonlocal started
-            bar.update(task, advance=int(started), description=what)
+            bar.update(task, advance=int(started), description=what, refresh=True)
             started = True
 
         yield step
@@ -43,9 +44,9 @@ def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+        yield lambda done: bar.update(task, advance=done, refresh=True)
 
 
 @contextmanager
@@ -58,12 +59,12 @@ def stages() -> Iterator[Callable[[str, int, int], None] | None]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, auto_refresh=False) as bar:
         tasks: dict[str, Any] = {}
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            bar.update(tasks[stage], completed=done, refresh=True)
 
         yield update

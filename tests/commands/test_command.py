@@ -12,6 +12,7 @@ from kvrun.commands import main as cli
 from kvrun.commands.arguments import default_model_path
 from kvrun.commands.output import Output
 from kvrun.version import __version__
+from support import no_threads
 from support.commands import KVRUN, Terminal, command, refused
 
 
@@ -417,3 +418,13 @@ def test_a_terminal_gets_no_control_characters():
     output.write("a\x1b[2Jb\tc\x07\x9b\n é🚀")
     output.end()
     assert screen.text == "a␛[2Jb\tc␇\ufffd\n é🚀\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-p", "Hi", "-n", "3"), ("bench", "--depth", "0", "--runs", "1", "--prefill", "8")]
+)
+def test_no_threads_are_to_be_had(model, tmp_path, arguments):
+    name, *rest = arguments if arguments[0] == "bench" else ("", *arguments)
+    environment = no_threads.environment(tmp_path, 0)
+    status, shown, said = command(*filter(None, [name]), model, "--threads", "4", *rest, env=environment)
+    assert status == 0 and shown and "Traceback" not in said, said

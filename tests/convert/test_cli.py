@@ -17,6 +17,7 @@ from kvrun import _core
 from kvrun.commands import main as cli
 from kvrun.files import model_writer
 from kvrun.files.model_file import read_model_file
+from support import no_threads
 from support.make_checkpoint import (
     CONFIG,
     hf_folder,
@@ -368,3 +369,13 @@ def test_a_name_cannot_control_the_terminal(tmp_path):
     assert run("convert", tmp_path / "m.gguf", "-o", tmp_path / "model.bin").returncode == 0
     shown = run("inspect", tmp_path / "model.bin").stdout
     assert "\x1b" not in shown and "evil" in shown
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_conversion_with_fewer_threads_than_it_would_like(hf, tmp_path, left):
+    assert run("convert", hf, "-o", tmp_path / "usual.bin").returncode == 0
+    command = [sys.executable, "-m", "kvrun", "convert", str(hf), "-o", str(tmp_path / "few.bin")]
+    environment = no_threads.environment(tmp_path, left)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "few.bin").read_bytes() == (tmp_path / "usual.bin").read_bytes()

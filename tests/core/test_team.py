@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kvrun
-from support import needs
+from support import no_threads
 
 WAIT = 120  # seconds: a bound for what would hang
 PROMPT = "Once upon a time there was a little fox"
@@ -116,39 +116,23 @@ def test_calls_of_several_threads_at_a_time(path):
     assert found == 6 * [expected]
 
 
-REFUSE = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <pthread.h>
-int threads_left = 1 << 30;
-int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg)
-{
-    int (*create)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
-    return threads_left-- > 0 ? create(thread, attr, start, arg) : EAGAIN;
-}
-"""
 FEWER = """
-import ctypes, os, sys, kvrun
-left = ctypes.c_int.in_dll(ctypes.CDLL(sys.argv[1]), "threads_left")
-left.value = int(sys.argv[3])
+import ctypes, os, sys, numpy, kvrun
+model = kvrun.load(sys.argv[1], threads=8)
+left = ctypes.c_int.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "threads_left")
+left.value = int(sys.argv[2])
 before = len(os.listdir("/proc/self/task"))
-session = kvrun.load(sys.argv[2], threads=8).session(kv="f16", ctx=256)
-text = "".join(session.stream(sys.argv[4], max_tokens=20, ignore_eos=True, seed=1, raw=True))
+session = model.session(kv="f16", ctx=256)
+text = "".join(session.stream(sys.argv[3], max_tokens=20, ignore_eos=True, seed=1, raw=True))
 print(len(os.listdir("/proc/self/task")) - before)
 print(text, end="")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc")
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_fewer_threads_when_the_system_has_no_more(path, tmp_path, left):
-    needs.program("cc", "gcc")
-    source, library = tmp_path / "refuse.c", tmp_path / "refuse.so"
-    source.write_text(REFUSE)
-    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
-    command = [sys.executable, "-c", FEWER, str(library), path, str(left), PROMPT]
-    environment = os.environ | {"LD_PRELOAD": str(library)}
+    command = [sys.executable, "-c", FEWER, path, str(left), PROMPT]
+    environment = no_threads.environment(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT)
     assert (done.returncode, done.stderr) == (0, "")
     started, _, text = done.stdout.partition("\n")
