@@ -17,7 +17,7 @@ from kvrun.convert.token_ids import ENDS, note_of_ends, token_ids, undeclared_en
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
 from kvrun.text.pruned import check_prefix
-from kvrun.text.sentencepiece_file import CONTROL, NORMAL, USER_DEFINED, as_control, piece_types
+from kvrun.text.sentencepiece_file import CONTROL, NORMAL, USER_DEFINED, as_control, piece_types, with_dummy_prefix
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -53,7 +53,7 @@ def read_tokenizer(
             found.info[f"{name}_id"] = token if token is not None else found.info.get(f"{name}_id")
         found.info["kind"] = kind
         if kind == "tokenizer.model":
-            found.info["legacy"] = settings.flag("legacy", not _is_llama(config, settings))
+            _settle_dummy_space(found, _is_llama(config, settings), settings)
         _resolve_added(found.info, settings)
         size = found.library.get_vocab_size(with_added_tokens=True)
         return Vocabulary(kind, found.data, found.info, found.special, found.notes, size=size)
@@ -214,6 +214,17 @@ def _is_llama(config: Fields, settings: Fields) -> bool:
     """Whether transformers loads the tokenizer with its class for Llama, which puts a dummy space before the text only,
     and not after each special token, unless told otherwise. Other families may name that class, but do not get it."""
     return config.get("model_type") == "llama" and settings.text("tokenizer_class", "") in _LLAMA_CLASSES
+
+
+def _settle_dummy_space(found: _Found, llama: bool, settings: Fields) -> None:
+    """Where a dummy space is put before text, as transformers does for the tokenizer's class, `llama` or another: its
+    pre-tokenizer Metaspace takes a space that is there for it, SentencePiece adds one all the same."""
+    legacy = settings.flag("legacy", not llama)
+    found.info["legacy"] = legacy
+    if llama or not legacy:
+        found.info["space_is_dummy"] = True  # files without it can be read by older versions
+    if "add_prefix_space" in settings:
+        found.data = with_dummy_prefix(found.data, settings.flag("add_prefix_space"))
 
 
 def _resolve_added(info: dict[str, Any], settings: Fields) -> None:

@@ -384,7 +384,7 @@ class _Metadata:
             **dict.fromkeys(("add_bos", "add_eos"), (*flag, False)),
             **dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"), (*token, False)),
             "added_tokens": (*table, True),
-            "legacy": (*flag, True),
+            **dict.fromkeys(("legacy", "space_is_dummy"), (*flag, True)),
             **dict.fromkeys(("visible", "lstrip", "rstrip", "single_word"), (*ids, True)),
         }
 

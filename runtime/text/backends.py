@@ -21,7 +21,7 @@ from typing import Any
 from kvrun.errors import TokenizerError
 from kvrun.text.cut import without_text, without_tokens_from
 from kvrun.text.pruned import LONGEST, PrunedBpe, as_json, byte_characters, check_prefix, read_prunable
-from kvrun.text.sentencepiece_file import first_pieces
+from kvrun.text.sentencepiece_file import first_pieces, with_dummy_prefix
 from kvrun.text.special_tokens import CONTINUED, ESCAPE, INNER, START, SpecialTokens
 from kvrun.text.streaming import PER_BYTE, StreamDecoder
 
@@ -288,10 +288,6 @@ def _replacement(step: Mapping[str, Any]) -> tuple[str, str]:
 
 # --- tokenizer.model ------------------------------------------------------------------------------
 
-# Appended to the model's bytes this sets normalizer_spec.add_dummy_prefix to false: in Protocol Buffers a
-# repeated occurrence of an embedded message is merged into the first, and the last value of a field holds.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-
 
 class SentencePieceBackend(_Backend):
     """`tokenizer.model`. Control, unknown and added tokens are special; the library gets the text between.
@@ -330,11 +326,12 @@ class SentencePieceBackend(_Backend):
         space = self._model.piece_to_id(_SPACE)
         self.trim = self._model.id_to_piece(space) == _SPACE and self._model.decode([space, space]) == ""
         self._prefix_inside = bool(info.get("legacy", True))
+        self._space_is_dummy = bool(info.get("space_is_dummy", False))
 
     @cached_property
     def _unprefixed(self) -> Any:
         """The same model without the dummy space."""
-        return self._load(self._data + _NO_DUMMY_PREFIX) if self.dummy_space else self._model
+        return self._load(with_dummy_prefix(self._data, False)) if self.dummy_space else self._model
 
     @staticmethod
     def _load(data: bytes) -> Any:
@@ -361,6 +358,7 @@ class SentencePieceBackend(_Backend):
 
     def _encode(self, text: str, where: str) -> list[int]:
         prefix = where == START or (where == INNER and self._prefix_inside)
+        prefix = prefix and not (self._space_is_dummy and text.startswith((" ", _SPACE)))
         ids: list[int] = (self._model if prefix else self._unprefixed).encode(text)
         # Bytes that the library wants to have, but that are no tokens of the model, are unknown.
         return [token if token < self._rows else self._model.unk_id() for token in ids]

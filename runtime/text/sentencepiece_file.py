@@ -1,7 +1,7 @@
 """The pieces in the bytes of a tokenizer.model: what the SentencePiece library does not tell or do.
 
 The file is a Protocol Buffers message, ModelProto of sentencepiece_model.proto; its field 1 is there once for each
-piece, a message in which field 3 is the type.
+piece, a message in which field 3 is the type, and field 3 the normalizer_spec, in which field 3 is add_dummy_prefix.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _PIECE, _TYPE = 1, 3
+_NORMALIZER, _DUMMY_PREFIX = 3, 3
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces; GGUF numbers them in the same way."""
@@ -55,6 +56,13 @@ def as_control(data: bytes, pieces: set[int]) -> bytes:
             out += data[start:stop]
         number += field == _PIECE
     return bytes(out)
+
+
+def with_dummy_prefix(data: bytes, wanted: bool) -> bytes:
+    """The same model, which puts a space before a text or does not."""
+    # A repeated occurrence of an embedded message is merged into the first, and the last value of a field holds.
+    spec = bytes([_DUMMY_PREFIX << 3 | _VARINT, wanted])
+    return data + bytes([_NORMALIZER << 3 | _BYTES]) + varint(len(spec)) + spec
 
 
 def _type(data: bytes, start: int, stop: int) -> int:

@@ -21,8 +21,9 @@ class Tokenizer:
     """The tokenizer of a model. Safe to share between threads.
 
     `info` is the model file's tokenizer entry: `kind`, `add_bos`, `add_eos`, `bos_id`, `eos_id`, and for
-    `tokenizer.model` optionally `added_tokens` ({text: id}) and `legacy` (dummy space after special tokens
-    too, the default). `data` is the tokenizer file. `vocab_size` is the model's (0: the tokenizer's), which may be
+    `tokenizer.model` optionally `added_tokens` ({text: id}), `legacy` (dummy space after special tokens
+    too, the default) and `space_is_dummy` (none before text that begins with a space). `data` is the
+    tokenizer file. `vocab_size` is the model's (0: the tokenizer's), which may be
     larger than the tokenizer's: the other ids have no text. If it is smaller, the tokens beyond it are left out, and
     their text is made of other tokens. `stop_ids` count as special even where the checkpoint does not say so. Raises
     TokenizerError if it cannot be built.

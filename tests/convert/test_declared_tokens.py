@@ -120,6 +120,39 @@ def test_the_dummy_space_after_special_tokens(tmp_path, model_type, class_, said
     assert vocabulary.info["legacy"] is legacy
 
 
+@pytest.mark.parametrize(
+    "model_type, settings, expected",
+    [
+        # The texts "a", " a", "<w>a" and "<w> a", as transformers 5.24 cuts them; s is the piece of a space.
+        ("llama", {}, ["sa", "sa", "wa", "wsa"]),
+        ("llama", {"legacy": True}, ["sa", "sa", "wsa", "wsa"]),
+        ("llama", {"legacy": False}, ["sa", "sa", "wa", "wsa"]),
+        ("llama", {"add_prefix_space": False}, ["a", "sa", "wa", "wsa"]),
+        ("llama", {"add_prefix_space": False, "legacy": True}, ["a", "sa", "wa", "wsa"]),
+        ("mistral", {}, ["sa", "ssa", "wsa", "wssa"]),
+        ("mistral", {"legacy": True, "add_prefix_space": True}, ["sa", "ssa", "wsa", "wssa"]),
+        ("mistral", {"legacy": False}, ["sa", "sa", "wa", "wsa"]),
+        # Here transformers 5 adds one all the same; transformers 4 and llama.cpp do not.
+        ("mistral", {"add_prefix_space": False}, ["a", "sa", "wa", "wsa"]),
+    ],
+)
+def test_the_dummy_space_and_spaces_that_are_there(tmp_path, model_type, settings, expected):
+    path = write_folder(tmp_path, "pieces", {})
+    entries = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+    entries += [("\u2581", -1.0, NORMAL), ("a", -2.0, NORMAL)]
+    ids = {"unk": 0, "bos": 1, "eos": 2}
+    (path / "tokenizer.model").write_bytes(model_bytes(entries, BPE, ids, Normalizer(dummy_prefix=True)))
+    settings = LLAMA | settings | {"added_tokens_decoder": {"5": {"content": "<w>", "special": True}}}
+    write_json(path / "tokenizer_config.json", settings)
+    config = Fields(CONFIG | {"model_type": model_type}, "config.json")
+    vocabulary = read_tokenizer(str(path), config, None)
+    tokenizer = Tokenizer(vocabulary.model_entry(6), vocabulary.data, 6)
+    texts = ("a", " a", "<w>a", "<w> a")
+    found = ["".join("...saw"[i] for i in tokenizer.encode(text, add_special=False)) for text in texts]
+    assert found == expected
+    assert tokenizer.decode(tokenizer.encode("a", add_special=False)) == "a"
+
+
 def test_special_pieces_that_sentencepiece_finds_in_any_text(tmp_path):
     """Pieces of the user-defined type that the folder declares special, and a word: nobody types them."""
     path = write_folder(tmp_path, "pieces", {})

@@ -115,6 +115,7 @@ def written(tmp_path_factory):
         "lstrip": [19],
         "rstrip": [19],
         "single_word": [19],
+        "space_is_dummy": True,
     }
     sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repeat_penalty": 1.1}
     path = tmp_path_factory.mktemp("fields") / "model.bin"
