@@ -16,6 +16,7 @@ from kvrun.commands.arguments import (
     add_option,
     default_model,
     load_options,
+    real,
     several,
     whole,
 )
@@ -23,14 +24,17 @@ from kvrun.commands.progress import announced_steps
 from kvrun.errors import OptionError
 from kvrun.measure import plots
 from kvrun.measure.caches import cache_options, default_formats
-from kvrun.measure.speed import ROOM, TESTS, Bench, Plan, Shape
+from kvrun.measure.neighbours import KINDS, MAX_NEIGHBOURS, STREAMED
+from kvrun.measure.speed import ROOM, TESTS, Bench, Contention, Plan, Shape, physical_memory
 from kvrun.model import load
-from kvrun.options import MAX_CTX, CacheKeywords, declared, integer
+from kvrun.options import DEFAULT_KV, MAX_CTX, CacheKeywords, declared, integer, number
 
 DEFAULT_TESTS = ("prefill", "decode")
+ON_CPU = ("attention", "contention")  # not on other devices
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
 RUNS, PATIENCE = 3, 8.0  # the latter in seconds
 MAX_TOKENS = 256  # of the cache test
+NEIGHBOURS, SECONDS = (0, 1, 2, 4, 6), 2.0  # of the contention test
 
 _DESCRIPTION = """\
 Measure speed by format of the key/value cache.
@@ -41,6 +45,8 @@ Measure speed by format of the key/value cache.
               outgrow the CPU's own caches
   cache       the same text generated with the cache, and without it, where every step
               computes all tokens anew
+  contention  decode beside --neighbours other processes that keep a CPU busy each, in tokens a
+              second, as a share of what is fair, and by the longest step
 
 Formats take turns and figures are medians. "of memory" is the bytes that a token reads (weights
 and cache) times speed, as a share of the memory's read bandwidth measured in the same run."""
@@ -58,13 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--depth",
         **several("depth", **whole("depth")),
-        help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows)",
+        help=f"tokens in the cache ({_list(DEPTHS)}, as the model allows; contention: 0)",
     )
     add("--prefill", **several("prefill", **whole("prefill")), help=f"tokens of a prompt ({_list(PREFILLS)}, likewise)")
     add(
         "--kv",
         **several("kv", metavar="FORMAT"),
-        help=f"cache formats, K/V for a pair ({_list(default_formats())})",
+        help=f"cache formats, K/V for a pair ({_list(default_formats())}; contention: {DEFAULT_KV})",
     )
     add(
         "--shape",
@@ -77,6 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
         **whole("max-tokens"),
         help=f"tokens that the cache test generates ({MAX_TOKENS})",
     )
+    add(
+        "--neighbours",
+        **several("neighbours", **whole("neighbours")),
+        help=f"busy processes beside the contention test, besides none ({_list(NEIGHBOURS)})",
+    )
+    add(
+        "--neighbour-kind",
+        choices=KINDS,
+        help=f"what they do: arithmetic, or copying memory, {STREAMED >> 20} MiB each ({KINDS[0]})",
+    )
+    add("--seconds", **real("seconds"), help=f"that each run of the contention test takes ({SECONDS:g})")
     add("--runs", **whole("runs"), help="runs of each (3, or fewer where they take long)")
     add_option(parser, declared(CacheKeywords)["sinks"])
     add_option(parser, declared(CacheKeywords)["window"], usual="by format")
@@ -122,34 +139,65 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tests(args: argparse.Namespace) -> tuple[str, ...]:
-    """In the order of TESTS, each once. A shape alone asks for attention."""
-    named = set(args.test or (["attention"] if args.shape else DEFAULT_TESTS))
+    """In the order of TESTS, each once. A shape alone asks for attention, neighbours alone for contention."""
+    contending = _given(args, "neighbours", "neighbour_kind", "seconds")
+    asked = ["attention"] * bool(args.shape) + ["contention"] * bool(contending)
+    named = set(args.test or asked or DEFAULT_TESTS)
+    if contending and not named & {"contention", "all"}:
+        raise OptionError(f"{contending[0]}: only the contention test has neighbours; add --test contention")
     if args.shape and not named & {"attention", "all"}:
         raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
     if args.device not in (None, "cpu"):
         if args.shape or "attention" in named:
             raise OptionError("test: attention alone is measured on the CPU; leave --device out")
-        return tuple(test for test in TESTS if test != "attention" and (test in named or "all" in named))
+        if "contention" in named:
+            raise OptionError("test: contention is about threads on busy CPUs; leave --device out")
+        return tuple(test for test in TESTS if test not in ON_CPU and (test in named or "all" in named))
     return tuple(test for test in TESTS if test in named or "all" in named)
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of the options that are given."""
+    return [name for name in names if getattr(args, name) is not None]
 
 
 def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int) -> Plan:
     sizes = {"sinks": args.sinks, "window": args.window}
     limit = MAX_CTX - ROOM
     names = args.kv or default_formats()
+    formats = tuple(dict.fromkeys(cache_options(name, context_length, **sizes)[0] for name in names))
     plan = Plan(
         tests=tests,
         depths=_numbers("depth", args.depth, 0, limit) or _fitting(DEPTHS, context_length, 0),
         prefills=_numbers("prefill", args.prefill, 1, limit) or _fitting(PREFILLS, context_length, context_length),
-        formats=tuple(dict.fromkeys(cache_options(name, context_length, **sizes)[0] for name in names)),
+        formats=formats,
         shapes=tuple(dict.fromkeys(map(Shape.parse, args.shape or ()))),
         runs=RUNS if args.runs is None else integer("runs", args.runs, low=1, high=1000),
         patience=PATIENCE if args.runs is None else math.inf,
         max_tokens=_max_tokens(args.max_tokens, context_length),
         sizes=sizes,
+        contention=_contention(args, formats, limit),
     )
     if "attention" in tests and not plan.attention_depths:
         raise OptionError("depth: the attention test needs tokens in the cache; add a depth above 0")
+    return plan
+
+
+def _contention(args: argparse.Namespace, formats: tuple[str, ...], limit: int) -> Contention:
+    seconds = SECONDS if args.seconds is None else number("seconds", args.seconds, low=0, high=3600, above=True)
+    plan = Contention(
+        neighbours=_numbers("neighbours", args.neighbours, 0, MAX_NEIGHBOURS) or NEIGHBOURS,
+        kind=args.neighbour_kind or KINDS[0],
+        seconds=seconds,
+        depths=_numbers("depth", args.depth, 0, limit) or (0,),
+        formats=formats if args.kv else (DEFAULT_KV,),
+    )
+    needed, there = max(plan.round) * STREAMED * (plan.kind == "memory"), physical_memory()
+    if there is not None and needed > there / 2:
+        raise OptionError(
+            f"neighbours: {max(plan.round)} that stream memory take {needed / 1e9:.1f} GB, more than half of the "
+            f"{there / 1e9:.1f} that this machine has"
+        )
     return plan
 
 
@@ -188,7 +236,7 @@ def show(report: dict[str, Any]) -> None:
         rows = [row for row in report["results"] if row["test"] == test]
         if not rows:
             continue
-        headings, line = (_CACHE_HEADINGS, _cache_line) if test == "cache" else (_HEADINGS[test], _speed_line)
+        headings, line = _HEADINGS[test], _LINES.get(test, _speed_line)
         table = Table(box=None, pad_edge=False, title=_title(test, rows[0]), title_justify="left", title_style="bold")
         for heading in headings:
             table.add_column(heading, justify="left" if heading in ("cache", "shape") else "right")
@@ -201,6 +249,8 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(*line(row))
         console.print()
         console.print(table)
+        for note in _notes(test, rows):
+            console.print(note)
 
 
 def _runs(rows: list[dict[str, Any]]) -> str:
@@ -215,8 +265,9 @@ _HEADINGS = {
     "prefill": ["prompt", "cache", "tok/s", "ms a token", "cache MB"],
     "decode": ["depth", "cache", "tok/s", *_READ],
     "attention": ["shape", "depth", "cache", "steps/s", *_READ],
+    "cache": ["tokens", "with: s", "tok/s", "without: s", "tok/s", "times faster", "same tokens"],
+    "contention": ["neighbours", "depth", "cache", "tok/s", "of alone", "fair", "of fair share", "longest step, ms"],
 }
-_CACHE_HEADINGS = ["tokens", "with: s", "tok/s", "without: s", "tok/s", "times faster", "same tokens"]
 
 
 def _title(test: str, row: dict[str, Any]) -> str:
@@ -225,7 +276,18 @@ def _title(test: str, row: dict[str, Any]) -> str:
         return f"attention alone, {layers} layer{'s' * (layers > 1)} (heads/KV heads/head_dim)"
     if test == "cache":
         return f"the same text with the cache ({row['kv']}) and without"
+    if test == "contention":
+        does = {"compute": "compute", "memory": "stream memory"}[row["neighbour_kind"]]
+        return f"decode beside processes that {does}, on {row['cpus']} CPU{'s' * (row['cpus'] > 1)}"
     return test
+
+
+def _notes(test: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Below a table: whether the machine was the same at the end of a contention test."""
+    if test != "contention":
+        return []
+    alone = [(row["depth"], row["kv"], *row["alone_first_and_last"]) for row in rows if not row["neighbours"]]
+    return [f"alone, depth {d}, {kv}: {first:.1f} tok/s first, {last:.1f} last" for d, kv, first, last in alone]
 
 
 def _speed_line(row: dict[str, Any]) -> list[str]:
@@ -254,3 +316,19 @@ def _cache_line(row: dict[str, Any]) -> list[str]:
         f"{row['ratio']:.1f}",
         f"{row['same_tokens']} of {n}",
     ]
+
+
+def _contention_line(row: dict[str, Any]) -> list[str]:
+    return [
+        str(row["neighbours"]),
+        str(row["depth"]),
+        row["kv"],
+        f"{row['tokens_per_second']:.1f}",
+        f"{100 * row['of_alone']:.0f} %",
+        f"{100 * row['fair_share']:.0f} %",
+        f"{100 * row['of_fair_share']:.0f} %",
+        f"{1000 * row['longest_step_seconds']:.1f}",
+    ]
+
+
+_LINES = {"cache": _cache_line, "contention": _contention_line}

@@ -24,6 +24,7 @@ from kvrun import _core
 from kvrun._core import bench as core
 from kvrun.backend import Cache, CacheT, CacheT_contra, Engine
 from kvrun.errors import OptionError
+from kvrun.measure import neighbours
 from kvrun.measure.caches import fitting
 from kvrun.options import CacheOptions, integer
 from kvrun.session import new_cache
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from kvrun.cuda.device import CudaDevice
     from kvrun.model import Model
 
-TESTS = ("prefill", "decode", "attention", "cache")
+TESTS = ("prefill", "decode", "attention", "cache", "contention")
 ROOM = 128  # tokens that a cache has room for beyond its depth
 SAMPLE_SECONDS, MAX_DECODE, MAX_REPEAT = 0.25, 64, 50  # of one run
 COLD_BYTES, MAX_BYTES = 1 << 27, 1 << 30  # layers are repeated until a cache outgrows the CPU's own, within limits
@@ -68,9 +69,25 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Contention:
+    """Decoding beside `neighbours` busy processes of a kind (`kvrun.measure.neighbours`), each number of them for so
+    many seconds; 0, which is alone, comes first and again last."""
+
+    neighbours: tuple[int, ...]
+    kind: str
+    seconds: float
+    depths: tuple[int, ...]
+    formats: tuple[str, ...]
+
+    @property
+    def round(self) -> tuple[int, ...]:
+        return (0, *(n for n in self.neighbours if n))
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to measure. `formats`: "q4" or, K before V, "q4/q2". `sizes`: sinks and window, where given.
-    `patience`: seconds after which no further run of the same kind is begun."""
+    `patience`: seconds after which no further run of the same kind is begun. `contention`: of the test of that name."""
 
     tests: tuple[str, ...]
     depths: tuple[int, ...]
@@ -81,6 +98,7 @@ class Plan:
     patience: float
     max_tokens: int
     sizes: dict[str, int | None]
+    contention: Contention
 
     def cache(self, name: str, tokens: int, context_length: int) -> CacheOptions:
         """A cache that has room for so many tokens and a few more."""
@@ -105,8 +123,14 @@ class Plan:
             "decode": len(self.depths) * each,
             "attention": shapes * len(self.attention_depths) * each,
             "cache": self.max_tokens,
+            "contention": self._contention_steps,
         }
         return sum(counts[test] for test in self.tests)
+
+    @property
+    def _contention_steps(self) -> int:
+        plan = self.contention
+        return len(plan.depths) * len(plan.formats) * (self.runs * len(plan.round) + 1)
 
 
 class Sample(NamedTuple):
@@ -114,6 +138,14 @@ class Sample(NamedTuple):
 
     seconds: float
     bandwidth: float | None
+
+
+class Steps(NamedTuple):
+    """One run of decode steps: how many, the seconds of all, and of the longest."""
+
+    tokens: int
+    seconds: float
+    longest: float
 
 
 class Bench:
@@ -134,6 +166,7 @@ class Bench:
             "decode": self._decode,
             "attention": self._attention,
             "cache": self._with_and_without,
+            "contention": self._contention,
         }
         rows = [row for test in self.plan.tests for row in tests[test]()]
         if not self._bandwidths:
@@ -264,6 +297,72 @@ class Bench:
             seconds.append(time.perf_counter() - start)
         return seconds, np.array(text, np.int32)
 
+    def _contention(self) -> Iterator[dict[str, Any]]:
+        """All numbers of neighbours in turn, round by round, alone once more at the end: the machine may have become
+        another meanwhile."""
+        plan = self.plan.contention
+        for depth in plan.depths:
+            caches = self._caches(depth, self.engine, plan.formats)
+            runs: dict[tuple[str, int], list[Steps]] = {(name, n): [] for name in caches for n in plan.round}
+            start = time.perf_counter()
+            for turn in range(self.plan.runs):
+                if turn and time.perf_counter() - start > self.plan.patience:
+                    break
+                for n in plan.round:
+                    self._beside(n, depth, caches, runs)
+            self._beside(0, depth, caches, runs)
+            for name, kv in caches.items():
+                for n in plan.round:
+                    yield self._contention_row(name, kv, depth, n, runs[name, n], runs[name, 0])
+
+    def _beside(self, n: int, depth: int, caches: dict[str, Cache], runs: dict[tuple[str, int], list[Steps]]) -> None:
+        """A run of each cache beside n neighbours."""
+        plan = self.plan.contention
+        with neighbours.Neighbours(n, plan.kind) as others:
+            for name, kv in caches.items():
+                self._progress(f"decode at depth {depth} beside {n}, {name} cache")
+                runs[name, n].append(self._steps_for(plan.seconds, kv, depth))
+                others.check()
+
+    def _steps_for(self, seconds: float, kv: Cache, depth: int) -> Steps:
+        """Decode steps until they have taken so long, from a depth on and back to it whenever the cache has no room;
+        only steps are timed."""
+        tokens = self._tokens(ROOM)
+        n, total, longest = 0, 0.0, 0.0
+        while total < seconds:
+            self._machine.fill(kv, depth)
+            self.engine.forward(tokens[:1], kv)  # wakes threads
+            for i in range(1, ROOM):
+                start = time.perf_counter()
+                self.engine.forward(tokens[i : i + 1], kv)
+                step = time.perf_counter() - start
+                n, total, longest = n + 1, total + step, max(longest, step)
+                if total >= seconds:
+                    break
+        return Steps(n, total, longest)
+
+    def _contention_row(
+        self, name: str, kv: Cache, depth: int, n: int, runs: list[Steps], alone: list[Steps]
+    ) -> dict[str, Any]:
+        row = self._row("contention", name, kv, depth, [Sample(run.seconds / run.tokens, None) for run in runs], None)
+        cpus, threads = _core.max_threads(), self.model.threads
+        speeds = [run.tokens / run.seconds for run in alone]
+        fair = neighbours.fair_share(cpus, threads, n)
+        share = row["tokens_per_second"] * statistics.median(run.seconds / run.tokens for run in alone)
+        return {
+            **row,
+            "neighbours": n,
+            "neighbour_kind": self.plan.contention.kind,
+            "cpus": cpus,
+            "tokens": sum(run.tokens for run in runs),
+            "seconds": sum(run.seconds for run in runs),
+            "of_alone": share,
+            "fair_share": fair,
+            "of_fair_share": share / fair,
+            "longest_step_seconds": max(run.longest for run in runs),
+            "alone_first_and_last": [speeds[0], speeds[-1]],
+        }
+
     # --- parts ------------------------------------------------------------------------------------
 
     def _tokens(self, n: int) -> np.ndarray:
@@ -288,9 +387,9 @@ class Bench:
     def _cache(self, name: str, tokens: int, engine: Engine[CacheT]) -> CacheT:
         return new_cache(engine, self.plan.cache(name, tokens, self.model.description.context_length))
 
-    def _caches(self, tokens: int, engine: Engine[CacheT]) -> dict[str, CacheT]:
+    def _caches(self, tokens: int, engine: Engine[CacheT], formats: tuple[str, ...] | None = None) -> dict[str, CacheT]:
         """One of each format; OptionError when the machine has no memory for all."""
-        caches = {name: self._cache(name, tokens, engine) for name in self.plan.formats}
+        caches = {name: self._cache(name, tokens, engine) for name in formats or self.plan.formats}
         needed, there = sum(kv.nbytes for kv in caches.values()), self._machine.memory
         if there is not None and needed > there:
             raise OptionError(

@@ -14,7 +14,9 @@ from kvrun._core import bench as core
 from kvrun.commands import bench, perplexity
 from kvrun.commands import main as cli
 from kvrun.files.model_file import read_model_file
-from kvrun.measure import speed
+from kvrun.measure import neighbours, speed
+from kvrun.measure.neighbours import MAX_NEIGHBOURS
+from kvrun.options import DEFAULT_KV
 
 KEYS = {
     "test",
@@ -33,6 +35,18 @@ MORE = {
     "decode": {"tokens"},
     "attention": {"shape", "layers", "measured_layers"},
     "cache": {"tokens", "seconds", "seconds_without", "ratio", "same_tokens"},
+    "contention": {
+        "neighbours",
+        "neighbour_kind",
+        "cpus",
+        "tokens",
+        "seconds",
+        "of_alone",
+        "fair_share",
+        "of_fair_share",
+        "longest_step_seconds",
+        "alone_first_and_last",
+    },
 }
 REPORT = {
     "version",
@@ -79,7 +93,7 @@ def report(capsys, *arguments):
         assert set(row) == KEYS | MORE[row["test"]]
         assert row["tokens_per_second"] > 0
         if row["bytes_per_token"] is None:
-            assert row["bandwidth_fraction"] is None and row["test"] in ("prefill", "cache")
+            assert row["bandwidth_fraction"] is None and row["test"] in ("prefill", "cache", "contention")
         else:
             assert row["bandwidth_fraction"] > 0
     return found
@@ -120,9 +134,13 @@ def test_every_test(model, capsys):
         "f16/f32",
         "-n",
         "20",
+        "--neighbours",
+        "1",
+        "--seconds",
+        "0.02",
     )
     rows = [
-        (row["test"], row["kv"], row["depth"], row.get("tokens") if row["test"] != "decode" else None)
+        (row["test"], row["kv"], row["depth"], row.get("tokens") if row["test"] in ("prefill", "cache") else None)
         for row in found["results"]
     ]
     formats = ("f16", "f16/f32")
@@ -131,10 +149,11 @@ def test_every_test(model, capsys):
         + [("decode", kv, depth, None) for depth in (0, 70) for kv in formats]
         + [("attention", kv, 70, None) for kv in formats]
         + [("cache", "f16", speed.PROMPT, n) for n in (16, 20)]
+        + [("contention", kv, depth, None) for depth in (0, 70) for kv in formats for _ in (0, 1)]
     )
     assert (found["isa"], found["threads"]) == (_core.isa(), 2)
     for row in found["results"]:
-        assert row["runs"] == 1
+        assert row["runs"] == 1 + (row.get("neighbours") == 0)  # alone also at the end
         if row["test"] == "cache":
             assert row["ratio"] == pytest.approx(row["seconds_without"] / row["seconds"])
             assert row["same_tokens"] == row["tokens"]  # float weights: nothing is rounded to int8
@@ -198,6 +217,37 @@ def test_a_shape_of_another_model(model, capsys):
         assert row["measured_layers"] * 2 * 2 * 128 * (61 * 2 + 4 * 4) >= speed.COLD_BYTES
 
 
+def test_contention(model, capsys):
+    """Alone is always measured; shares are of what is fair on the CPUs that there are."""
+    found = report(capsys, model, "--neighbours", "2,1", "2", "--seconds", "0.02")
+    rows = found["results"]
+    kinds = {(row["test"], row["kv"], row["depth"], row["neighbour_kind"]) for row in rows}
+    assert kinds == {("contention", DEFAULT_KV, 0, "compute")}
+    assert [row["neighbours"] for row in rows] == [0, 1, 2]
+    assert [row["runs"] for row in rows] == [2, 1, 1]  # alone first and last
+    for row in rows:
+        cpus, n = row["cpus"], row["neighbours"]
+        assert cpus == _core.max_threads() and row["fair_share"] == min(1, cpus / (min(2, cpus) + n))
+        assert row["of_fair_share"] == pytest.approx(row["of_alone"] / row["fair_share"])
+        assert row["of_alone"] == pytest.approx(row["tokens_per_second"] / rows[0]["tokens_per_second"])
+        assert row["seconds"] >= 0.02 * row["runs"] and row["tokens"] >= row["runs"]
+        assert row["longest_step_seconds"] >= row["seconds"] / row["tokens"]
+    assert min(rows[0]["alone_first_and_last"]) <= rows[0]["tokens_per_second"] <= max(rows[0]["alone_first_and_last"])
+
+
+def test_contention_for_memory_with_many_threads(model, capsys, monkeypatch):
+    monkeypatch.setattr(neighbours, "STREAMED", 1 << 20)
+    arguments = ["--neighbour-kind", "memory", "--neighbours", "1", "--depth", "3", "--kv", "f16", "--threads", "64"]
+    out = called(capsys, model, "--test", "contention", *arguments, "--seconds", "0.02", "--runs", "2", "--json")
+    found = json.loads(out)
+    assert found["threads"] == 64
+    assert [(row["kv"], row["depth"], row["neighbours"], row["runs"]) for row in found["results"]] == [
+        ("f16", 3, 0, 3),
+        ("f16", 3, 1, 2),
+    ]
+    assert {row["neighbour_kind"] for row in found["results"]} == {"memory"}
+
+
 def test_runs_that_take_long(model, capsys, monkeypatch):
     """By default the first round is the only one when it takes too long; a number that is given counts."""
     monkeypatch.setattr(bench, "PATIENCE", -1.0)
@@ -231,7 +281,7 @@ def test_table(model, capsys):
         capsys,
         model,
         "--test",
-        "all",
+        "prefill,decode,attention,cache",
         "--depth",
         "0",
         "70",
@@ -248,6 +298,19 @@ def test_table(model, capsys):
         assert f"\n{title}" in out
     lines = [line.split() for line in out.splitlines()]
     assert [line[:2] for line in lines if line[1:2] == ["f16"]] == [["5", "f16"], ["0", "f16"], ["70", "f16"]]
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+def test_table_of_contention(model, capsys):
+    arguments = ["--neighbours", "1", "--seconds", "0.02", "--depth", "0", "70", "--kv", "f16,q4"]
+    out = called(capsys, model, *arguments, *QUICK)
+    cpus = _core.max_threads()
+    assert f"\ndecode beside processes that compute, on {cpus} CPU{'s' * (cpus > 1)}" in out
+    lines = [line.split() for line in out.splitlines()]
+    groups = [(depth, kv) for depth in ("0", "70") for kv in ("f16", "q4")]
+    rows = [line for line in lines if "%" in line]
+    assert [line[:3] for line in rows] == [[n, depth, kv] for depth, kv in groups for n in "01"]
+    assert all(line.startswith("alone, ") for line in out.splitlines()[-4:])
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
@@ -321,6 +384,16 @@ def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
         (["--shape", "8/0/64"], ["shape", "at least 1"]),
         (["--shape", "8/2/64", "--test", "decode"], ["shape", "attention"]),
         (["--test", "attention", "--depth", "0"], ["depth", "above 0"]),
+        (["--neighbours", "-1"], ["neighbours", "at least 0"]),
+        (["--neighbours", "1,"], ["neighbours", "missing"]),
+        (["--neighbours", "many"], ["neighbours", "whole number", "'many'"]),
+        (["--neighbours", str(MAX_NEIGHBOURS + 1)], ["neighbours", f"at most {MAX_NEIGHBOURS}"]),
+        (["--seconds", "0"], ["seconds", "more than 0"]),
+        (["--seconds", "nan"], ["seconds", "finite"]),
+        (["--test", "decode", "--seconds", "1"], ["seconds", "--test contention"]),
+        (["--test", "decode", "--neighbours", "1"], ["neighbours", "--test contention"]),
+        (["--test", "attention", "--neighbour-kind", "memory"], ["neighbour_kind", "--test contention"]),
+        (["--test", "contention", "--device", "cuda"], ["device"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -331,6 +404,12 @@ def test_options_that_cannot_be(arguments, words, model, capsys):
 def test_more_memory_than_there_is(model, capsys, monkeypatch):
     monkeypatch.setattr(speed, "physical_memory", lambda: 10**6)
     refused(capsys, model, "--depth", "100000", words=["100000", "GB", "--depth"])
+
+
+def test_more_neighbours_than_there_is_memory_for(model, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "physical_memory", lambda: 4 << 30)
+    arguments = ["--neighbour-kind", "memory", "--neighbours", "9"]
+    refused(capsys, model, *arguments, words=["9 that stream memory", "2.4 GB", "4.3"])
 
 
 def test_several_values_with_commas_or_spaces(capsys):
@@ -354,6 +433,7 @@ def test_several_values_with_commas_or_spaces(capsys):
 
 
 def test_wrong_usage(model, capsys, tmp_path):
+    refused(capsys, model, "--neighbour-kind", "loud", words=["'loud'", "compute", "memory"], status=2)
     for tests in ("sleep", "decode,sleep"):
         refused(capsys, model, "--test", tests, words=["'sleep'", "prefill", "kvrun bench --help"], status=2)
     refused(capsys, model, "--no-such-option", words=["--no-such-option"], status=2)
