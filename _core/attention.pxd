@@ -56,5 +56,5 @@ cdef void append_step(const Plan* plan, int64_t layer, const float* k, const flo
                       int thread) noexcept nogil
 cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_team* team,
                       int thread) noexcept nogil
-cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team) noexcept nogil
+cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team, int thread) noexcept nogil
 cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil

@@ -247,7 +247,7 @@ cdef void append_step(const Plan* plan, int64_t layer, const float* k, const flo
     cdef Added added
     added.plan, added.layer, added.k, added.v, added.ld = plan, layer, k, v, ld
     while True:
-        i = kv_team_take(team, items * plan.cache.n_kv_heads, 1, &end)
+        i = kv_team_take(team, thread, items * plan.cache.n_kv_heads, 1, &end)
         if i < 0:
             break
         tile = plan.packed_before + i % items - 1
@@ -262,13 +262,13 @@ cdef bint commit_needed(const Plan* plan) noexcept nogil:
             or plan.last_tile >= plan.packed_before + plan.cache.n_window_tiles)
 
 
-cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team) noexcept nogil:
+cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team, int thread) noexcept nogil:
     """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
     cdef const Cache* c = plan.cache
     cdef const CacheLayer* of = &c.layers[layer]
     cdef int64_t tile, head = 0, end = 0
     while True:
-        head = kv_team_take(team, c.n_kv_heads, 1, &end)
+        head = kv_team_take(team, thread, c.n_kv_heads, 1, &end)
         if head < 0:
             break
         for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
@@ -430,7 +430,7 @@ cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t l
     if plan.split:  # neighbouring spans to one thread, as long as they last: memory is read in one go
         grab = max(items // (2 * kv_team_size(team)), <int64_t>1)
     while True:
-        i = kv_team_take(team, items, grab, &end)
+        i = kv_team_take(team, thread, items, grab, &end)
         if i < 0:
             break
         for i in range(i, end):

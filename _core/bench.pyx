@@ -47,7 +47,7 @@ cdef void _stream(void* arg, kv_team* team, int thread) noexcept nogil:
     cdef int64_t block = 0, end = 0
     cdef uint64_t total = 0
     while True:
-        block = kv_team_take(team, s.blocks, 1, &end)
+        block = kv_team_take(team, thread, s.blocks, 1, &end)
         if block < 0:
             break
         if s.write:
@@ -126,7 +126,7 @@ cdef void _multiply(void* arg, kv_team* team, int thread) noexcept nogil:
     cdef const Product* p = <const Product*>arg
     cdef int64_t start, end = 0, grab = kv_team_grab(team, p.n_panels)
     while True:
-        start = kv_team_take(team, p.n_panels, grab, &end)
+        start = kv_team_take(team, thread, p.n_panels, grab, &end)
         if start < 0:
             break
         p.run(p.panels + start * p.panel_bytes, end - start, p.cols, &p.x, p.n, p.out + KV_PANEL * start,

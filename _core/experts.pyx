@@ -67,14 +67,14 @@ cdef void _choose(const Worker* w, const Layer* layer) noexcept nogil:
     cdef const RunState* run = &w.call.run
     cdef int64_t t, end = 0, n = w.call.plan.n
     while True:
-        t = kv_team_take(w.team, n, 4, &end)
+        t = kv_team_take(w.team, w.thread, n, 4, &end)
         if t < 0:
             break
         for t in range(t, end):
             _choose_experts(c, run.router + t * layer.router.width, run.chosen + t * c.experts_used,
                             run.share + t * c.experts_used)
     kv_team_barrier(w.team)
-    if kv_team_take(w.team, 1, 1, &end) == 0:
+    if kv_team_take(w.team, w.thread, 1, 1, &end) == 0:
         _sort_slots(c, run, n)
     kv_team_barrier(w.team)
 
@@ -98,7 +98,7 @@ cdef void _prepare_gate_up(const Worker* w, const Layer* layer, const kv_input* 
     cdef kv_input x = _gate_up_inputs(call, 0)
     cdef int64_t slot, end = 0, slots = call.plan.n * c.experts_used
     while True:
-        slot = kv_team_take(w.team, slots, 1, &end)
+        slot = kv_team_take(w.team, w.thread, slots, 1, &end)
         if slot < 0:
             break
         memcpy(<float*>x.f + slot * x.ld, tokens.f + call.run.slot_choice[slot] // c.experts_used * tokens.ld,
@@ -114,7 +114,7 @@ cdef void _prepare_down(const Worker* w, const Layer* layer) noexcept nogil:
     cdef kv_input x = _down_inputs(w.call, &layer.experts[0], 0)
     cdef int64_t slot, end = 0
     while layer.experts_quantized:
-        slot = kv_team_take(w.team, w.call.plan.n * c.experts_used, 1, &end)
+        slot = kv_team_take(w.team, w.thread, w.call.plan.n * c.experts_used, 1, &end)
         if slot < 0:
             kv_team_barrier(w.team)
             break
@@ -157,7 +157,7 @@ cdef void _for_experts(const Worker* w, const Layer* layer, int64_t panels, Expe
     cdef const RunState* run = &w.call.run
     cdef int64_t items = run.n_active[0] * panels, start, end = 0, stop, e
     while True:
-        start = kv_team_take(w.team, items, kv_team_grab(w.team, items), &end)
+        start = kv_team_take(w.team, w.thread, items, kv_team_grab(w.team, items), &end)
         if start < 0:
             break
         while start < end:
@@ -176,7 +176,7 @@ cdef void _sum_slots(const Worker* w) noexcept nogil:
     cdef float* to
     cdef const float* part
     while True:
-        t = kv_team_take(w.team, w.call.plan.n, 1, &end)
+        t = kv_team_take(w.team, w.thread, w.call.plan.n, 1, &end)
         if t < 0:
             break
         to = (run.branch if c.branch else run.x) + t * c.hidden_pad

@@ -222,10 +222,10 @@ cdef void _chunk(void* arg, kv_team* team, int thread) noexcept nogil:
         attend_step(p, 0, s.q, width, team, thread)
         kv_team_barrier(team)
     if commit_needed(p):
-        commit_step(p, 0, team)
+        commit_step(p, 0, team, thread)
         kv_team_barrier(team)
     while s.q != NULL:
-        t = kv_team_take(team, p.n, 1, &end)
+        t = kv_team_take(team, thread, p.n, 1, &end)
         if t < 0:
             break
         combine(p, 0, t, s.out + t * width)

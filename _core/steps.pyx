@@ -23,7 +23,7 @@ cdef void embed(const Worker* w) noexcept nogil:
     cdef float* x
     cdef float* learned
     while True:
-        t = kv_team_take(w.team, call.plan.n, 1, &end)
+        t = kv_team_take(w.team, w.thread, call.plan.n, 1, &end)
         if t < 0:
             break
         x, learned = call.run.x + t * c.hidden_pad, call.run.input + t * call.run.input_width
@@ -63,7 +63,7 @@ cdef inline bint _next_rows(const Worker* w, int64_t n, int64_t* start, int64_t*
     if n == 1:
         start[0], end[0] = end[0], 1
         return start[0] == 0
-    start[0] = kv_team_take(w.team, n, 4, end)
+    start[0] = kv_team_take(w.team, w.thread, n, 4, end)
     if start[0] < 0:
         kv_team_barrier(w.team)
     return start[0] >= 0
@@ -156,7 +156,7 @@ cdef void matmul(const Worker* w, const Matrix* m, const kv_input* x, float* out
     """out [n][ld] = (or += with add) m x. next: the matrix that is read after this, or NULL."""
     cdef int64_t start, end = 0, grab = kv_team_grab(w.team, m.panels)
     while True:
-        start = kv_team_take(w.team, m.panels, grab, &end)
+        start = kv_team_take(w.team, w.thread, m.panels, grab, &end)
         if start < 0:
             break
         matmul_panels(w.call.kern, m, x, w.call.plan.n, start, end, out, ld, add)
@@ -173,7 +173,7 @@ cdef void activate_mlp(const Worker* w, const Layer* layer, const kv_input* x) n
     cdef const Matrix* first = first_of_mlp(layer)
     cdef const float* up
     while True:
-        start = kv_team_take(w.team, layer.up.panels, grab, &end)
+        start = kv_team_take(w.team, w.thread, layer.up.panels, grab, &end)
         if start < 0:
             break
         matmul_panels(call.kern, first, x, n, start, end, call.run.gate, width, False)
@@ -204,7 +204,7 @@ cdef void add_branch(const Worker* w, const Norm* norm) noexcept nogil:
     cdef float* branch
     cdef float* stream
     while c.branch:
-        t = kv_team_take(w.team, call.plan.n, 1, &end)
+        t = kv_team_take(w.team, w.thread, call.plan.n, 1, &end)
         if t < 0:
             kv_team_barrier(w.team)
             break
@@ -223,7 +223,7 @@ cdef void logits(const Worker* w, const kv_input* x) noexcept nogil:
     cdef int64_t grab = kv_team_grab(w.team, call.head.panels)
     cdef float* out
     while True:
-        start = kv_team_take(w.team, call.head.panels, grab, &end)
+        start = kv_team_take(w.team, w.thread, call.head.panels, grab, &end)
         if start < 0:
             break
         matmul_panels(call.kern, call.head, x, n, start, end, call.logits, call.head.width, False)
@@ -248,7 +248,7 @@ cdef void norm_heads(const Worker* w, const Layer* layer) noexcept nogil:
     cdef int64_t items = call.plan.n * (queries + keys), i = 0, end = 0, j, size
     cdef float* at
     while True:
-        i = kv_team_take(w.team, items, kv_team_grab(w.team, items), &end)
+        i = kv_team_take(w.team, w.thread, items, kv_team_grab(w.team, items), &end)
         if i < 0:
             break
         for i in range(i, end):
@@ -275,5 +275,5 @@ cdef void attend(const Worker* w, const Layer* layer, int64_t i) noexcept nogil:
     _prefetch(w, &layer.o)
     kv_team_barrier(w.team)
     if commit_needed(&call.plan):
-        commit_step(&call.plan, i, w.team)
+        commit_step(&call.plan, i, w.team, w.thread)
         kv_team_barrier(w.team)

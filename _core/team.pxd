@@ -11,4 +11,4 @@ cdef extern from "team.h":
     int64_t kv_team_grab(const kv_team*, int64_t) noexcept nogil
     void kv_team_barrier(kv_team*) noexcept nogil
     int64_t kv_team_share(const kv_team*, int, int64_t) noexcept nogil
-    int64_t kv_team_take(kv_team*, int64_t, int64_t, int64_t*) noexcept nogil
+    int64_t kv_team_take(kv_team*, int, int64_t, int64_t, int64_t*) noexcept nogil

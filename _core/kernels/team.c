@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 /* A thread's share of a step's work, of which it takes from the front; the others do, too, when theirs is done. */
 typedef struct {
@@ -36,12 +37,12 @@ static pthread_mutex_t pool_mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
 static worker *idle;
 
-/* This thread's number in its team. */
-static _Thread_local int own_number;
 
 enum {
-    SPINS = 4000,      /* of a waiting thread (some tens of microseconds), before it gives the core away or sleeps */
-    STACK = 1 << 20 /* bytes of a thread's stack: kernels use some tens of thousands */
+    SPINS = 4000,      /* of a thread at a barrier (some tens of microseconds), before it gives the core away */
+    AWAKE = 50 * 1000, /* nanoseconds that a thread looks out for the next call before it sleeps */
+    LOOKS = 64,        /* at the next call between two at the clock */
+    STACK = 1 << 20    /* bytes of a thread's stack: kernels use some tens of thousands */
 };
 
 static void relax(void)
@@ -81,13 +82,12 @@ void kv_team_barrier(kv_team *team)
 
 int64_t kv_team_share(const kv_team *team, int thread, int64_t total) { return total * thread / team->size; }
 
-int64_t kv_team_take(kv_team *team, int64_t total, int64_t grab, int64_t *end)
+int64_t kv_team_take(kv_team *team, int thread, int64_t total, int64_t grab, int64_t *end)
 {
-    const int own = own_number;
     for (int i = 0; i < team->size; i++) {
-        const int thread = own + i < team->size ? own + i : own + i - team->size;
-        const int64_t first = kv_team_share(team, thread, total), last = kv_team_share(team, thread + 1, total);
-        atomic_int_fast64_t *taken = &team->shares[thread].taken;
+        const int of = thread + i < team->size ? thread + i : thread + i - team->size;
+        const int64_t first = kv_team_share(team, of, total), last = kv_team_share(team, of + 1, total);
+        atomic_int_fast64_t *taken = &team->shares[of].taken;
         if (first + atomic_load_explicit(taken, memory_order_relaxed) >= last)
             continue;
         const int64_t start = first + atomic_fetch_add_explicit(taken, grab, memory_order_relaxed);
@@ -109,21 +109,37 @@ static void in_child(void)
 }
 static void follow_forks(void) { pthread_atfork(before_fork, in_parent, in_child); }
 
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
+/* Whether the call after so many comes within AWAKE. */
+static int called_soon(worker *w, unsigned done)
+{
+    for (const int64_t end = now() + AWAKE; now() < end;)
+        for (int looks = 0; looks < LOOKS; looks++) {
+            if (atomic_load_explicit(&w->calls, memory_order_acquire) != done)
+                return 1;
+            relax();
+        }
+    return 0;
+}
+
 static void *work(void *arg)
 {
     worker *w = arg;
     unsigned done = 0;
     for (;;) {
-        for (int spins = 0; spins < SPINS && atomic_load_explicit(&w->calls, memory_order_acquire) == done; spins++)
-            relax();
-        if (atomic_load_explicit(&w->calls, memory_order_acquire) == done) {
+        if (!called_soon(w, done)) {
             pthread_mutex_lock(&w->mutex);
             while (atomic_load_explicit(&w->calls, memory_order_relaxed) == done)
                 pthread_cond_wait(&w->called, &w->mutex);
             pthread_mutex_unlock(&w->mutex);
         }
         done++;
-        own_number = w->thread;
         w->fn(w->arg, w->team, w->thread);
         atomic_fetch_sub_explicit(&w->team->working, 1, memory_order_release);
     }
@@ -221,7 +237,6 @@ void kv_team_run(int threads, kv_team_fn fn, void *arg)
     atomic_init(&team.working, hired);
     for (worker *w = others; w != NULL; w = w->next)
         call(w, &team, thread++, fn, arg);
-    own_number = 0;
     fn(arg, &team, 0);
     for (int spins = 0; atomic_load_explicit(&team.working, memory_order_acquire) != 0; spins++) {
         if (spins < SPINS)

@@ -26,8 +26,8 @@ void kv_team_barrier(kv_team *team);
 int64_t kv_team_share(const kv_team *team, int thread, int64_t total);
 
 /* The first of up to `grab` consecutive work items of this step that nobody has taken, or -1 when none of `total` is
- * left; *end is one past the last. A thread goes through its own share, so that it reads memory in one go, and then
+ * left; *end is one past the last. `thread` is the caller's number: it goes through its own share, so that it reads memory in one go, and then
  * helps with the others': threads that are held up take less and do not stall the rest. */
-int64_t kv_team_take(kv_team *team, int64_t total, int64_t grab, int64_t *end);
+int64_t kv_team_take(kv_team *team, int thread, int64_t total, int64_t grab, int64_t *end);
 
 #endif

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kvrun
-from support import no_threads
+from support import ROOT, needs, no_threads
 
 WAIT = 120  # seconds: a bound for what would hang
 PROMPT = "Once upon a time there was a little fox"
@@ -171,3 +171,14 @@ def test_as_many_threads_as_are_allowed(path):
     for session in (one, many):
         list(session.stream(PROMPT, max_tokens=3, ignore_eos=True, seed=1, raw=True))
     assert np.array_equal(one.evaluate(), many.evaluate())
+
+
+@pytest.mark.parametrize("flags", [(), ("-fsanitize=thread", "-g")], ids=["plain", "sanitized"])
+def test_the_team_alone(tmp_path, flags):
+    """Every item is done once a step, every thread begins with its own share, and no memory is raced for."""
+    needs.program("gcc", "gcc")
+    sources = [str(Path(__file__).with_name("team_stress.c")), str(ROOT / "_core/kernels/team.c")]
+    command = ["gcc", "-std=gnu11", "-O2", f"-I{ROOT / '_core/kernels'}", *sources, "-pthread", "-o"]
+    subprocess.run([*command, str(tmp_path / "stress"), *flags], check=True)
+    done = subprocess.run([str(tmp_path / "stress")], capture_output=True, text=True, timeout=WAIT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
