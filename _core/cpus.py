@@ -23,12 +23,12 @@ def max_threads() -> int:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPUs that the control groups of this process grant it, the least of all that it is in; None if there is no limit
     or none that can be read. ``root`` has ``proc/self`` and the mounted groups."""
-    quotas = [quota for folder, version in _groups(root) if (quota := _quota(folder, version)) is not None]
+    quotas = [quota for folder, version in control_groups(root) if (quota := _quota(folder, version)) is not None]
     return min(quotas, default=None)
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, int]]:
-    """(folder, version) of each group with a limit of CPU time that this process is in, up to the mounted one."""
+def control_groups(root: Path) -> Iterator[tuple[Path, int]]:
+    """(folder, version) of each group for CPU time that this process is in, its own first, up to the mounted one."""
     for line in _lines(root / "proc/self/cgroup"):
         number, controllers, group = line.split(":", 2) if line.count(":") >= 2 else ("", "", "")
         version = 2 if number == "0" and not controllers else 1

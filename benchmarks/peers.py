@@ -120,7 +120,7 @@ def locate(pythons: list[str], families: list[str]) -> tuple[list[tuple[Package,
 
 
 class Worker:
-    """The process of one runtime. `caches`: {own name of a cache: its kind}."""
+    """The process of one runtime, `pid`. `caches`: {own name of a cache: its kind}."""
 
     def __init__(self, name: str, command: list[str], log: Path, timeout: float) -> None:
         self.name, self.log, self.timeout = name, log, timeout
@@ -137,6 +137,7 @@ class Worker:
                 text=True,
                 env=environment,
             )
+        self.pid = self._process.pid
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
@@ -182,6 +183,21 @@ class Worker:
         self._stdout.close()
 
 
+def start(found: list[tuple[Package, str, str]], scratch: Path, timeout: float) -> list[Worker]:
+    """A process for each runtime of `locate`."""
+    workers = []
+    for i, (package, python, version) in enumerate(found):
+        worker = Worker(package.runtime, [python, str(WORKER)], scratch / f"{i}.log", timeout)
+        worker.info = {"package": package.name, "family": package.family, "version": version}
+        workers.append(worker)
+    return workers
+
+
+def wanted(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of `gguf_facts`, what workers are told when they load a model."""
+    return {key: facts[key] for key in ("vocab", "layers", "kv_heads", "head_dim")}
+
+
 @dataclass
 class Plan:
     """What to measure. A run that took longer than `patience` seconds is not repeated; a prompt expected to take
@@ -212,7 +228,7 @@ class Comparison:
         """Every worker opens the model, one after the other."""
         for worker in list(self.workers):
             self.say(f"loading: {worker.name}")
-            answer = self._ask(worker, "load", runtime=worker.name, caches=self.plan.kinds, **request)
+            answer = self.ask(worker, "load", runtime=worker.name, caches=self.plan.kinds, **request)
             if answer is None:
                 self._drop(worker)
             else:
@@ -227,7 +243,7 @@ class Comparison:
         for worker in list(self.workers):
             path = folder / "logits.npy"
             cache = next(iter(worker.caches))
-            if self._ask(worker, "logits", cache, n=PROMPT, path=str(path)) is None:
+            if self.ask(worker, "logits", cache, n=PROMPT, path=str(path)) is None:
                 continue
             p = log_softmax(np.load(path).astype(np.float64)[None])[0]
             ours = p if worker.name == "kvrun" else ours
@@ -282,7 +298,7 @@ class Comparison:
                 if found is None or (turn and found["runs"][-1]["seconds"] > self.plan.patience):
                     continue
                 time.sleep(REST)
-                answer = self._ask(worker, op, cache, **more)
+                answer = self.ask(worker, op, cache, **more)
                 if answer is None:
                     del rows[worker.name, cache]
                 else:
@@ -291,7 +307,7 @@ class Comparison:
                         self.speeds[worker.name, cache] = answer["tokens"] / answer["seconds"]
         self.results += [found for found in rows.values() if found["runs"]]
         for worker in list(self.workers):
-            self._ask(worker, "release")
+            self.ask(worker, "release")
 
     def _too_long(self, worker: Worker, cache: str, tokens: int) -> bool:
         speed = self.speeds.get((worker.name, cache))
@@ -304,7 +320,7 @@ class Comparison:
         """What is known of a cache with a prompt of `depth` tokens in it, and room for those of a run."""
         if depth:
             self.say(f"  filling: {worker.name}, {cache}")
-        made = self._ask(worker, "prepare", cache, depth=depth, room=self.plan.tokens + 1)
+        made = self.ask(worker, "prepare", cache, depth=depth, room=self.plan.tokens + 1)
         if made is not None:
             made["fill_seconds"] = made.pop("seconds")
             if depth:
@@ -314,11 +330,11 @@ class Comparison:
     def _measure_bandwidth(self) -> None:
         for worker in self.workers:
             if worker.name == "kvrun":
-                answer = self._ask(worker, "bandwidth")
+                answer = self.ask(worker, "bandwidth")
                 self.bandwidths += [answer["gb_s"]] if answer else []
                 return
 
-    def _ask(self, worker: Worker, op: str, cache: str | None = None, **arguments: Any) -> dict[str, Any] | None:
+    def ask(self, worker: Worker, op: str, cache: str | None = None, **arguments: Any) -> dict[str, Any] | None:
         """The answer; None, with a line in `left_out`, where there is none. A cache that fails is not used again,
         and neither is a worker that crashed."""
         if worker not in self.workers:
@@ -366,12 +382,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="more, to look for peers in",
     )
     add("--peers", metavar="NAME", choices=FAMILIES[1:], **several, help=f"of {', '.join(FAMILIES[1:])} (all)")
-    add("--threads", type=_positive, default=2, help="threads of each runtime (2)")
+    add("--threads", type=positive, default=2, help="threads of each runtime (2)")
     add("--kv", metavar="FORMAT", default=["f16", "q8", "q4", "q2"], **several, help="caches (f16 q8 q4 q2)")
     add(
         "--depths",
         metavar="N",
-        type=_whole,
+        type=whole,
         default=[0, 512, 2048, 7680],
         **several,
         help="(0 512 2048 7680)",
@@ -379,13 +395,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--prefill",
         metavar="N",
-        type=_whole,
+        type=whole,
         default=[512, 4096],
         **several,
         help="prompts (512 4096); 0: none",
     )
-    add("--runs", type=_positive, default=3, help="runs of each, of which median and best are shown (3)")
-    add("--tokens", type=_positive, default=32, help="decoded in a run, or as many as take a second (32)")
+    add("--runs", type=positive, default=3, help="runs of each, of which median and best are shown (3)")
+    add("--tokens", type=positive, default=32, help="decoded in a run, or as many as take a second (32)")
     add("--patience", metavar="SECONDS", type=float, default=20, help="a longer run is not repeated (20)")
     add(
         "--limit",
@@ -400,15 +416,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
 
 
-def _positive(text: str) -> int:
-    if _whole(text) < 1:
+def positive(text: str) -> int:
+    if whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return int(text)
 
@@ -451,16 +467,11 @@ def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None])
         args.limit,
     )
     before = peers_report.machine()
-    workers = []
-    for i, (package, python, version) in enumerate(found):
-        worker = Worker(package.runtime, [python, str(WORKER)], scratch / f"{i}.log", args.timeout)
-        worker.info = {"package": package.name, "family": package.family, "version": version}
-        workers.append(worker)
+    workers = start(found, scratch, args.timeout)
     everyone = {worker.name: worker.info for worker in workers}
     comparison = Comparison(workers, plan, say, lines)
     try:
-        wanted = {key: facts[key] for key in ("vocab", "layers", "kv_heads", "head_dim")}
-        comparison.load(gguf=path, scratch=str(scratch), threads=args.threads, **wanted)
+        comparison.load(gguf=path, scratch=str(scratch), threads=args.threads, **wanted(facts))
         comparison.agree(scratch)
         comparison.run()
     finally:
