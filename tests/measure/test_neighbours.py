@@ -77,7 +77,7 @@ def test_they_end_after_an_error():
 def test_one_that_has_ended_is_noticed():
     with Neighbours(2) as others:
         os.kill(others.pids[1], signal.SIGKILL)
-        until(lambda: not running(others.pids[1]))
+        os.waitid(os.P_PID, others.pids[1], os.WEXITED | os.WNOWAIT)
         with pytest.raises(KvrunError, match="1 of 2 have ended"):
             others.check()
 
@@ -93,18 +93,33 @@ def test_those_that_cannot_be(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_they_end_with_the_command(number, converted):
-    """Killed, it can do nothing for that itself."""
-    number = getattr(signal, number)
     command = [*KVRUN, "bench", str(converted("grouped-tied")), "--neighbours", "2", "--seconds", "0.05"]
     process = subprocess.Popen([*command, "--runs", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pids = until(lambda: len(found := children(process.pid)) == 2 and found)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert b"Traceback" not in err
+    assert process.returncode == 128 + number and b"Traceback" not in err
     until(lambda: not any(map(running, pids)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_end_when_the_process_that_started_them_is_killed(kind):
+    """It can do nothing for that itself."""
+    code = (
+        "import sys, time; from kvrun.measure import neighbours; neighbours.STREAMED = 1 << 20\n"
+        "with neighbours.Neighbours(2, sys.argv[1]) as others: print(*others.pids, flush=True), time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, kind], stdout=subprocess.PIPE) as process:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(running, pids))
+        process.kill()
+    try:
+        until(lambda: not any(map(running, pids)), seconds=20)
+    finally:
+        for pid in filter(running, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
