@@ -62,6 +62,11 @@ class DeclaredTokens:
     named: dict[str, NamedToken]
     extra: list[DeclaredToken]
 
+    @property
+    def unflagged(self) -> set[str]:
+        """The tokens of which no file says whether they are special: added_tokens.json has texts and ids only."""
+        return set() if self.complete else {token.content for token in self.numbered.values()}
+
     def add_to(self, library: Tokenizer) -> tuple[str, ...]:
         """Add them to a tokenizer, which numbers those that it does not have from its end on. A line about those that
         get another id than the files say, if there are any. Raises ConvertError if BOS or EOS is no token."""

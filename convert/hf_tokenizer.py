@@ -13,7 +13,7 @@ from kvrun.convert.checkpoint import Vocabulary
 from kvrun.convert.declared_tokens import DeclaredTokens, read_declared_tokens, renumbered
 from kvrun.convert.fields import Fields, read_json
 from kvrun.convert.small_files import read_file
-from kvrun.convert.token_ids import ENDS, note_of_ends, token_ids, undeclared_ends
+from kvrun.convert.token_ids import ENDS, STARTS, note_of_ends, note_of_starts, token_ids, undeclared_ends
 from kvrun.errors import ConvertError
 from kvrun.text.backends import refusal
 from kvrun.text.pruned import check_prefix
@@ -79,21 +79,21 @@ class _Found:
 
 
 def _add_declared(library: Tokenizer, declared: DeclaredTokens, control: Collection[str] = ()) -> tuple[str, ...]:
-    """Add the tokens that the folder's files declare, and make those special that end a turn. `control`: others that
-    are special. Returns the notes."""
+    """Add the tokens that the folder's files declare, and make those special that begin or end a turn. `control`:
+    others that are special. Returns the notes."""
     from tokenizers import AddedToken
 
     notes = declared.add_to(library)
     added = {token.content: token for token in library.get_added_tokens_decoder().values()}
     special = {text for text, token in added.items() if token.special}.union(control)
     ends = undeclared_ends({text for text in ENDS if library.token_to_id(text) is not None}, special)
-    if not ends:
-        return notes
-    tokens = [added.get(text) or AddedToken(text, normalized=False) for text in ends]
+    starts = [text for text in STARTS if text in declared.unflagged and text in added and text not in special]
+    tokens = [added.get(text) or AddedToken(text, normalized=False) for text in (*ends, *starts)]
     for token in tokens:
         token.special = True
-    library.add_tokens(tokens)
-    return (*notes, note_of_ends(ends))
+    if tokens:
+        library.add_tokens(tokens)
+    return (*notes, *([note_of_ends(ends)] if ends else ()), *([note_of_starts(starts)] if starts else ()))
 
 
 # --- tokenizer.json

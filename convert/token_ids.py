@@ -34,7 +34,13 @@ ENDS = (
     "<|flush|>",
     "</s>",
 )
-# The same, but only of tokens that the checkpoint itself calls special.
+# What chat templates write before a message or around its role. A user who could write it would write other turns.
+STARTS = (
+    *("<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|turn>"),
+    *("<|start_of_role|>", "<|end_of_role|>", "<|start|>", "<|message|>", "<|channel|>", "[INST]", "[/INST]"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"),
+)
+# As ENDS, but only of tokens that the checkpoint itself calls special.
 _ENDS_IF_SPECIAL = ("<|eos|>", "<|end_of_sentence|>", "<|end_of_turn|>", "<|end_of_role|>")
 # If a vocabulary has all tokens of one of these sets, <|end|> ends one of several messages of a turn.
 _OF_SEVERAL_MESSAGES = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
@@ -72,7 +78,16 @@ def undeclared_ends(vocabulary: Collection[str], special: Collection[str]) -> li
 
 def note_of_ends(texts: Collection[str]) -> str:
     """What is said of `undeclared_ends` when they are made special."""
-    return f"special although the checkpoint does not say so, since they end a turn: {', '.join(sorted(texts))}"
+    return _note("end", texts)
+
+
+def note_of_starts(texts: Collection[str]) -> str:
+    """The same of tokens among `STARTS`."""
+    return _note("begin", texts)
+
+
+def _note(what: str, texts: Collection[str]) -> str:
+    return f"special although the checkpoint does not say so, since they {what} a turn: {', '.join(sorted(texts))}"
 
 
 def ends_of_turn(special: Mapping[str, int]) -> list[int]:

@@ -383,3 +383,23 @@ def test_notes_and_stops_reach_the_checkpoint(tmp_path):
     checkpoint = open_checkpoint(str(folder))
     assert 40 in checkpoint.stop_ids and any("<|eom_id|>" in note for note in checkpoint.notes)
     assert str(folder / "added_tokens.json") in checkpoint.files
+
+
+@pytest.mark.parametrize("text", ["<|user|>", "<start_of_turn>", "[INST]"])
+@pytest.mark.parametrize("base", ["letters", "pieces"])
+def test_a_known_beginning_of_a_turn_is_not_typed(tmp_path, base, text):
+    """added_tokens.json cannot say whether it is special; added_tokens_decoder can."""
+    number = 262 if base == "letters" else 271
+    added = {text: number, "<word>": number + 1}
+    vocabulary, tokenizer = read(tmp_path / "json", base, tokenizer_config=ENDS, added_tokens=added)
+    assert vocabulary.special[text] == number
+    assert tokenizer.encode(f"a{text}b", add_special=False).count(number) == 1
+    for typed in (
+        tokenizer.encode_escaped(tokenizer.special.escape(f"a{text}b<word>")),
+        tokenizer.encode(f"a{text}b<word>", parse_special=False),
+    ):
+        assert number not in typed and number + 1 in typed
+    assert vocabulary.notes == (f"special although the checkpoint does not say so, since they begin a turn: {text}",)
+    decoder = {"added_tokens_decoder": {str(number): {"content": text, "special": False}}}
+    vocabulary, tokenizer = read(tmp_path / "decoder", base, tokenizer_config=ENDS | decoder)
+    assert text not in vocabulary.special and not vocabulary.notes
