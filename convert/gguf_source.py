@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -62,7 +63,7 @@ def open_gguf(path: str, tokenizer: bool) -> Checkpoint:
         tensors=_tensors_of(path, available, wanted, family, description),
         vocabulary=vocabulary,
         stop_ids=_stop_ids(meta, vocabulary),
-        chat_template=meta.text("tokenizer.chat_template", None),
+        chat_template=_chat_template(meta),
         sampling=sampling,
         files=tuple(file.path for file in files),
         notes=(*left_out, *vocabulary.notes),
@@ -203,8 +204,20 @@ def _of_one_expert(ours: str, theirs: str) -> str:
     return theirs.replace("_exps.", f".{expert[1]}.") if expert else theirs
 
 
+def _chat_template(meta: Fields) -> str | None:
+    """The default template; of several with names the one called "default", or the only one."""
+    template: str | None = meta.text("tokenizer.chat_template", None)
+    if template is None:
+        named = meta.under("tokenizer.chat_template.")
+        names = named.names()
+        name = "default" if "default" in names else names[0] if len(names) == 1 else None
+        template = named.text(name) if name is not None else None
+    return template
+
+
 def _stop_ids(meta: Fields, vocabulary: Vocabulary) -> list[int]:
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     ids = [token_id(meta, key) for key in keys]
     ids.append(vocabulary.info.get("eos_id"))
-    return vocabulary.stops() + [token for token in ids if token is not None]
+    size = vocabulary.size or math.inf  # ids beyond it have their line already
+    return vocabulary.stops() + [token for token in ids if token is not None and token < size]

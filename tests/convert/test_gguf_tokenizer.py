@@ -224,6 +224,27 @@ def test_template_sampling_and_ids(tmp_path):
     assert (checkpoint.chat_template, checkpoint.sampling) == ("{{ x }}", {"temperature": 0.5, "top_k": 20})
 
 
+@pytest.mark.parametrize(
+    "named, expected",
+    [
+        ({"": "{{ x }}", ".default": "{{ y }}", ".tool_use": "{{ z }}"}, "{{ x }}"),
+        ({".default": "{{ y }}", ".tool_use": "{{ z }}"}, "{{ y }}"),
+        ({".chat": "{{ z }}"}, "{{ z }}"),
+        ({".rag": "{{ y }}", ".tool_use": "{{ z }}"}, None),
+        ({"s": ["rag"]}, None),
+    ],
+)
+def test_templates_with_names(tmp_path, named, expected):
+    metadata = {f"tokenizer.chat_template{name}": value for name, value in named.items()}
+    assert vocabulary(tmp_path, metadata=metadata).chat_template == expected
+
+
+def test_an_end_beyond_the_vocabulary_has_one_line(tmp_path):
+    save_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eos_token_id": 4000})
+    notes = convert(tmp_path / "m.gguf", tmp_path / "m.bin").notes
+    assert notes == ["eos_token_id is 4000, but there are 40 tokens: ignored"]
+
+
 @pytest.mark.parametrize("pre", [None, "", "default"])
 def test_files_that_name_no_pre_tokenizer(tmp_path, pre):
     checkpoint = vocabulary(tmp_path, metadata={"tokenizer.ggml.pre": pre})
