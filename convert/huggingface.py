@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,16 @@ from kvrun.convert.family_config import refuse_other_attention
 from kvrun.convert.fields import Fields, read_json, shown
 from kvrun.convert.fp8 import with_factors
 from kvrun.convert.hf_tokenizer import read_tokenizer
-from kvrun.convert.names import refuse_adapter, refuse_quantised_weights, stored_names, surplus_line, surplus_of
-from kvrun.convert.other_folders import refuse_other_folders
+from kvrun.convert.names import (
+    outer_prefix,
+    refuse_adapter,
+    refuse_quantised_weights,
+    stored_names,
+    surplus_line,
+    surplus_of,
+    unwrapped,
+)
+from kvrun.convert.other_folders import adapters_beside, refuse_other_folders
 from kvrun.convert.quantised import fp8_block, refuse_packed
 from kvrun.convert.safetensors_file import DTYPES, read_safetensors_header
 from kvrun.convert.sampling import sampling_defaults
@@ -37,6 +45,7 @@ from kvrun.convert.views import ShiftedTensor, TransposedTensor
 from kvrun.errors import ConvertError, one_line
 from kvrun.files.description import ModelDescription
 
+_T = TypeVar("_T")
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -67,6 +76,8 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
     wanted = list(family.source_names(description, HF))
     prefixes = (family.hf_prefix, "") if text is config else (*_TEXT_PREFIXES, "")
     stored, absent = _read_headers(folder)
+    outer = outer_prefix([*stored, *absent], wanted[0][1], family.hf_prefix) if text is config else ""
+    stored, absent = _without_prefix(stored, outer), _without_prefix(absent, outer)
     refuse_adapter(folder, stored)
     stored = with_factors(stored, block)
     refuse_quantised_weights(folder, stored, (theirs for _, theirs in wanted), prefixes)
@@ -94,8 +105,11 @@ def open_folder(folder: str, tokenizer: bool) -> Checkpoint:
         files=tuple(
             sorted({tensor.path for tensor in tensors.values()} | {os.path.join(folder, f) for f in _SETTINGS})
         ),
-        notes=(*left_out, *vocabulary.notes),
-        surplus=_surplus_lines(surplus_of([*stored, *absent], set(names.values())), text is not config),
+        notes=(*_prefix_notes(outer), *left_out, *vocabulary.notes),
+        surplus=(
+            *_surplus_lines(surplus_of([*stored, *absent], set(names.values())), text is not config),
+            *adapters_beside(folder),
+        ),
     )
 
 
@@ -167,6 +181,19 @@ def _files_of_index(folder: str, index: Fields) -> Mapping[str, list[str] | None
             return index.fail("weight_map", f"{shown(file)} is not a file name")
         files.setdefault(file, []).append(name)
     return files
+
+
+def _without_prefix(tensors: Mapping[str, _T], outer: str) -> dict[str, _T]:
+    """The same under names without the prefix `outer` (and what wrappers add), where they have it."""
+    plain = {name: unwrapped(name) if outer else name for name in tensors}
+    return {
+        plain[name].removeprefix(outer) if plain[name].startswith(outer) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _prefix_notes(outer: str) -> tuple[str, ...]:
+    return (f"names of tensors are taken without {one_line(outer)[:80]}, which is before them",) if outer else ()
 
 
 def _names_of(

@@ -22,6 +22,14 @@ def unwrapped(name: str) -> str:
     return _BEFORE.sub("", _INSIDE.sub("", name), count=1)
 
 
+def outer_prefix(names: Iterable[str], first: str, prefix: str) -> str:
+    """What a program has put before all names, as before those of a module that holds the model ("llm."), to judge by
+    the model's tensor `first`, which there is once; `prefix` may be before its name. Empty if there is nothing."""
+    befores = {name.removesuffix(first) for name in map(unwrapped, names) if f".{name}".endswith(f".{first}")}
+    before = befores.pop() if len(befores) == 1 else ""
+    return before.removesuffix(prefix) if f".{before}".endswith(f".{prefix}") else before
+
+
 def stored_names(stored: Iterable[str], wanted: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]:
     """For each wanted name under which there is a tensor, that tensor's name in the checkpoint. It may have one of the
     prefixes, the first of which goes before the others, and what wrappers add, unless it is there without that."""

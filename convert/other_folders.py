@@ -105,6 +105,12 @@ def _refuse_adapter(folder: str, names: list[str]) -> NoReturn:
     )
 
 
+def adapters_beside(folder: str) -> list[str]:
+    """A line about each adapter that lies in a model's folder; transformers loads it with the model."""
+    names = [name for name in sorted(os.listdir(folder)) if fnmatchcase(name, "adapter_model.*")]
+    return [f"{name}, an adapter beside the model, which is converted without it" for name in names]
+
+
 def _deeper(folder: str, names: list[str]) -> str:
     """A hint at a folder inside, of the hub's cache among others, that has a config.json."""
     if "snapshots" in names and os.path.isdir(os.path.join(folder, "snapshots")):

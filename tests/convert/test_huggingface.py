@@ -253,6 +253,26 @@ def test_names_of_wrapped_models(tmp_path, wrapped):
     assert (plain.parent / "model.bin").read_bytes() == (other.parent / "model.bin").read_bytes()
 
 
+@pytest.mark.parametrize("before", ["model.", "llm.", "module.pretrained_model.", "x.model.", "a.b._orig_mod."])
+def test_names_of_a_model_inside_of_another_module(tmp_path, before):
+    config, tensors = {**CONFIG, "tie_word_embeddings": False}, random_tensors(hf_shapes())
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    plain = hf_folder(tmp_path / "plain" / "hf", config, tensors)
+    inside = {before + name: a for name, a in tensors.items()}
+    other = hf_folder(tmp_path / "other" / "hf", config, inside)
+    convert(plain, tmp_path / "plain.bin", strict=True)
+    result = convert(other, tmp_path / "other.bin", strict=True)
+    outer = before.removeprefix("module.").replace("_orig_mod.", "")
+    assert f"names of tensors are taken without {outer}, which is before them" in result.notes
+    assert (tmp_path / "plain.bin").read_bytes() == (tmp_path / "other.bin").read_bytes()
+    hf_folder(tmp_path / "other" / "hf", config, inside | {"v_head.weight": np.ones((1, 64), np.float32)})
+    surplus = open_checkpoint(str(other)).surplus
+    assert surplus == ("1 tensor that the model does not need (v_head.weight)",)
+    twice = hf_folder(tmp_path / "twice", config, inside | {f"ema.{name}": a for name, a in tensors.items()})
+    with pytest.raises(ConvertError, match="no tensor has a name of a LlamaForCausalLM|embed_tokens.weight is missing"):
+        open_checkpoint(str(twice))  # either could be meant
+
+
 SURPLUS = {
     "v_head.weight": (1, 64),
     "lm_head.bias": (40,),
@@ -303,8 +323,9 @@ def test_tensors_that_are_more_than_surplus(tmp_path, name, says):
 
 
 def test_names_of_another_kind(tmp_path):
-    tensors = {f"backbone.{name}": a for name, a in random_tensors(hf_shapes()).items()}
-    says = "no tensor has a name of a LlamaForCausalLM; there is backbone.model.embed_tokens.weight and not model.embed"
+    tensors = {f"backbone.{name.replace('_', '')}": a for name, a in random_tensors(hf_shapes()).items()}
+    tensors = {name.replace("layers", "blocks").replace("norm", "ln"): a for name, a in tensors.items()}
+    says = "no tensor has a name of a LlamaForCausalLM; there is backbone.model.blocks.0.in.* and not model.embed"
     with pytest.raises(ConvertError, match=says):
         names(hf_folder(tmp_path / "hf", tensors=tensors))
 

@@ -94,11 +94,13 @@ def test_other_adapters(tmp_path):
 
 
 def test_a_model_beside_an_adapter(tmp_path):
-    """The model is there in whole: it is taken."""
+    """The model is there in whole: it is taken, and a line says that the adapter is not."""
     folder = hf_folder(tmp_path / "hf")
     write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert open_checkpoint(str(folder), tokenizer=False).surplus == ()
+    line = "adapter_model.safetensors, an adapter beside the model, which is converted without it"
+    assert open_checkpoint(str(folder), tokenizer=False).surplus == (line,)
+    (folder / "adapter_model.safetensors").unlink()
     (folder / "consolidated.safetensors").write_bytes(b"")
     (folder / "original.pth").write_bytes(b"")
     assert open_checkpoint(str(folder), tokenizer=False).surplus == ()
