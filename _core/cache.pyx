@@ -543,6 +543,8 @@ cdef class KVCache:
             if (tiles_packed(c, n) != tiles_packed(c, then.n_tokens)
                     or self._evicted() != tiles_evicted(&then, c.n_slots, tiles_packed(c, n))):
                 return False
+            if not _is_as_it_was(&then, n):  # made after a truncation, of rings that had lost what n tokens see
+                return False
             c.n_tokens, c.packed_ever = then.n_tokens, then.packed_ever
             if data.shape[0]:
                 with nogil:

@@ -245,6 +245,33 @@ def test_rewinding_is_exact_or_refused(name, windows, ctx, build):
     assert done >= 3
 
 
+@pytest.mark.parametrize("windows", [(100, 200), (100, None)], ids=str)
+@pytest.mark.parametrize("name", _core.KV_FORMATS)
+def test_a_snapshot_that_was_made_after_a_way_back(windows, name, build):
+    """It leads back to no place that shows what had left the ring by then."""
+    file, engine = build(windows)
+    options = dict(ctx=1000, sinks=4, window=64)
+    tokens, done, refused = random_tokens(file, 700), 0, 0
+    for most in (469, 490, 512):
+        kv = _core.KVCache(engine, name, name, **options)
+        engine.forward(tokens[:432], kv, "none", decoding=False)
+        before = kv.snapshot()
+        engine.forward(tokens[432:most], kv, "none", decoding=False)
+        assert kv.rewind(432) or kv.rewind(432, before)
+        engine.forward(tokens[432:451], kv, "none", decoding=False)
+        snapshot = kv.snapshot()
+        engine.forward(tokens[451:most], kv, "none", decoding=False)
+        for n in range(388, 452, 3):
+            cut, lone = kv.copy(), _core.KVCache(engine, name, name, **options)
+            if not cut.rewind(n, snapshot):
+                refused += 1
+                continue
+            done += 1
+            engine.forward(tokens[:n], lone, "none", decoding=False)
+            assert np.array_equal(go_on(engine, cut), go_on(engine, lone)), n
+    assert done and (refused or name not in ("f16", "f32"))
+
+
 def test_what_has_outgrown_a_cache(build):
     """Only what layers that see everything have lost is gone for good; without any, more than ctx has room for."""
     options = dict(ctx=200, sinks=4, window=64)  # room for 3 tiles in the ring
