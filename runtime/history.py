@@ -15,6 +15,12 @@ LEAST = 8 << 20
 """or so many bytes, if those are more."""
 
 
+Runs = tuple[tuple[int, int], ...]
+"""[start, end) of tokens of a text; ascending, with others between them."""
+Ends = tuple[tuple[int, int], ...]
+"""(tokens, characters) of a conversation to the ends of its answers; ascending."""
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A snapshot, and the lengths of the text that it leads back to, `first` to `last`."""
@@ -42,10 +48,17 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._written: tuple[tuple[int, int], ...] = ()  # [start, end) of the text
-        self._told: tuple[str, tuple[tuple[int, int], ...]] = "", ()  # and its tokens and characters at ends of answers
+        self._written: Runs = ()
+        self._told: tuple[str, Ends] = "", ()
         self._kept: tuple[_Kept, ...] = ()
         self._mark = 0
+
+    @classmethod
+    def recalled(cls, written: Runs, story: str, answers: Ends) -> History:
+        """One that was saved: all but its snapshots, without which tokens are fed again from further back."""
+        history = cls()
+        history._written, history._told = written, (story, answers)
+        return history
 
     def copy(self) -> History:
         other = History()
@@ -62,6 +75,11 @@ class History:
             self._written = (*self._written[:-1], (start, position + 1))
         elif end < position:
             self._written = (*self._written, (position, position + 1))
+
+    @property
+    def written(self) -> Runs:
+        """The tokens that were written."""
+        return self._written
 
     def run(self, position: int) -> tuple[bool, int | None]:
         """Whether the token at a position is written, and where that ends; None if nowhere."""
@@ -93,6 +111,12 @@ class History:
         with."""
         story, turns = self._told
         return next((turn for turn in reversed(turns) if text.startswith(story[: turn[1]])), (0, 0))
+
+    @property
+    def answers(self) -> tuple[str, Ends]:
+        """The conversation to the end of its last answer, and the ends of all."""
+        story, ends = self._told
+        return (story[: ends[-1][1]] if ends else ""), ends
 
     # --- the ways back ----------------------------------------------------------------------------
 

@@ -152,10 +152,12 @@ class Session:
             if len(before) > saved.n_tokens:
                 raise ValueError("more recent tokens than there are tokens")
             session._transcript = Transcript(before + saved.pending, saved.n_tokens - len(before), saved.text)
-        if saved.text is not None:
-            session._history.tell(saved.text, session.n_tokens)
-        if len(saved.pending) == 1:
+        if saved.history is not None:
+            session._history = History.recalled(saved.history.written, saved.history.story, saved.history.answers)
+        elif len(saved.pending) == 1:
             session._history.write(saved.n_tokens)
+        if saved.text:
+            session._history.tell(saved.text, session.n_tokens)
         session._logits = None if saved.logits is None else (saved.n_tokens, saved.logits)
         session.messages = saved.messages
         return session
@@ -231,13 +233,15 @@ class Session:
         ModelFileError when it cannot be written, OptionError when `path` is no path, KvrunError when `messages` hold
         what JSON cannot; a file of that name is then as it was.
         """
-        from kvrun.files.session_file import SavedSession, write_session_file
+        from kvrun.files.session_file import SavedHistory, SavedSession, write_session_file
 
         path = path_text("path", path)
         self._end_running()
         if self.n_tokens == self._kv.n_tokens + 1 and not self._history.run(self._kv.n_tokens)[0]:
-            self._feed()  # a last token that waits in a file is an answer's
+            self._feed()  # a last token that waits in a file without a history is an answer's
         text, fed = self._text, self._kv.n_tokens
+        story, answers = self._history.answers
+        told = text.tokens is not None and (self._history.written or answers[:-1] or story != (text.rendered or ""))
         try:
             kv = self._kv.state()
         except MemoryError:
@@ -254,6 +258,7 @@ class Session:
             logits=self._valid_logits(),
             messages=self.messages,
             text=text.rendered,
+            history=SavedHistory(self._history.written, story, answers) if told else None,
         )
         write_session_file(path, saved)
 
@@ -516,6 +521,7 @@ class Session:
             except ValueError:
                 raise KvrunError("this session is in use by another thread; give each thread its own") from None
             self._running = None
+        self._history.cut(self.n_tokens)  # Ctrl-C may have come before the token that was to be written
 
     # --- feeding ----------------------------------------------------------------------------------
 

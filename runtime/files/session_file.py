@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,10 +27,22 @@ from kvrun.options import MAX_CTX, CacheOptions
 from kvrun.text.templates import check_messages
 
 FORMAT = "kvrun-session"
-VERSION = 1
 _FIELDS = ("format", "version", "model", "cache", "conversation", "checksums", "header_checksum")
+_VERSIONS = {"1": _FIELDS, "2": (*_FIELDS, "history")}
 _DTYPES = {"kv": "U8", "tokens": "I32", "logits": "F32"}
 _NUMPY: dict[str, np.dtype[Any]] = {"U8": np.dtype("<u1"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
+
+
+@dataclass(frozen=True)
+class SavedHistory:
+    """How a text came about. `written`: [start, end) of the tokens that were written one by one, all others having been
+    read. `story`: the conversation in it, rendered, to the end of its last answer. `answers`: (tokens, characters) of
+    text and story to the end of each.
+    """
+
+    written: tuple[tuple[int, int], ...]
+    story: str
+    answers: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class SavedSession:
     `model`: the model file's fingerprint. `n_tokens`, `lost`, `kv`: the cache, as `KVCache.load_state` takes
     it. `pending`: tokens that follow and are not in the cache. `recent`: the last ones, for the repeat
     penalty. `tokens`: int32, all of the text, or None if some were evicted. `logits`: float32 [vocab] or
-    None. `text`: the rendered conversation, None if the text is not a conversation.
+    None. `text`: the rendered conversation, None if the text is not a conversation. `history`: None if it is not
+    known, or if nothing but a single pending token was written and no answer ends before the text does.
     """
 
     model: str
@@ -53,6 +67,7 @@ class SavedSession:
     logits: np.ndarray | None
     messages: list[dict[str, Any]]
     text: str | None
+    history: SavedHistory | None = None
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -67,12 +82,14 @@ def write_session_file(path: str | os.PathLike[str], saved: SavedSession) -> Non
     }
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": "1" if saved.history is None else "2",
         "model": saved.model,
         "cache": dumps({**asdict(saved.cache), "n_tokens": saved.n_tokens, "lost": saved.lost}),
         "conversation": _conversation(saved),
         "checksums": dumps({name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}),
     }
+    if saved.history is not None:
+        metadata["history"] = _history(saved.history, saved.text)
     metadata["header_checksum"] = header_checksum(metadata)
     sizes = {name: len(array) for name, array in arrays.items()}
     header = header_bytes(os.fspath(path), {"__metadata__": metadata, **_entries(sizes)})
@@ -89,6 +106,11 @@ def _conversation(saved: SavedSession) -> str:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: any text can be in it
     except (TypeError, ValueError, RecursionError) as error:
         raise KvrunError(f"the session cannot be saved: its messages are not JSON: {error}") from None
+
+
+def _history(history: SavedHistory, text: str | None) -> str:
+    value = {**asdict(history), "story": None if history.story == text else history.story}
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _entries(sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -140,6 +162,7 @@ class _Reader:
         tokens = arrays.get("tokens")
         if tokens is not None and len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             self._damaged("tokens outside the vocabulary")
+        text = self._text(talk["text"])
         return SavedSession(
             model,
             self._cache(cache),
@@ -151,7 +174,8 @@ class _Reader:
             tokens,
             arrays.get("logits"),
             self._messages(talk["messages"]),
-            self._text(talk["text"]),
+            text,
+            self._history(meta, text, tokens),
         )
 
     def _damaged(self, what: str) -> NoReturn:
@@ -186,11 +210,12 @@ class _Reader:
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise ModelFileError(f"{self._path}: not a kvrun session file")
         version = meta.get("version")
-        if version != str(VERSION):
+        if not isinstance(version, str) or version not in _VERSIONS:
             raise ModelFileError(
-                f"{self._path}: session format version {shortened(version)}; this kvrun reads version {VERSION}"
+                f"{self._path}: session format version {shortened(version)}; this kvrun reads versions "
+                f"{' and '.join(_VERSIONS)}"
             )
-        if set(meta) != set(_FIELDS) or not all(isinstance(value, str) for value in meta.values()):
+        if set(meta) != set(_VERSIONS[version]) or not all(isinstance(value, str) for value in meta.values()):
             self._damaged("its metadata fields are not those of a session")
         if header_checksum(meta) != meta["header_checksum"]:
             self._damaged("the header's checksum differs")
@@ -238,6 +263,35 @@ class _Reader:
         if value is not None and not isinstance(value, str):
             self._damaged("metadata field conversation: text is not a text")
         return value
+
+    def _history(self, meta: dict[str, str], text: str | None, tokens: np.ndarray | None) -> SavedHistory | None:
+        if "history" not in meta:
+            return None
+        if tokens is None:
+            self._damaged("metadata field history: the file does not have the tokens that it is about")
+        value = self._object(meta, "history", ("written", "story", "answers"))
+        story = text if value["story"] is None else value["story"]
+        if not isinstance(story, str | None):
+            self._damaged("metadata field history: story is not a text")
+        written = self._pairs(value, "written")
+        places = [place for run in written for place in run]
+        if any(a >= b for a, b in pairwise(places)) or places[-1:] > [len(tokens)]:
+            self._damaged(f"metadata field history: written is not runs of the {len(tokens)} tokens, in their order")
+        story, answers = story or "", self._pairs(value, "answers")
+        if any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise((*answers, (len(tokens) + 1, len(story))))):
+            self._damaged(
+                f"metadata field history: answers are not places in {len(tokens)} tokens and {len(story)} characters, "
+                "in their order"
+            )
+        return SavedHistory(written, story, answers)
+
+    def _pairs(self, values: dict[str, Any], name: str) -> tuple[tuple[int, int], ...]:
+        value = values[name]
+        if not isinstance(value, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair) for pair in value
+        ):
+            self._damaged(f"metadata field history: {name} is not a list of pairs of numbers")
+        return tuple((first, second) for first, second in value)
 
     def _sizes(self, entries: dict[str, Any], n_tokens: int, available: int) -> dict[str, int]:
         """The number of elements of every tensor, in file order. The header determines all of them but that of kv."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import kvrun
 from kvrun.errors import ModelFileError
@@ -52,7 +53,7 @@ def restored(model, path, where):
 def test_every_field(model, saved, tmp_path, wrong):
     header, data = saved
     path = tmp_path / "s.kv"
-    for field in ("cache", "conversation", "checksums"):
+    for field in ("cache", "conversation", "history", "checksums"):
         value = json.loads(header["__metadata__"][field])
         for place in [None, *places(value)]:
             changed = WRONG[wrong] if place is None else with_value(value, place, WRONG[wrong])
@@ -76,7 +77,7 @@ def test_every_entry_of_the_header(model, saved, tmp_path, wrong):
         assert restored(model, path, "session") is None
 
 
-@pytest.mark.parametrize("field", ["cache", "conversation", "checksums"])
+@pytest.mark.parametrize("field", ["cache", "conversation", "history", "checksums"])
 def test_fields_of_another_version(model, saved, tmp_path, field):
     header, data = saved
     value = json.loads(header["__metadata__"][field])
@@ -85,6 +86,97 @@ def test_fields_of_another_version(model, saved, tmp_path, field):
         meta["header_checksum"] = header_checksum(meta)
         (tmp_path / "s.kv").write_bytes(header_bytes("", {**header, "__metadata__": meta}) + data)
         assert restored(model, tmp_path / "s.kv", f"metadata field {field} does not have the entries") is None
+
+
+def with_history(header, data, **changes):
+    """The file with other entries in its history; without one if there are none."""
+    meta = dict(header["__metadata__"])
+    history = json.loads(meta.pop("history"))
+    meta["version"] = "1"
+    if changes:
+        meta.update(history=json.dumps({**history, **changes}), version="2")
+    meta["header_checksum"] = header_checksum(meta)
+    return header_bytes("", {**header, "__metadata__": meta}) + data
+
+
+def test_how_a_text_came_about(model, saved, tmp_path):
+    """Written tokens and ends of answers lie within the text, one after the other."""
+    header, data = saved
+    (n,) = header["tokens"]["shape"]
+    chars = len(json.loads(header["__metadata__"]["conversation"])["text"])
+    path = tmp_path / "s.kv"
+    for changes in (
+        {"written": []},
+        {"written": [[0, n]]},
+        {"written": [[0, 1], [2, 3], [n - 1, n]]},
+        {"answers": []},
+        {"answers": [[0, 0], [1, 0], [n, chars]]},
+        {"answers": [[1, 4]], "story": "long"},
+        {"answers": [], "story": ""},
+    ):
+        path.write_bytes(with_history(header, data, **changes))
+        session = model.restore(path)
+        text(session.stream([5], max_tokens=2, ignore_eos=True))
+        assert np.isfinite(session.evaluate()).all()
+    for changes, where in (
+        ({"written": [[0, n + 1]]}, "written is not runs"),
+        ({"written": [[n, n + 1]]}, "written is not runs"),
+        ({"written": [[3, 3]]}, "written is not runs"),
+        ({"written": [[4, 3]]}, "written is not runs"),
+        ({"written": [[0, 2], [2, 3]]}, "written is not runs"),
+        ({"written": [[5, 6], [1, 2]]}, "written is not runs"),
+        ({"written": [[-1, 2]]}, "written is not a list of pairs"),
+        ({"written": [[0, True]]}, "written is not a list of pairs"),
+        ({"written": [[0, 1, 2]]}, "written is not a list of pairs"),
+        ({"written": [0, 1]}, "written is not a list of pairs"),
+        ({"answers": [[n + 1, 1]]}, "answers are not places"),
+        ({"answers": [[1, chars + 1]]}, "answers are not places"),
+        ({"answers": [[1, 1]], "story": ""}, "answers are not places"),
+        ({"answers": [[2, 3], [2, 4]]}, "answers are not places"),
+        ({"answers": [[2, 4], [3, 3]]}, "answers are not places"),
+        ({"answers": [[1, 0.5]]}, "answers is not a list of pairs"),
+        ({"answers": None}, "answers is not a list of pairs"),
+        ({"story": 3}, "story is not a text"),
+    ):
+        path.write_bytes(with_history(header, data, **changes))
+        assert restored(model, path, f"damaged session file: metadata field history: {where}") is None, changes
+
+
+def test_a_file_without_history(model, saved, tmp_path):
+    """As they were in the format's first version, which is also written where there is nothing to say."""
+    path = tmp_path / "s.kv"
+    path.write_bytes(with_history(*saved))
+    session = model.restore(path)
+    assert session.n_tokens == saved[0]["tokens"]["shape"][0] and len(session.messages) == 6
+    for prompt in ("Hello there", [5, 6, 7]):
+        read = model.session()
+        text(read.stream(prompt, max_tokens=0))
+        for _ in range(2):
+            read.save(path)
+            assert version(path) == "1"
+            read = model.restore(path)
+    text(read.stream([5], max_tokens=1, ignore_eos=True))
+    read.save(path)
+    assert version(path) == "2"
+
+
+def test_history_of_tokens_that_are_not_there(model, saved, tmp_path):
+    header, _ = saved
+    outgrown = model.session(ctx=132)
+    text(outgrown.stream([5] * 300, max_tokens=1, ignore_eos=True))
+    outgrown.save(tmp_path / "s.kv")
+    assert version(tmp_path / "s.kv") == "1"
+    content = (tmp_path / "s.kv").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"]["history"] = json.dumps({"written": [], "story": None, "answers": []})
+    (tmp_path / "s.kv").write_bytes(with_history(header, content[start:], written=[[0, 1]]))
+    assert restored(model, tmp_path / "s.kv", "history: the file does not have the tokens") is None
+
+
+def version(path):
+    with safe_open(path, "numpy") as file:
+        return file.metadata()["version"]
 
 
 def test_other_lengths(model, saved, tmp_path):

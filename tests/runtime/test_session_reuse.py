@@ -10,7 +10,7 @@ import kvrun
 from kvrun import _core
 from kvrun.files.model_file import read_model_file
 from kvrun.model import Model
-from support.sessions import text
+from support.sessions import saved_tokens, text
 
 GREEDY = dict(temperature=0, ignore_eos=True)
 WORDS = "once upon a time there was some cat in the hat who said that dogs are not all there is to it".split()
@@ -151,6 +151,67 @@ def test_after_a_restore(model, kv, rng, tmp_path):
     fork = restored.fork()
     for each in (restored, fork, restored, session):
         same(result(each, told, 150), expected)
+
+
+def some_step(session, asked, rng):
+    """Something that can be done with a session, as a function of one; it may be to go back to what was asked."""
+    words, tokens, seed = int(rng.integers(1, 120)), int(rng.integers(1, 90)), int(rng.integers(1 << 30))
+    options = dict(max_tokens=tokens, ignore_eos=True, seed=seed, temperature=float(rng.choice([0, 1])))
+    kind = rng.choice(["next", "again", "again", "edited", "raw", "read", "broken", "cut"])
+    prompt = [*session.messages, user(said(rng, words))]
+    if kind == "raw":
+        return lambda s: text(s.stream(said(np.random.default_rng(seed), words), raw=True, **options))
+    if kind == "cut" and session.n_tokens:
+        n = int(rng.integers(1, session.n_tokens + 1))
+        return lambda s: s.truncate(n)
+    if kind == "again" and asked:
+        prompt = asked[rng.integers(len(asked))]
+    if kind == "edited" and asked:
+        prompt = [*asked[rng.integers(len(asked))][:-1], prompt[-1]]
+    asked.append(prompt)
+    if kind == "read":
+        options["max_tokens"] = 0
+    if kind == "broken":
+        return lambda s: broken_off(s.stream(prompt, **options), 1 + tokens // 4)
+    return lambda s: text(s.stream(prompt, **options))
+
+
+def broken_off(stream, pieces):
+    got = list(itertools.islice(stream, pieces))
+    stream.close()
+    return got
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("often", [0.2, 0.7])
+def test_a_restored_session_goes_back_as_the_saved_one_would(model, kv, often, rng, tmp_path):
+    """Random conversations, saved and restored at any moment, beside sessions that never were."""
+    for _ in range(2):
+        kept, moved, asked = model.session(kv=kv, ctx=4096), model.session(kv=kv, ctx=4096), []
+        for _ in range(12):
+            step = some_step(kept, asked, rng)
+            assert step(moved) == step(kept)
+            if rng.random() < often:
+                moved.save(tmp_path / "s.kv")
+                moved = model.restore(tmp_path / "s.kv")
+            assert moved.messages == kept.messages and moved.n_tokens == kept.n_tokens
+            np.testing.assert_array_equal(moved.fork().evaluate(), kept.fork().evaluate())
+
+
+def test_answers_are_no_other_tokens_after_a_restore(block, rng, tmp_path):
+    """Those of earlier turns, whose text another reading would divide otherwise, and where the text went on without a
+    template."""
+    session = block.session(kv="q4", ctx=2048)
+    told = []
+    for words in (5, 20, 8):
+        told.append([*session.messages, user(said(rng, words))])
+        text(session.stream(told[-1], max_tokens=60, seed=words, ignore_eos=True))
+    text(session.stream("and so on", raw=True, **GREEDY, max_tokens=9))
+    for asked in reversed(told):
+        session.save(tmp_path / "s.kv")
+        restored = block.restore(tmp_path / "s.kv")
+        same(result(restored, asked, 30), result(session, asked, 30))
+        assert saved_tokens(restored, tmp_path) == saved_tokens(session, tmp_path)
 
 
 @pytest.mark.parametrize("kv", FORMATS)

@@ -214,7 +214,8 @@ def test_another_model(model, saved, converted, tmp_path):
 
 def test_another_format_or_version(model, saved, converted, tmp_path):
     data, start = saved
-    refused(model, tmp_path / "s.kv", with_meta(data, start, version="2"), "version '2'", "reads version 1")
+    refused(model, tmp_path / "s.kv", with_meta(data, start, version="3"), "version '3'", "reads versions 1 and 2")
+    refused(model, tmp_path / "s.kv", with_meta(data, start, version="1"), "its metadata fields are not those")
     refused(model, tmp_path / "s.kv", with_meta(data, start, format="kvrun"), "not a kvrun session file")
     refused(model, tmp_path / "s.kv", b"GGUF" + bytes(100), "not a kvrun session file")
     with pytest.raises(ModelFileError, match="not a kvrun session file"):
