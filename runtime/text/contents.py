@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from kvrun.errors import OptionError
 from kvrun.text.special_tokens import ESCAPE
@@ -83,18 +84,62 @@ def _texts(content: Any) -> Iterator[str]:
             yield text
 
 
-def first_lost(messages: Sequence[Mapping[str, Any]], rendered: str) -> int | None:
+def with_own_words(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, list[str]]]:
+    """(the conversation with a word of its own in place of each text, the words by the number of the message).
+
+    Answers stay as they are: templates look for their parts, and leave some of them out.
+    """
+    words: dict[int, list[str]] = {}
+
+    def word(number: int, text: str) -> str:
+        if not text.strip():
+            return text
+        words.setdefault(number, [])
+        words[number].append(f"w{number}p{len(words[number])}e")
+        return words[number][-1]
+
+    def named(number: int, content: Any) -> Any:
+        if isinstance(content, str):
+            return word(number, content)
+        if not isinstance(content, (list, tuple)):
+            return content
+        return [
+            {**part, "text": word(number, part["text"])}
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            else part
+            for part in content
+        ]
+
+    asked = [message.get("role") != "assistant" for message in messages]
+    return [
+        {**message, "content": named(number, message.get("content"))} if asked[number] else dict(message)
+        for number, message in enumerate(messages)
+    ], words
+
+
+def first_lost(
+    messages: Sequence[Mapping[str, Any]],
+    rendered: str,
+    words: Mapping[int, Sequence[str]] | None = None,
+    with_words: str | None = None,
+) -> int | None:
     """The number (from 0) of the first message with a text that is not in a rendered conversation; None if all are.
+
+    `words`, `with_words`: those of `with_own_words`, and what the template makes of them. A short text may stand in a
+    conversation that does not have the message; a word of its own does not.
 
     Templates trim messages, take switches such as /no_think out of a text, and write JSON, HTML or capitals. Of an
     answer they leave out the thinking, often what stands beside tool calls, and tags that the model writes around its
     parts.
     """
     rendered = rendered.replace(ESCAPE, "")
+    shown = None if with_words is None else with_words.replace(ESCAPE, "").casefold()
     for number, message in enumerate(messages):
         answer = message.get("role") == "assistant"
         if answer and message.get("tool_calls"):
             continue
+        if shown is not None and not all(word in shown for word in (words or {}).get(number, ())):
+            return number
         for text in _texts(message.get("content")):
             said = (answer_of(text) if answer else text).replace(ESCAPE, "").strip()
             if not (said in rendered or _words_are_in(said, rendered, any if answer else all)):
@@ -103,10 +148,20 @@ def first_lost(messages: Sequence[Mapping[str, Any]], rendered: str) -> int | No
 
 
 def _words_are_in(text: str, rendered: str, enough: Callable[[Iterable[bool]], bool]) -> bool:
-    if json.dumps(text, ensure_ascii=False)[1:-1] in rendered:
-        return True
-    rendered = html.unescape(rendered).casefold()
-    return enough(word.casefold() in rendered for word in text.split() if not word.startswith("/"))
+    """Whether the words of a text, without what stands between them, are in a rendered one in one of the ways in which
+    templates write them."""
+    written = html.unescape(rendered)
+    written += written.casefold()
+    said = [word for word in text.split() if not word.startswith("/")]
+    words = dict.fromkeys(word for part in said for word in re.findall(r"\w+", part))
+    return not words or enough(any(way in written for way in _ways(word)) for word in words)
+
+
+def _ways(word: str) -> Iterator[str]:
+    yield word.casefold()
+    yield word.upper()
+    yield json.dumps(word)[1:-1]
+    yield quote(word)
 
 
 def check_content(content: Any, where: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError
 from kvrun.text.budget import Budget, LimitError, limited
-from kvrun.text.contents import ContentKinds, check_content, first_lost
+from kvrun.text.contents import ContentKinds, check_content, first_lost, with_own_words
 from kvrun.text.thinking import separated, special_marks
 
 if TYPE_CHECKING:
@@ -57,16 +57,26 @@ class ChatTemplate:
         template refuses the conversation, or leaves out what one of its messages says.
         """
         fitted = [self._kinds.fitted(self._separated(message)) for message in messages]
-        escaped = [_with_reasoning(self._message(message)) for message in fitted]
         variables = {**self._tokens, "add_generation_prompt": add_generation_prompt, **variables}
-        text = self._render(escaped, variables)
-        lost = first_lost(fitted, text)
+        text = self._render(self._escaped(fitted), variables)
+        named, words = with_own_words(fitted)
+        lost = first_lost(fitted, text, words, self._tried(self._escaped(named), variables))
         if lost is not None:
             raise KvrunError(
                 f"the model's chat template leaves out what message {lost + 1} says (role {messages[lost]['role']!r}); "
                 "--raw does without it"
             )
         return text
+
+    def _escaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [_with_reasoning(self._message(message)) for message in messages]
+
+    def _tried(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str | None:
+        """A rendered conversation, None if the template refuses it."""
+        try:
+            return self._text(messages, variables, Budget(messages))
+        except Exception:
+            return None
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         budget = None

@@ -137,6 +137,54 @@ def test_what_is_said_and_not_rendered_is_refused(source, messages, lost):
     assert "\n" not in str(error.value)
 
 
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+FIRST_USER = "{{ (messages | selectattr('role', 'equalto', 'user') | first).content }}"
+
+
+@pytest.mark.parametrize(
+    "source, messages, lost",
+    [
+        ("{{ messages[-1].content }}", [user("yes"), user("yes or no?")], 1),
+        (FIRST_USER, [user("Name a river in France."), user("Name a river")], 2),
+        (FIRST_USER, [user("Hi"), user("Hi")], 2),
+        (NO_SYSTEM, [{"role": "system", "content": "hi"}, user("What is this?")], 1),
+        (NO_SYSTEM, [{"role": "system", "content": "user"}, user("Why?")], 1),
+        (NO_SYSTEM, [{"role": "system", "content": "/nothing"}, user("Why?")], 1),
+        (FIRST_PART, [user(parts("a b", "a"))], 1),
+    ],
+)
+def test_a_text_that_is_lost_may_stand_elsewhere(source, messages, lost):
+    with pytest.raises(KvrunError, match=f"leaves out what message {lost} says"):
+        ChatTemplate(source).render(messages)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        *("trim", "upper", "title", "capitalize", "escape", "urlencode", "pprint", "list | join", "wordwrap(12)"),
+        *("tojson", "tojson(ensure_ascii=True)", "tojson | tojson"),
+        *("replace('\n', ' ')", "replace(' ', '_')", "replace('\"', '\\\\\"')"),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Grüße "ä"\n\U0001f389 \t x',
+        "  ",
+        "{{ x }} {% if %} {# c #}",
+        "'a' & <b>",
+        "straße İı",
+        "C:\\temp\\new",
+        "\ufeffé\x00",
+        "/no_think",
+        "\u201cx\u201d",
+    ],
+)
+def test_however_a_template_writes_a_text_it_is_not_lost(filters, text):
+    source = "{% for m in messages %}{{ m.content | " + filters + " }}\n{% endfor %}"
+    assert ChatTemplate(source).render([user(text), user("Hi")])
+
+
 @pytest.mark.parametrize(
     "message, rendered",
     [
