@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from kvrun import _core
 from kvrun.errors import KvrunError, ModelFileError, OptionError, TokenizerError
@@ -111,6 +111,9 @@ class Model:
         self.vocab_size = file.description.vocab_size
         self.stop_ids = frozenset(file.stop_ids)
         self._lock = threading.RLock()
+        _models.add(self)
+        self._tokenizer: Tokenizer | None = None
+        self._chat: ChatTemplate | None = None
         try:
             engine = _core.Engine(
                 file.description, file.weights, file.vectors, file.description.rope_tables, threads, precise
@@ -179,16 +182,19 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, built when first asked for. TokenizerError if it has none."""
         with self._lock:  # so that threads that start together build one
+            if self._tokenizer is None:
+                self._tokenizer = self._new_tokenizer()
             return self._tokenizer
 
     @property
     def chat(self) -> ChatTemplate | None:
         """The model's chat template, None if it has none (then a prompt is plain text)."""
         with self._lock:
+            if self._chat is None and self.file.chat_template:
+                self._chat = self._new_chat(self.file.chat_template)
             return self._chat
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def _new_tokenizer(self) -> Tokenizer:
         from kvrun.text.tokenizer import Tokenizer
 
         file = self.file
@@ -200,17 +206,27 @@ class Model:
         _core.trim()  # reading a vocabulary takes several times what it needs in the end
         return tokenizer
 
-    @cached_property
-    def _chat(self) -> ChatTemplate | None:
-        if not self.file.chat_template:
-            return None
+    def _new_chat(self, source: str) -> ChatTemplate:
         from kvrun.text.templates import ChatTemplate
 
-        tokenizer, info = self._tokenizer, self.file.tokenizer_info
+        tokenizer, info = self.tokenizer, self.file.tokenizer_info
         ids = {f"{name}_token": info.get(f"{name}_id") for name in ("bos", "eos", "pad", "unk")}
         tokens = {
             name: tokenizer.token_bytes(token).decode("utf-8", "replace")
             for name, token in ids.items()
             if token is not None
         }
-        return ChatTemplate(self.file.chat_template, tokens, tokenizer.special)
+        return ChatTemplate(source, tokens, tokenizer.special)
+
+
+_models: WeakSet[Model] = WeakSet()
+
+
+def _unlock() -> None:
+    """In the child of a fork, which has none of the threads that may have held a lock."""
+    for model in _models:
+        model._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

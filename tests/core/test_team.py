@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import kvrun
+from kvrun.text.tokenizer import Tokenizer
 from support import ROOT, needs, no_threads
 
 WAIT = 120  # seconds: a bound for what would hang
@@ -82,12 +83,36 @@ def test_a_fork_in_the_middle_of_other_threads_calls(path):
             other.join()
 
 
+@forks
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_makes_the_tokenizer(path, monkeypatch):
+    """The thread that holds the model's lock does not exist in the child."""
+    model, begun, forked, init = kvrun.load(path), threading.Event(), threading.Event(), Tokenizer.__init__
+
+    def slow(self, *args):
+        begun.set()
+        forked.wait(WAIT)
+        init(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "__init__", slow)
+        other = threading.Thread(target=lambda: model.chat)
+        other.start()
+        assert begun.wait(WAIT)
+        patch.setattr(Tokenizer, "__init__", init)
+        in_the_child = in_child(model)
+        forked.set()
+        other.join()
+    assert in_the_child == answer(model) != ""
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 @pytest.mark.parametrize("method", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
 def test_multiprocessing(path, method, tmp_path):
     program = f"""
 import multiprocessing, sys
 import kvrun
+from kvrun.text.tokenizer import Tokenizer
 def answer(model):
     stream = model.session(kv="f16", ctx=256).stream({PROMPT!r}, max_tokens=20, ignore_eos=True, seed=1, raw=True)
     return "".join(stream)
