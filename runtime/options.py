@@ -149,10 +149,10 @@ class CacheKeywords(TypedDict, total=False):
         int | None,
         Option(None, "tokens kept", 1, MAX_CTX, stated=f"the model's context length, at most {DEFAULT_CTX}"),
     ]
-    sinks: Annotated[int, Option(4, "first tokens that are always kept", 0)]
+    sinks: Annotated[int, Option(4, "first tokens that are always kept", 0, MAX_CTX)]
     window: Annotated[
         int | None,
-        Option(None, "newest tokens kept unquantised", 0, stated=f"{WINDOW}; {WINDOW_Q2} with q2"),
+        Option(None, "newest tokens kept unquantised", 0, MAX_CTX, stated=f"{WINDOW}; {WINDOW_Q2} with q2"),
     ]
 
 

@@ -214,7 +214,7 @@ def _check_cache(session: Session, given: dict[str, Any], path: str) -> None:
     has = {**asdict(session.cache), "kv_k": session.cache.k, "kv_v": session.cache.v}
     for name in ("kv_k", "kv_v", "ctx", "sinks", "window"):
         if wanted[name] not in (has[name], None):
-            option = name.replace("_", "-")
+            option = (name if given.get(name) is not None else "kv").replace("_", "-")
             raise OptionError(
                 f"--{option}: the session in {path} has {has[name]}, not {wanted[name]}; leave the option out"
             )

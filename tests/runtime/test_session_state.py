@@ -507,7 +507,7 @@ def test_the_command_goes_on_where_it_ended(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--kv", "f32"], "--kv-k: the session in .* has q8, not f32; leave the option out"),
+        (["--kv", "f32"], "--kv: the session in .* has q8, not f32; leave the option out"),
         (["--kv-v", "f32"], "--kv-v: .* has q8"),
         (["--ctx", 900], "--ctx: .* has 2048, not 900"),
         (["--sinks", 5], "--sinks: .* has 4"),
@@ -531,7 +531,7 @@ def test_a_default_that_is_given_must_be_what_the_file_has_too(model, tmp_path, 
     text(session.stream("a", **GO_ON))
     session.save(path)
     for options, message in (
-        (["--kv", "q8"], "--kv-k: .* has f16, not q8"),
+        (["--kv", "q8"], "--kv: .* has f16, not q8"),
         (["--sinks", 4], "--sinks: .* has 5, not 4"),
     ):
         status, out, err = called(capsys, model, "-p", "a", "--session", path, *options)

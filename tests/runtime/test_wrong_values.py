@@ -226,6 +226,13 @@ def test_odd_values_everywhere(everything, seed, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("name", ["ctx", "sinks", "window"])
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**30])
+def test_sizes_of_a_cache_that_no_number_of_tokens_has(model, name, value):
+    with pytest.raises(OptionError, match=f"^{name}: must be at least . and at most 2147483647, not {value}"):
+        model.session(**{name: value})
+
+
 def test_where_a_session_cannot_be_saved(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     session = model.session()
