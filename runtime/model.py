@@ -220,13 +220,22 @@ class Model:
 
 
 _models: WeakSet[Model] = WeakSet()
+_alone = [True]
+"""Whether the thread that forks is the only one."""
 
 
-def _unlock() -> None:
-    """In the child of a fork, which has none of the threads that may have held a lock."""
+def _before_fork() -> None:
+    _alone[0] = threading.active_count() == 1
+
+
+def _in_child() -> None:
+    """The child has none of the other threads, which may have held a model's lock, or one of the tokenizer library:
+    then it makes a tokenizer of its own when it needs one."""
     for model in _models:
         model._lock = threading.RLock()
+        if not _alone[0]:
+            model._tokenizer = model._chat = None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock)
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
