@@ -30,8 +30,12 @@ struct mapped_file {
 static _Atomic(struct mapped_file *) mapped_files;
 static struct sigaction mapped_former;
 
+/* Of threads that miss a page at the same time one says so; the others wait for the end that it brings. */
 static void mapped_end(const struct mapped_file *file)
 {
+    static atomic_int ending;
+    while (atomic_exchange(&ending, 1))
+        pause();
     if (write(STDERR_FILENO, file->line, strlen(file->line)) < 0) { /* nobody to tell */ }
     _exit(1);
 }
