@@ -171,7 +171,7 @@ def test_ignored_ones_stay_ignored(model):
     with started(model, "-p", "a", *ENDLESS, preexec_fn=as_nohup_does) as process:
         process.stdout.read(5)
         process.send_signal(signal.SIGHUP)
-        assert len(process.stdout.read(100_000)) == 100_000
+        assert len(process.stdout.read(2_000)) == 2_000
         process.send_signal(signal.SIGTERM)
         ended(process, signal.SIGTERM)
 
