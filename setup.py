@@ -151,7 +151,9 @@ class build_extensions(build_ext):
 
 
 def extension(name: str) -> Extension:
-    linked = KERNEL_FILES if name == "kernels" else HEADERS + BASE_SOURCES
+    linked = (KERNEL_FILES if name == "kernels" else HEADERS + BASE_SOURCES) + sorted(
+        map(str, Path("_core").glob("*.h"))
+    )
     return Extension(
         f"kvrun._core.{name}",
         [f"_core/{name}.pyx"],
