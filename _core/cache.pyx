@@ -175,15 +175,17 @@ cdef bint _keeps_values(const CacheLayer* of) noexcept nogil:
 cdef bint _is_as_it_was(const Cache* c, int64_t n) noexcept nogil:
     """Whether truncation to n tokens leaves what the next tokens see as it was when there were n: nothing of it has
     been rounded since, or has left a ring."""
-    cdef int64_t layer, evicted, packed = tiles_packed(c, c.n_tokens)
-    cdef bint unpacks = tiles_packed(c, n) < min(packed, tile_of(c, n - 1) + 1)
+    cdef int64_t layer, evicted, packed = tiles_packed(c, c.n_tokens), then = tiles_packed(c, n)
+    # What was packed before a truncation tells what a ring had lost then, unless as much has been packed since.
+    cdef int64_t lost = tiles_evicted(c, c.n_slots, then) if c.packed_ever > packed else max(then - c.n_slots, <int64_t>0)
+    cdef bint unpacks = then < min(packed, tile_of(c, n - 1) + 1)
     for layer in range(c.n_layers):
         evicted = _tiles(c, layer).first
         if unpacks and not _keeps_values(&c.layers[layer]):
             return False
         if c.layers[layer].sight and not _can_keep(c, layer, n, evicted):
             return False
-        if not c.layers[layer].sight and evicted != tiles_evicted(c, c.n_slots, tiles_packed(c, n)):
+        if not c.layers[layer].sight and evicted != lost:
             return False
     return True
 

@@ -272,6 +272,26 @@ def test_a_snapshot_that_was_made_after_a_way_back(windows, name, build):
     assert done and (refused or name not in ("f16", "f32"))
 
 
+@pytest.mark.parametrize("name", _core.KV_FORMATS)
+def test_ways_back_one_after_the_other_in_an_outgrown_cache(name, build):
+    """Each is exact or refused: what a ring had lost at its end is not what it had lost at a place before."""
+    file, engine = build((None, None))
+    options = dict(ctx=200, sinks=4, window=64)
+    tokens = random_tokens(file, 500)
+    kv, done = _core.KVCache(engine, name, name, **options), 0
+    engine.forward(tokens, kv, "none", decoding=False)
+    for n in (495, 490, 450, 460, 420, 388, 380):
+        cut, lone = kv.copy(), _core.KVCache(engine, name, name, **options)
+        if not cut.rewind(n):
+            continue
+        done += 1
+        engine.forward(tokens[:n], lone, "none", decoding=False)
+        assert np.array_equal(go_on(engine, cut.copy()), go_on(engine, lone)), n
+        engine.forward(tokens[n:], cut, "none", decoding=False)
+        kv = cut
+    assert done
+
+
 def test_what_has_outgrown_a_cache(build):
     """Only what layers that see everything have lost is gone for good; without any, more than ctx has room for."""
     options = dict(ctx=200, sinks=4, window=64)  # room for 3 tiles in the ring
