@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from support.cases import some
 from support.commands import KVRUN, refused
 
 STEADY = ["-n", "12", "--seed", "3", "--ignore-eos"]
@@ -49,9 +50,10 @@ def run(arguments, redirection):
 
 RIGHT = {"usage": 2, "no model": 1}
 NAMES = ["answer", "chat", "inspect", "json", "bench", "perplexity", "convert", "help", "bench help", "version"]
+QUICK = ["answer", "inspect", "convert", "bench help"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "usage", "no model"])
+@pytest.mark.parametrize("name", some([*NAMES, "usage", "no model"], [*QUICK, "usage"]))
 @pytest.mark.parametrize("redirection", [pytest.param("2>/dev/full", marks=needs_full), "2>&-"])
 def test_standard_error_does_not_count(commands, name, redirection):
     expected = run(commands[name], "2>/dev/null")
@@ -62,12 +64,12 @@ def test_standard_error_does_not_count(commands, name, redirection):
 
 
 @needs_full
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_standard_output_that_is_full(commands, name):
     refused(run(commands[name], ">/dev/full"), "standard output: No space left on device")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
 @pytest.mark.parametrize("redirection", [">&-", ">&- <&-"])
 def test_standard_output_that_is_closed(commands, name, redirection):
     if name == "convert":  # its result is a file
@@ -82,7 +84,7 @@ def test_all_closed(commands):
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_standard_input_that_is_closed(commands, name):
     if name == "chat":
         refused(run(commands[name], "<&-"), "standard input is closed")
@@ -91,7 +93,7 @@ def test_standard_input_that_is_closed(commands, name):
     assert not run(commands["answer"][:1] + ["-p", "-"], "<&-")[1]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "endless"])
+@pytest.mark.parametrize("name", some([*NAMES, "endless"], [*QUICK, "endless"]))
 @pytest.mark.parametrize("both", [False, True])
 def test_a_reader_that_leaves(commands, name, both):
     """Nothing is complained of."""

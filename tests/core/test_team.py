@@ -14,6 +14,7 @@ import pytest
 import kvrun
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT, needs, no_threads
+from support.cases import some
 
 WAIT = 120  # seconds: a bound for what would hang
 PROMPT = "Once upon a time there was a little fox"
@@ -198,7 +199,7 @@ def test_as_many_threads_as_are_allowed(path):
     assert np.array_equal(one.evaluate(), many.evaluate())
 
 
-@pytest.mark.parametrize("flags", [(), ("-fsanitize=thread", "-g")], ids=["plain", "sanitized"])
+@pytest.mark.parametrize("flags", some([(), ("-fsanitize=thread", "-g")], [()]))
 def test_the_team_alone(tmp_path, flags):
     """Every item is done once a step, every thread begins with its own share, and no memory is raced for."""
     needs.program("gcc", "gcc")

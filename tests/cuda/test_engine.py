@@ -84,7 +84,7 @@ def test_every_matrix_of_another_type(device):
 FORMATS = ["f32", "f16", "q8", "q4", "q2", "q4/q2", "f16/q8", "q8/f32"]
 
 
-@pytest.mark.parametrize("kv", some(FORMATS, ["f16", "q8", "q4/q2"]))
+@pytest.mark.parametrize("kv", some(FORMATS, ["q4/q2"]))
 def test_cache_formats(kv, device):
     """Past the first tiles, whole chunks and token by token."""
     model, (k, _, v) = tiny("f32", n_heads=2, n_kv_heads=1), kv.partition("/")
@@ -117,7 +117,7 @@ def test_past_turns_of_the_ring(options, device):
     assert difference(a, b) <= EXACT
 
 
-@pytest.mark.parametrize("name", some(NAMES, ["gemma3", "qwen3moe", "phi3"]))
+@pytest.mark.parametrize("name", some(NAMES, ["gemma3", "phi3"]))
 def test_families(name, device, family):
     """The models that transformers made, beside its own logits."""
     expected, file = expected_of(name), read_model_file(family(name))
