@@ -112,15 +112,6 @@ LLAMA3_OURS = {
             1e4,
             {"type": "linear", "factor": 4.0},
         ),
-        ({"rope_scaling": {"type": "default"}, "partial_rotary_factor": 1}, 1e4, None),
-        ({"rope_scaling": {}, "partial_rotary_factor": None}, 1e4, None),
-        ({"rope_parameters": {}}, 1e4, None),
-        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 3e5}}, 3e5, None),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 4}, "rope_parameters": {"rope_theta": 3e5}},
-            1e4,
-            {"type": "linear", "factor": 4.0},
-        ),
         (
             {"rope_scaling": {"rope_type": "llama3", "type": "llama3", **LLAMA3}, "rope_theta": 5e5},
             5e5,
