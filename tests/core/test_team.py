@@ -207,4 +207,6 @@ def test_the_team_alone(tmp_path, flags):
     command = ["gcc", "-std=gnu11", "-O2", f"-I{ROOT / '_core/kernels'}", *sources, "-pthread", "-o"]
     subprocess.run([*command, str(tmp_path / "stress"), *flags], check=True)
     done = subprocess.run([str(tmp_path / "stress")], capture_output=True, text=True, timeout=WAIT)
+    if "ThreadSanitizer: unexpected memory mapping" in done.stderr:
+        pytest.skip("this system's random addresses are not those that the compiler's sanitizer knows")
     assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
