@@ -279,14 +279,9 @@ def _cells(run: dict[str, float]) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = peers.runtimes_parser(__doc__)
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+"}
-    add("model", metavar="MODEL.gguf")
-    add("--requantize", choices=("q4_0", "q4_1", "q8_0"), help="matrices in this type for all, embedding kept")
-    add("--kvrun-python", metavar="PYTHON", default=sys.executable, help="interpreter with kvrun (this one)")
-    add("--peer-python", metavar="PYTHON", default=[], action="extend", **several, help="more, to look for peers in")
     add("--peers", metavar="NAME", choices=FAMILIES, default=FAMILIES, **several, help=f"({' '.join(FAMILIES)})")
     add("--threads", type=peers.positive, help="threads of each runtime (the CPUs that this process may use)")
     add("--kv", metavar="FORMAT", choices=("f16", "q8", "q4"), default="q8", help="kind of the cache of all (q8)")

@@ -365,11 +365,11 @@ class Comparison:
 # --- the command -----------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def runtimes_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that say which model, and where to look for the runtimes."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    several: dict[str, Any] = {"nargs": "+"}
     add("model", metavar="MODEL.gguf")
     add("--requantize", choices=("q4_0", "q4_1", "q8_0"), help="matrices in this type for all, embedding kept")
     add("--kvrun-python", metavar="PYTHON", default=sys.executable, help="interpreter with kvrun (this one)")
@@ -378,9 +378,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         default=[],
         action="extend",
-        **several,
+        nargs="+",
         help="more, to look for peers in",
     )
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = runtimes_parser(__doc__)
+    add = parser.add_argument
+    several: dict[str, Any] = {"nargs": "+"}
     add("--peers", metavar="NAME", choices=FAMILIES[1:], **several, help=f"of {', '.join(FAMILIES[1:])} (all)")
     add("--threads", type=positive, default=2, help="threads of each runtime (2)")
     add("--kv", metavar="FORMAT", default=["f16", "q8", "q4", "q2"], **several, help="caches (f16 q8 q4 q2)")
