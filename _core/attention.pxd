@@ -2,7 +2,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from .cache cimport Cache
 from .kernels cimport kv_kernels
-from .team cimport kv_team
+from .team cimport kv_member
 
 # The rotary embeddings that layers choose from: table t turns pair i of a head's channels, i and i + head_dim/2, by
 # position * inv_freq[t][i] and multiplies it by amplitude[t][i]. A pair that does not turn has frequency 0.
@@ -19,7 +19,8 @@ ctypedef struct QueryBlock:
 # What the attention of one chunk needs, for every layer.
 ctypedef struct Plan:
     const kv_kernels* kern
-    const Cache* cache
+    const Cache* cache                           # the one held, as it was before the chunk: threads that are late
+    Cache held                                   # still look here when the cache has changed
     int64_t n, first, last_tile                  # new tokens, position of the first, tile of the last one
     int64_t packed_before, packed_after          # tiles packed when the chunk starts and when it is in
     int64_t evicted_before, n_shifts             # sinks are rotated for n_shifts numbers of evicted tiles
@@ -46,15 +47,14 @@ ctypedef struct Plan:
     float* total                                 # and sum of weights
 
 # A chunk is planned by these three, in this order; then for each layer come append_step, attend_step, commit_step if
-# commit_needed (all threads of a team, a barrier after each), and combine.
+# commit_needed (steps of a team), and combine.
 cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
                      int64_t n_heads, float scale, float soft_cap, bint written, int64_t threads) noexcept nogil
 cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil
 cdef void plan_queries(Plan* p) noexcept nogil
 cdef bint commit_needed(const Plan* plan) noexcept nogil
-cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld, kv_team* team,
-                      int thread) noexcept nogil
-cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_team* team,
-                      int thread) noexcept nogil
-cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team, int thread) noexcept nogil
+cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld,
+                      kv_member* me) noexcept nogil
+cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil
+cdef void commit_step(const Plan* plan, int64_t layer, kv_member* me) noexcept nogil
 cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil

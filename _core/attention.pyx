@@ -10,7 +10,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy
 
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
-from .team cimport kv_team_size, kv_team_take
+from .team cimport kv_member, kv_team_commit, kv_team_repeat, kv_team_take
 from .cache cimport (CacheLayer, first_tile, ring_tile, sink_keys, sink_values, tile_bytes, tile_of, tiles_evicted,
                      tiles_packed, window_bytes, window_tile)
 
@@ -21,6 +21,7 @@ cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
     SPLIT_TOKENS = 16     # of a text that is written, longer chunks have enough queries to share out; in shorter ones
                           # tiles are split into spans:
+    GRAB = 8              # spans that a thread takes at a time, at most
     SPAN_LEAST = 4        # of at least so many tiles, that a few of a short text keep every thread busy,
     SPAN_MOST = 64        # and at most so many, once there are
     SPANS = 8             # so many spans; whatever the number of threads, which is not to change results
@@ -60,7 +61,8 @@ cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Rope
     written: of a text that is being written. One that is read is not split into spans, whose sums round otherwise than
     one sum does, so that no result depends on the chunks it comes in."""
     cdef int64_t layer
-    p.kern, p.cache, p.ropes = kern, c, ropes[0]
+    p.kern, p.held, p.ropes = kern, c[0], ropes[0]
+    p.cache = &p.held
     p.soft_cap = <float>(soft_cap * M_LOG2E)
     p.split = written and n <= SPLIT_TOKENS
     p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
@@ -73,8 +75,8 @@ cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Rope
     for layer in range(c.n_layers):
         p.n_spans = max(p.n_spans, _spans(p, layer))
     p.max_tiles = p.last_tile - p.packed_before + 1
-    # of a thread: a tile while it is packed; or rotated queries, scores, two counts
-    p.scratch_floats = max(KV_TILE * c.head_pad, _rows(p.group) * (c.head_dim + KV_TILE + 2))
+    # of a thread: a tile while it is packed; or outputs, rotated queries, scores, two counts
+    p.scratch_floats = max(KV_TILE * c.head_pad, _rows(p.group) * (GRAB * (c.head_pad + 2) + c.head_dim + KV_TILE + 2))
     p.scratch_floats = (p.scratch_floats + 15) // 16 * 16
     p.threads = threads
 
@@ -236,25 +238,24 @@ cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* sc
         of.v.pack_v(scratch, c.head_dim, packed + of.k_bytes)
 
 
-cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld, kv_team* team,
-                      int thread) noexcept nogil:
-    """Work items: for each KV head, its sinks and each tile that gets tokens or is packed.
+cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld,
+                      kv_member* me) noexcept nogil:
+    """Work items: for each KV head, its sinks and each tile that gets tokens or is packed; of a few tokens all together.
 
     k, v: [n][n_kv_heads * head_dim], before RoPE, ld floats between tokens.
     """
     cdef int64_t items = plan.last_tile - plan.packed_before + 2, i = 0, end = 0, tile
-    cdef float* scratch = plan.scratch + thread * plan.scratch_floats
+    cdef int64_t grab = items if plan.n <= SPLIT_TOKENS else 1
+    cdef float* scratch = plan.scratch + me.thread * plan.scratch_floats
     cdef Added added
     added.plan, added.layer, added.k, added.v, added.ld = plan, layer, k, v, ld
-    while True:
-        i = kv_team_take(team, thread, items * plan.cache.n_kv_heads, 1, &end)
-        if i < 0:
-            break
-        tile = plan.packed_before + i % items - 1
-        if tile < plan.packed_before:
-            _append_sinks(&added, i // items)
-        else:
-            _append_tile(&added, i // items, tile, scratch)
+    while kv_team_take(me, items // grab * plan.cache.n_kv_heads, 1, &i, &end):
+        for i in range(i * grab, (i + 1) * grab):
+            tile = plan.packed_before + i % items - 1
+            if tile < plan.packed_before:
+                _append_sinks(&added, i // items)
+            else:
+                _append_tile(&added, i // items, tile, scratch)
 
 
 cdef bint commit_needed(const Plan* plan) noexcept nogil:
@@ -262,15 +263,12 @@ cdef bint commit_needed(const Plan* plan) noexcept nogil:
             or plan.last_tile >= plan.packed_before + plan.cache.n_window_tiles)
 
 
-cdef void commit_step(const Plan* plan, int64_t layer, kv_team* team, int thread) noexcept nogil:
+cdef void commit_step(const Plan* plan, int64_t layer, kv_member* me) noexcept nogil:
     """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
     cdef const Cache* c = plan.cache
     cdef const CacheLayer* of = &c.layers[layer]
     cdef int64_t tile, head = 0, end = 0
-    while True:
-        head = kv_team_take(team, thread, c.n_kv_heads, 1, &end)
-        if head < 0:
-            break
+    while kv_team_take(me, c.n_kv_heads, 1, &head, &end):
         for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
             memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
         for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
@@ -284,6 +282,7 @@ ctypedef struct Rows:
     const Plan* plan
     int64_t n, layer, head, sight
     const QueryBlock* block
+    int64_t at                 # in the plan's outputs
     float* q                   # [n][head_dim], rotated and scaled
     float* scores              # [n][64]
     int32_t* visible           # [n] of the tile at hand, each row sees tokens [hidden, visible), none if visible <= 0
@@ -384,28 +383,30 @@ cdef void _prepare_rows(Rows* rows, const float* q, int64_t ld) noexcept nogil:
             rows.acc[r * c.head_pad + i] = 0
 
 
-cdef Rows _rows_of(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span,
-                   float* scratch) noexcept nogil:
+cdef Rows _rows_of(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span, float* scratch,
+                   int64_t i) noexcept nogil:
+    """The i-th of a grab: only its outputs have a place of their own."""
     cdef const Cache* c = plan.cache
     cdef Rows rows
-    cdef int64_t at
     rows.plan, rows.layer, rows.head, rows.block = plan, layer, head, &plan.blocks[block]
     rows.sight = c.layers[layer].sight
     rows.n = (rows.block.end - rows.block.start) * plan.group
-    rows.q = scratch
+    rows.at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
+    rows.acc = scratch + i * _rows(plan.group) * c.head_pad
+    rows.q = scratch + GRAB * _rows(plan.group) * c.head_pad
     rows.scores = rows.q + _rows(plan.group) * c.head_dim
     rows.visible = <int32_t*>(rows.scores + _rows(plan.group) * KV_TILE)
     rows.hidden = rows.visible + _rows(plan.group)
-    at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
-    rows.top, rows.total, rows.acc = plan.top + at, plan.total + at, plan.acc + at * c.head_pad
+    rows.top = <float*>(rows.hidden + _rows(plan.group)) + i * _rows(plan.group)
+    rows.total = rows.top + GRAB * _rows(plan.group)
     return rows
 
 
-cdef void _attend(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span, const float* q,
-                  int64_t ld, float* scratch) noexcept nogil:
-    """One work item: what a block of queries gathers from a span of a head's tiles."""
+cdef Rows _attend(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span, const float* q,
+                  int64_t ld, float* scratch, int64_t i) noexcept nogil:
+    """One work item, the i-th of a grab: what a block of queries gathers from a span of a head's tiles."""
     cdef const Cache* c = plan.cache
-    cdef Rows rows = _rows_of(plan, layer, head, block, span, scratch)
+    cdef Rows rows = _rows_of(plan, layer, head, block, span, scratch, i)
     cdef int64_t tile, first, last, start = _first(plan, layer), spans = _spans(plan, layer)
     cdef int64_t tiles = plan.last_tile - start + 1
     first = first_tile(c, layer, plan.first + rows.block.start, rows.block.packed)
@@ -419,27 +420,35 @@ cdef void _attend(const Plan* plan, int64_t layer, int64_t head, int64_t block, 
         _attend_sinks(&rows)
     for tile in range(first, last + 1):
         _attend_tile(&rows, tile)
+    return rows
 
 
-cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_team* team,
-                      int thread) noexcept nogil:
-    """Work items: each KV head, query block and span of tiles. q: [n][n_heads * head_dim], before RoPE."""
+cdef void _hand_over(const Plan* plan, const Rows* rows) noexcept nogil:
+    """From a thread's own memory to where `combine` finds it."""
+    memcpy(plan.top + rows.at, rows.top, rows.n * sizeof(float))
+    memcpy(plan.total + rows.at, rows.total, rows.n * sizeof(float))
+    memcpy(plan.acc + rows.at * plan.cache.head_pad, rows.acc, rows.n * plan.cache.head_pad * sizeof(float))
+
+
+cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil:
+    """Work items: each KV head, query block and span of tiles; a thread goes through neighbouring spans, so that memory
+    is read in one go. q: [n][n_heads * head_dim], before RoPE."""
     cdef int64_t heads = plan.cache.n_kv_heads, spans = _spans(plan, layer), items = heads * plan.n_blocks * spans
-    cdef int64_t i = 0, end = 0, rest, grab = 1
-    cdef float* scratch = plan.scratch + thread * plan.scratch_floats
-    if plan.split:  # neighbouring spans to one thread, as long as they last: memory is read in one go
-        grab = max(items // (2 * kv_team_size(team)), <int64_t>1)
-    while True:
-        i = kv_team_take(team, thread, items, grab, &end)
-        if i < 0:
-            break
-        for i in range(i, end):
+    cdef int64_t start = 0, end = 0, i, rest, blocks = plan.n_blocks, grab = GRAB if plan.split else 1
+    cdef float* scratch = plan.scratch + me.thread * plan.scratch_floats
+    cdef Rows rows[GRAB]
+    while kv_team_repeat(me, items, grab, &start, &end):
+        for i in range(start, end):
             if plan.split:
-                rest = i % (plan.n_blocks * spans)
-                _attend(plan, layer, i // (plan.n_blocks * spans), rest // spans, rest % spans, q, ld, scratch)
+                rest = i % (blocks * spans)
+                rows[i - start] = _attend(plan, layer, i // (blocks * spans), rest // spans, rest % spans, q, ld, scratch,
+                                          i - start)
             else:
                 rest = items - 1 - i  # the last blocks see most: first
-                _attend(plan, layer, rest % heads, rest // heads, 0, q, ld, scratch)
+                rows[i - start] = _attend(plan, layer, rest % heads, rest // heads, 0, q, ld, scratch, i - start)
+        if kv_team_commit(me):
+            for i in range(end - start):
+                _hand_over(plan, &rows[i])
 
 
 cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil:

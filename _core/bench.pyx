@@ -18,7 +18,8 @@ from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input
 from .kernels import require_level
 from .memory import advise_huge, anonymous
 from .cache import sliding_windows
-from .team cimport kv_team, kv_team_barrier, kv_team_grab, kv_team_run, kv_team_take
+from .team cimport (kv_member, kv_team, kv_team_fn, kv_team_free, kv_team_new, kv_team_run,
+                    kv_team_settle, kv_team_take)
 from .cache cimport (Cache, CacheLayer, KVCache, first_tile, ring_tile, sink_keys, sink_values, tile_bytes, tile_of,
                      tiles_evicted, tiles_packed, window_bytes, window_tile)
 from .weights import pack, packed_size, type_id
@@ -29,7 +30,26 @@ cdef extern from "stream.h":
 
 cdef enum:
     BLOCK = 1 << 20       # bytes of the bandwidth test that a thread takes at a time
+    GRAB = 64             # panels
     VARIANTS = 4          # different tiles that a filled cache is made of
+
+
+cdef class _Team:
+    """A team whose calls end with its threads, so that they may read what is the caller's."""
+    cdef kv_team* team
+    cdef int threads
+
+    def __cinit__(self, threads):
+        self.threads, self.team = threads, kv_team_new()
+        if self.team == NULL:
+            raise MemoryError("no memory for a team of threads")
+
+    def __dealloc__(self):
+        kv_team_free(self.team)
+
+    cdef void run(self, kv_team_fn fn, void* arg) noexcept nogil:
+        kv_team_run(self.team, self.threads, fn, arg)
+        kv_team_settle(self.team)
 
 
 # Bandwidth --------------------------------------------------------------------------------------------------
@@ -41,15 +61,12 @@ ctypedef struct Stream:
     uint64_t sum
 
 
-cdef void _stream(void* arg, kv_team* team, int thread) noexcept nogil:
+cdef void _stream(void* arg, kv_member* me) noexcept nogil:
     """One thread's part of a pass over the buffer."""
     cdef Stream* s = <Stream*>arg
     cdef int64_t block = 0, end = 0
     cdef uint64_t total = 0
-    while True:
-        block = kv_team_take(team, thread, s.blocks, 1, &end)
-        if block < 0:
-            break
+    while kv_team_take(me, s.blocks, 1, &block, &end):
         if s.write:
             memset(s.data + block * BLOCK, 1, BLOCK)
         elif s.four:
@@ -67,15 +84,16 @@ def stream_buffer(threads, n_bytes=1 << 29):
     there is no room for it.
     """
     cdef Stream stream
-    cdef int team = threads
+    cdef _Team team
     if threads < 1 or n_bytes < BLOCK:
         raise ValueError("threads must be at least 1, and n_bytes a MiB")
     buffer = anonymous(n_bytes // BLOCK * BLOCK)
     advise_huge(buffer)
+    team = _Team(threads)
     cdef uint8_t[::1] data = buffer
     stream.data, stream.blocks, stream.write, stream.sum = &data[0], n_bytes // BLOCK, True, 0
     with nogil:
-        kv_team_run(team, _stream, &stream)     # pages that nobody has written are all one page
+        team.run(_stream, &stream)     # pages that nobody has written are all one page
     return buffer
 
 
@@ -86,7 +104,7 @@ def read_bandwidth(threads, buffer=None, seconds=0.3):
     buffer: of ``stream_buffer``, for more than one measurement. seconds: how long passes go on; at least two are made.
     """
     cdef Stream stream
-    cdef int team = threads
+    cdef _Team team = _Team(threads)
     if buffer is None:
         buffer = stream_buffer(threads)
     if threads < 1 or len(buffer) < BLOCK:
@@ -98,7 +116,7 @@ def read_bandwidth(threads, buffer=None, seconds=0.3):
     while len(times) < 2 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         with nogil:
-            kv_team_run(team, _stream, &stream)
+            team.run(_stream, &stream)
         times.append(time.perf_counter() - begin)
         stream.four = not stream.four
     return stream.blocks * BLOCK / min(times) / 1e9
@@ -121,14 +139,11 @@ ctypedef struct Product:
     float* out              # [n][16 * n_panels]
 
 
-cdef void _multiply(void* arg, kv_team* team, int thread) noexcept nogil:
+cdef void _multiply(void* arg, kv_member* me) noexcept nogil:
     """One thread's part of a product, shared as the engine shares it."""
     cdef const Product* p = <const Product*>arg
-    cdef int64_t start, end = 0, grab = kv_team_grab(team, p.n_panels)
-    while True:
-        start = kv_team_take(team, thread, p.n_panels, grab, &end)
-        if start < 0:
-            break
+    cdef int64_t start = 0, end = 0
+    while kv_team_take(me, p.n_panels, GRAB, &start, &end):
         p.run(p.panels + start * p.panel_bytes, end - start, p.cols, &p.x, p.n, p.out + KV_PANEL * start,
               KV_PANEL * p.n_panels, 0)
 
@@ -141,7 +156,7 @@ def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=
     multiply-adds). Raises ValueError for sizes that are none or a type that there is not.
     """
     cdef Product p
-    cdef int team = threads
+    cdef _Team team = _Team(threads)
     cdef int64_t t, planes = 2 if tokens == 1 else 1
     if min(rows, cols, tokens, threads) < 1:
         raise ValueError("rows, cols, tokens and threads must be at least 1")
@@ -171,7 +186,7 @@ def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=
     while len(times) < 3 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         with nogil:
-            kv_team_run(team, _multiply, &p)
+            team.run(_multiply, &p)
         times.append(time.perf_counter() - begin)
     return min(times), len(buffer), KV_PANEL * p.n_panels * p.cols * p.n
 
@@ -265,17 +280,17 @@ ctypedef struct Step:
     float* out              # [threads][n_heads * head_dim]
 
 
-cdef void _step(void* arg, kv_team* team, int thread) noexcept nogil:
+cdef void _step(void* arg, kv_member* me) noexcept nogil:
     """One thread's part of the attention of one token, as the engine runs it between its matrices: every thread
     combines the spans for itself, since each needs the whole output."""
     cdef const Step* s = <const Step*>arg
     cdef const Cache* c = s.plan.cache
-    cdef int64_t layer, width = s.plan.n_heads * c.head_dim
+    cdef int64_t layer, width = s.plan.n_heads * c.head_dim, i = 0, end = 0
     for layer in range(c.n_layers):
-        attend_step(&s.plan, layer, s.q, width, team, thread)
-        kv_team_barrier(team)
-        combine(&s.plan, layer, 0, s.out + thread * width)
-        kv_team_barrier(team)
+        attend_step(&s.plan, layer, s.q, width, me)
+        combine(&s.plan, layer, 0, s.out + me.thread * width)
+        while kv_team_take(me, me.size, 1, &i, &end):
+            pass
 
 
 def attention(engine, KVCache kv not None, repeat=1, seed=0):
@@ -299,6 +314,7 @@ def attention(engine, KVCache kv not None, repeat=1, seed=0):
 cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef Step step
     cdef Ropes ropes
+    cdef _Team team = _Team(threads)
     cdef Plan* p = &step.plan
     cdef const Cache* c = &kv.c
     cdef int64_t i, width = d.n_heads * d.head_dim
@@ -321,6 +337,6 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     start = time.perf_counter()
     with nogil:
         for i in range(repeat):
-            kv_team_run(threads, _step, &step)
+            team.run(_step, &step)
     seconds = (time.perf_counter() - start) / repeat
     return seconds, np.asarray(out)[:width].reshape(d.n_heads, d.head_dim).copy()

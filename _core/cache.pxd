@@ -102,7 +102,8 @@ cdef class KVCache:
     cdef readonly str k, v
     cdef readonly tuple sliding_windows
     cdef readonly object description
-    cdef object memory, lock, buffers      # buffers: the engine's, for its calls with this cache
+    cdef object memory, lock
+    cdef object buffers, pace              # the engine's, for its calls with this cache
     cdef int64_t huge                      # bytes from the start on that have been given huge pages
     cdef int _allocate(self) except -1
     cdef bint grown(self) except -1

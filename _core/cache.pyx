@@ -10,11 +10,13 @@ from collections import Counter
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+cimport cython
 import numpy as np
 
 from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels, kv_head_pad
 from .kernels cimport KV_FORMATS as N_FORMATS
 from .memory import advise_huge, anonymous, collapse, touch
+from .pace import Pace
 
 
 cdef enum:
@@ -292,6 +294,7 @@ cdef class Snapshot:
         return len(self.data)
 
 
+@cython.no_gc_clear
 cdef class KVCache:
     """One sequence's keys and values, in memory that is fixed from the start. Its pages are taken as they are used.
 
@@ -313,12 +316,14 @@ cdef class KVCache:
         self.nbytes = size
         self._lay_out_layers()
         self.lock = Exclusive(RuntimeError, "this cache is in use by another thread")
+        self.pace = Pace()
         self._allocate()
         if prefault:
             self._all_huge(self.nbytes)
             touch(self.memory)
 
     def __dealloc__(self):
+        self.buffers = None     # before the memory: threads that are late read it
         free(self.c.layers)
 
     cdef int _allocate(self) except -1:

@@ -5,7 +5,11 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from .attention cimport Plan
 from .kernels cimport KV_BLOCK, kv_input, kv_kernels
 from .model cimport Config, Layer, Matrix, Norm
-from .team cimport kv_team
+from .team cimport kv_member
+
+cdef enum:
+    OWN_FLOATS = 1 << 15        # at least 16 for each token of a chunk
+
 
 # Inputs of matrices as int8, in rows of `planes` times the blocks of an input. There is room for two planes of the
 # widest.
@@ -16,14 +20,16 @@ ctypedef struct Codes:
     int32_t* offset             # [rows][planes][2 blocks]
 
 # Buffers of one call; [rows] is the larger of tokens and threads: of one token each thread prepares its own input.
+# A thread that comes back late may read any of them, while others write what is next.
 ctypedef struct RunState:
     float* x                    # [n][hidden_pad] residual stream
     float* branch               # [n][hidden_pad] what is to be added to it, where it is not added at once
     float* input                # [rows][input_width] normed or combined input of a matrix
     Codes codes                 # [rows] of it, or of the gated activations
+    int64_t own_blocks          # of codes, from one thread's own to the next one's
     float* qkv                  # [n][qkv.width]
     float* gate                 # [n][gate.width]
-    float* up                   # [n][gate.width]
+    float* own                  # [threads][2][OWN_FLOATS] what a thread computes before it counts
     int64_t input_width
     # Experts; a slot is a token's place with one of them, and slots are sorted by expert.
     float* router               # [n][router.width] scores
@@ -38,7 +44,6 @@ ctypedef struct RunState:
     float* slot_input           # [slots][input_width]
     Codes slot_codes            # [slots] of it, or of slot_gate
     float* slot_gate            # [slots][width of an expert]
-    float* slot_up
     float* slot_out             # [slots][hidden_pad]
 
 ctypedef struct Call:
@@ -60,8 +65,8 @@ ctypedef struct Call:
 # One thread of a call.
 ctypedef struct Worker:
     const Call* call
-    kv_team* team
-    int thread
+    kv_member* me
+    const Matrix* next          # that is read after the step at hand, or NULL
 
 
 cdef inline kv_input input_rows(const float* floats, int64_t ld, const Codes* codes, int64_t cols, int64_t planes,

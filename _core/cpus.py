@@ -8,8 +8,12 @@ Linux's control groups limit the time of a group's processes, and of all groups 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+_FRESH = 0.2  # seconds
+_known = (-_FRESH, 1)  # when, and how many
 
 
 def max_threads() -> int:
@@ -18,6 +22,15 @@ def max_threads() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def usable() -> int:
+    """What ``max_threads`` says, or said a moment ago: it may change while a process runs, and more threads than that
+    bring nothing."""
+    global _known
+    if time.monotonic() - _known[0] > _FRESH:
+        _known = time.monotonic(), max_threads()
+    return _known[1]
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

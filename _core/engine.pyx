@@ -1,24 +1,27 @@
 """The engine: runs a chunk of tokens through the layers. ``forward`` reads from top to bottom like the paper.
 
-Threads take work by number between barriers, so that every result is the same whatever their count.
+Threads take work by number, step by step, so that every result is the same whatever their count.
 """
 
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
+cimport cython
 import numpy as np
 
 from .attention cimport Ropes, plan_buffers, plan_chunk, plan_queries
 from .cache cimport KVCache
-from .call cimport Call, Codes, RunState, Worker
+from .call cimport OWN_FLOATS, Call, Codes, RunState, Worker
 from .experts cimport mixture
 from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, kernels, kv_input, kv_packed_bytes,
                        kv_weight_of)
 from .model cimport Config, Expert, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
 from .steps cimport (activate_mlp, add, attend, embed, logits, matmul, norm_heads, prepare_attended, prepare_gated,
                      prepare_head, prepare_normed)
-from .team cimport KV_MAX_THREADS, kv_team, kv_team_run
+from .team cimport (KV_MAX_THREADS, kv_member, kv_team, kv_team_busy, kv_team_free, kv_team_keep, kv_team_new,
+                    kv_team_release, kv_team_run, kv_team_settle, kv_team_use)
+from . import cpus
 from .cache import sliding_windows
 from .kernels import require_level
 from .weights import packed_size, type_id
@@ -26,13 +29,16 @@ from .weights import packed_size, type_id
 MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
 
+cdef enum:
+    FEW_TOKENS = 16     # in calls of more the buffers are large, and late threads are waited for, not to need others
+
 cdef dict _ACTIVATIONS = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU_TANH}
 
 MAX_THREADS = KV_MAX_THREADS
 """Most threads of one call."""
 
 
-cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
+cdef void forward(void* arg, kv_member* me) noexcept nogil:
     """One thread's part of a chunk: embedding, layers, logits."""
     cdef const Call* call = <const Call*>arg
     cdef const Config* c = call.config
@@ -41,11 +47,11 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
     cdef int64_t i
     cdef kv_input x
     cdef Worker w
-    w.call, w.team, w.thread = call, team, thread
+    w.call, w.me, w.next = call, me, NULL
     embed(&w)                                                                           # x [n][hidden]
     for i in range(c.n_layers):
         layer = &call.layers[i]
-        x = prepare_normed(&w, &layer.qkv, &layer.attn_norm)
+        x = prepare_normed(&w, &layer.qkv, &layer.attn_norm, False)
         matmul(&w, &layer.qkv, &x, run.qkv, layer.qkv.width, False, NULL)               # [n][q, k, v]
         if layer.q_norm != NULL:
             norm_heads(&w, layer)
@@ -55,7 +61,7 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
         if layer.router.n_segments:
             mixture(&w, layer)
             continue
-        x = prepare_normed(&w, first_of_mlp(layer), &layer.mlp_norm)
+        x = prepare_normed(&w, first_of_mlp(layer), &layer.mlp_norm, False)
         activate_mlp(&w, layer, &x)                                                     # [n][intermediate]
         x = prepare_gated(&w, &layer.down)
         add(&w, &layer.down, &x, &layer.mlp_post_norm, &layer[1].qkv if i + 1 < c.n_layers else call.head)
@@ -66,15 +72,26 @@ cdef void forward(void* arg, kv_team* team, int thread) noexcept nogil:
 
 # Memory -------------------------------------------------------------------------------------------------------------
 
+@cython.no_gc_clear
 cdef class _Arena:
-    """Buffers of a call, in 64-byte aligned pieces of one block that is kept for the next call. Sizes are counted in
-    a first pass over the same code."""
+    """A call with all that its threads read and write, which is kept for the next one when no late thread is in it.
+
+    Buffers are 64-byte aligned pieces of one block; sizes are counted in a first pass over the same code."""
+    cdef Call call
+    cdef kv_team* team
+    cdef object engine          # whose weights late threads read
     cdef void* memory
     cdef char* base
     cdef size_t used, size
     cdef bint counting
 
+    def __cinit__(self):
+        self.team = kv_team_new()
+        if self.team == NULL:
+            raise MemoryError("no memory for a team of threads")
+
     def __dealloc__(self):
+        kv_team_free(self.team)
         free(self.memory)
 
     cdef void count(self) noexcept:
@@ -97,13 +114,15 @@ cdef class _Arena:
         return NULL if self.counting else self.base + at
 
 
+@cython.no_gc_clear
 cdef class Engine:
     """A model's weights, ready to run; read-only, so any number of threads and caches may use it at once.
 
     description: the sizes of the model and the choices in its arithmetic, as the fields of a model description.
     weights: name -> object with type, rows, cols and data (uint8, packed). vectors: name -> float32 array.
     rope_tables: function of the tokens that a cache has room for -> object with float64 [tables, head_dim / 2] inv_freq
-    and amplitude, and int64 [n_layers] of_layer, the table of each. threads: at least 1. precise: block-quantised
+    and amplitude, and int64 [n_layers] of_layer, the table of each. threads: at least 1; a call has no more than the CPUs that
+    the process may use at the time. precise: block-quantised
     weights take activations of 16 bits always, not only when decoding; chunks are about half as fast then.
     Raises ValueError when a tensor is missing or has the wrong shape or size, or KVRUN_ISA names no level.
     """
@@ -123,6 +142,7 @@ cdef class Engine:
 
     def __cinit__(self, description, weights, vectors, rope_tables, threads=1, precise=False):
         cdef int64_t i
+        kv_team_keep()
         d = self.description = description
         require_level()
         if threads < 1:
@@ -156,6 +176,7 @@ cdef class Engine:
             for i in range(self.c.n_layers):
                 free(self.layers[i].experts)
         free(self.layers)
+        kv_team_release()
 
     cdef int _sizes(self) except -1:
         d, c = self.description, &self.c
@@ -312,18 +333,31 @@ cdef class Engine:
         ropes.n, ropes.inv_freq, ropes.amplitude = inv_freq.shape[0], &inv_freq[0, 0], &amplitude[0, 0]
         ropes.of_layer = &of_layer[0]
 
+    cdef _Arena _arena(self, KVCache kv):
+        """One of the cache's that no late thread is in."""
+        cdef _Arena arena
+        if kv.buffers is None:
+            kv.buffers = []
+        for arena in kv.buffers:
+            if not kv_team_busy(arena.team):
+                return arena
+        arena = _Arena()
+        kv.buffers.append(arena)
+        return arena
+
     cdef _forward(self, const int32_t[::1] ids, KVCache kv, logits, bint written):
-        cdef Call call
         cdef Ropes ropes
         cdef int64_t n = ids.shape[0]
         cdef float[:, ::1] out
-        cdef int threads = self.threads
+        cdef int most = min(self.threads, <int>cpus.usable())
+        cdef object pace = kv.pace if n == 1 and most > 1 else None
+        cdef int threads = most if pace is None else pace.threads(most)
+        cdef kv_team_use use
         cdef bint two_planes = self.precise or written
-        cdef _Arena arena
-        if kv.buffers is None:
-            kv.buffers = _Arena()
-        arena = kv.buffers
-        memset(&call, 0, sizeof(Call))
+        cdef _Arena arena = self._arena(kv)
+        cdef Call* call = &arena.call
+        arena.engine = self
+        memset(call, 0, sizeof(Call))
         call.kern, call.config, call.layers = kernels(), &self.c, self.layers
         call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, &self.norm, &ids[0]
         call.positions = &self.positions
@@ -334,9 +368,9 @@ cdef class Engine:
         plan_chunk(&call.plan, call.kern, &kv.c, &ropes, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale,
                    self.c.attention_softcap, written, threads)
         arena.count()
-        self._buffers(arena, &call)
+        self._buffers(arena, call, threads)
         arena.allocate()
-        self._buffers(arena, &call)
+        self._buffers(arena, call, threads)
         plan_queries(&call.plan)
         result = None
         if call.first_logit < n:
@@ -344,24 +378,30 @@ cdef class Engine:
             out = result
             call.logits = &out[0, 0]
         with nogil:
-            kv_team_run(threads, forward, &call)
+            use = kv_team_run(arena.team, threads, forward, call)
+            if n > FEW_TOKENS:
+                kv_team_settle(arena.team)
+        if not kv_team_busy(arena.team):
+            arena.engine = None
+        if pace is not None:
+            pace.took(use.threads, most, use.seconds, use.waiting)
         kv.c.n_tokens += n
         kv.grown()
         return None if result is None else result[:, :self.c.vocab_size]
 
-    cdef void _buffers(self, _Arena arena, Call* call) noexcept:
+    cdef void _buffers(self, _Arena arena, Call* call, int threads) noexcept:
         cdef RunState* run = &call.run
-        cdef int64_t n = call.plan.n, rows = max(n, <int64_t>self.threads)
+        cdef int64_t n = call.plan.n, rows = max(n, <int64_t>threads)
         cdef int64_t gates = whole_panels(self.c.intermediate_size)
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
         run.input_width = whole_panels(widest)
         run.x = <float*>arena.take(4 * n * self.c.hidden_pad)
         run.input = <float*>arena.take(4 * rows * run.input_width)
-        run.codes = self._codes(arena, rows, widest)
+        run.codes, run.own_blocks = self._codes(arena, rows, widest), 2 * ((widest + KV_BLOCK - 1) // KV_BLOCK)
         run.qkv = <float*>arena.take(4 * n * self.layers[0].qkv.width)
         run.gate = <float*>arena.take(4 * n * gates)
-        run.up = <float*>arena.take(4 * n * gates)
         run.branch = <float*>arena.take(4 * n * self.c.hidden_pad if self.c.branch else 0)
+        run.own = <float*>arena.take(2 * 4 * threads * OWN_FLOATS)
         if self.c.n_experts:
             self._expert_buffers(arena, run, n)
         plan_buffers(&call.plan, <uint8_t*>arena.take(plan_buffers(&call.plan, NULL)))
@@ -389,5 +429,4 @@ cdef class Engine:
         run.slot_input = <float*>arena.take(4 * slots * run.input_width)
         run.slot_codes = self._codes(arena, slots, max(self.c.hidden_size, self.c.expert_size))
         run.slot_gate = <float*>arena.take(4 * slots * width)
-        run.slot_up = <float*>arena.take(4 * slots * width)
         run.slot_out = <float*>arena.take(4 * slots * self.c.hidden_pad)

@@ -1,4 +1,4 @@
 from .call cimport Worker
 from .model cimport Layer
 
-cdef void mixture(const Worker* w, const Layer* layer) noexcept nogil
+cdef void mixture(Worker* w, const Layer* layer) noexcept nogil

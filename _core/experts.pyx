@@ -10,10 +10,10 @@ from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memcpy, memset
 
 from .call cimport Call, RunState, Worker, input_rows, quantize_row
-from .kernels cimport KV_PANEL, kv_input
-from .model cimport Config, Expert, Layer
-from .steps cimport add_branch, matmul, matmul_panels, prepare_normed
-from .team cimport kv_team_barrier, kv_team_grab, kv_team_take
+from .kernels cimport KV_PANEL, kv_copy_rows, kv_input
+from .model cimport Config, Expert, Layer, Matrix
+from .steps cimport add_branch, grab_of, matmul, matmul_panels, own, prepare_normed
+from .team cimport kv_team_commit, kv_team_repeat, kv_team_take
 
 cdef extern from "<math.h>" nogil:
     float expf(float)
@@ -61,22 +61,17 @@ cdef void _choose_experts(const Config* c, float* scores, int32_t* chosen, float
         share[j] /= kept if c.normalize_experts else total
 
 
-cdef void _choose(const Worker* w, const Layer* layer) noexcept nogil:
+cdef void _choose(Worker* w, const Layer* layer) noexcept nogil:
     """From router scores to every token's experts, and to slots."""
     cdef const Config* c = w.call.config
     cdef const RunState* run = &w.call.run
-    cdef int64_t t, end = 0, n = w.call.plan.n
-    while True:
-        t = kv_team_take(w.team, w.thread, n, 4, &end)
-        if t < 0:
-            break
+    cdef int64_t t = 0, end = 0, n = w.call.plan.n
+    while kv_team_take(w.me, n, 4, &t, &end):
         for t in range(t, end):
             _choose_experts(c, run.router + t * layer.router.width, run.chosen + t * c.experts_used,
                             run.share + t * c.experts_used)
-    kv_team_barrier(w.team)
-    if kv_team_take(w.team, w.thread, 1, 1, &end) == 0:
+    while kv_team_take(w.me, 1, 1, &t, &end):
         _sort_slots(c, run, n)
-    kv_team_barrier(w.team)
 
 
 cdef kv_input _gate_up_inputs(const Call* call, int64_t first) noexcept nogil:
@@ -91,94 +86,115 @@ cdef kv_input _down_inputs(const Call* call, const Expert* expert, int64_t first
                       first)
 
 
-cdef void _prepare_gate_up(const Worker* w, const Layer* layer, const kv_input* tokens) noexcept nogil:
+cdef void _prepare_gate_up(Worker* w, const Layer* layer, const kv_input* tokens) noexcept nogil:
     """Every slot gets the input of its token."""
     cdef const Call* call = w.call
     cdef const Config* c = call.config
     cdef kv_input x = _gate_up_inputs(call, 0)
-    cdef int64_t slot, end = 0, slots = call.plan.n * c.experts_used
-    while True:
-        slot = kv_team_take(w.team, w.thread, slots, 1, &end)
-        if slot < 0:
-            break
+    cdef int64_t slot = 0, end = 0
+    while kv_team_take(w.me, call.plan.n * c.experts_used, 1, &slot, &end):
         memcpy(<float*>x.f + slot * x.ld, tokens.f + call.run.slot_choice[slot] // c.experts_used * tokens.ld,
                c.hidden_size * sizeof(float))
         if layer.experts_quantized:
             quantize_row(call, &x, c.hidden_size, slot)
-    kv_team_barrier(w.team)
 
 
-cdef void _prepare_down(const Worker* w, const Layer* layer) noexcept nogil:
+cdef void _prepare_down(Worker* w, const Layer* layer) noexcept nogil:
     """The gated activations are where `down` reads them; their codes are not."""
     cdef const Config* c = w.call.config
     cdef kv_input x = _down_inputs(w.call, &layer.experts[0], 0)
-    cdef int64_t slot, end = 0
-    while layer.experts_quantized:
-        slot = kv_team_take(w.team, w.thread, w.call.plan.n * c.experts_used, 1, &end)
-        if slot < 0:
-            kv_team_barrier(w.team)
-            break
+    cdef int64_t slot = 0, end = 0
+    while layer.experts_quantized and kv_team_take(w.me, w.call.plan.n * c.experts_used, 1, &slot, &end):
         quantize_row(w.call, &x, c.expert_size, slot)
 
 
-cdef void _gate_up(const Call* call, const Expert* expert, int64_t e, int64_t start, int64_t end) noexcept nogil:
-    """Panels [start, end) of activation(gate x) * (up x) for an expert's slots, times the slots' shares: the product
-    with `down` is linear."""
-    cdef const RunState* run = &call.run
-    cdef int64_t first = run.first[e], count = run.first[e + 1] - first, width = expert.up.width, s, i, at
-    cdef int64_t size = KV_PANEL * (end - start)
+# Some panels of an expert's matrices, for all its slots.
+ctypedef struct Part:
+    const Expert* expert
+    int64_t start, end          # panels
+    int64_t first, count        # slots
+
+
+cdef void _gate_up(const Worker* w, const Part* part, int64_t at) noexcept nogil:
+    """activation(gate x) * (up x) of the slots, times their shares: the product with `down` is linear."""
+    cdef const Call* call = w.call
+    cdef int64_t s, i, width = KV_PANEL * (part.end - part.start)
+    cdef float* gate = own(w, 0) + at
+    cdef float* up = own(w, 1) + at
     cdef float share
-    cdef kv_input x = _gate_up_inputs(call, first)
-    matmul_panels(call.kern, &expert.gate, &x, count, start, end, run.slot_gate + first * width, width, False)
-    matmul_panels(call.kern, &expert.up, &x, count, start, end, run.slot_up + first * width, width, False)
-    for s in range(first, first + count):
-        at = s * width + KV_PANEL * start
-        call.kern.activate[call.config.activation](run.slot_gate + at, run.slot_up + at, size, run.slot_gate + at)
-        share = run.share[run.slot_choice[s]]
-        for i in range(at, at + size):
-            run.slot_gate[i] *= share
+    cdef kv_input x = _gate_up_inputs(call, part.first)
+    matmul_panels(call.kern, &part.expert.gate, &x, part.count, part.start, part.end, gate, width, False)
+    matmul_panels(call.kern, &part.expert.up, &x, part.count, part.start, part.end, up, width, False)
+    call.kern.activate[call.config.activation](gate, up, part.count * width, gate)
+    for s in range(part.count):
+        share = call.run.share[call.run.slot_choice[part.first + s]]
+        for i in range(s * width, (s + 1) * width):
+            gate[i] *= share
 
 
-cdef void _down(const Call* call, const Expert* expert, int64_t e, int64_t start, int64_t end) noexcept nogil:
-    """Panels [start, end) of down h for an expert's slots."""
+cdef void _down(const Worker* w, const Part* part, int64_t at) noexcept nogil:
+    """down h of the slots."""
+    cdef kv_input x = _down_inputs(w.call, part.expert, part.first)
+    matmul_panels(w.call.kern, &part.expert.down, &x, part.count, part.start, part.end, own(w, 0) + at,
+                  KV_PANEL * (part.end - part.start), False)
+
+
+ctypedef void (*ExpertPanels)(const Worker* w, const Part* part, int64_t at) noexcept nogil
+
+
+cdef Part _part(const Call* call, const Layer* layer, int64_t panels, int64_t item, int64_t end) noexcept nogil:
+    """The items from `item` on, before `end`, that are of one expert; without slots where no further one has any. A
+    thread that is late finds numbers that others are writing: none leads out of the buffers."""
     cdef const RunState* run = &call.run
-    cdef int64_t first = run.first[e], ld = call.config.hidden_pad
-    cdef kv_input x = _down_inputs(call, expert, first)
-    matmul_panels(call.kern, &expert.down, &x, run.first[e + 1] - first, start, end, run.slot_out + first * ld, ld,
-                  False)
+    cdef int64_t i = item // panels, e, first
+    cdef Part part
+    part.start, part.end = item % panels, min(end - i * panels, panels)
+    part.first = part.count = 0
+    part.expert = NULL
+    if i < run.n_active[0]:
+        e = run.active[i]
+        first = run.first[e]
+        part.expert, part.first = &layer.experts[e], first
+        part.count = max(min(run.first[e + 1] - first, call.plan.n), <int64_t>0)
+    return part
 
 
-ctypedef void (*ExpertPanels)(const Call* call, const Expert* expert, int64_t e, int64_t start,
-                              int64_t end) noexcept nogil
+cdef void _for_experts(Worker* w, const Layer* layer, const Matrix* like, ExpertPanels compute, float* out,
+                       int64_t ld) noexcept nogil:
+    """Shares out the panels, of as many as a matrix has, of all experts that have slots: out [slots][ld]. Results of a
+    grab lie one after the other until they count."""
+    cdef const Call* call = w.call
+    cdef int64_t start = 0, end = 0, item, at, width, n = call.plan.n, panels = like.panels
+    cdef int64_t items = min(call.config.n_experts, n * call.config.experts_used) * panels   # at most
+    cdef int64_t grab = grab_of(like, n)
+    cdef Part part
+    while kv_team_repeat(w.me, items, grab, &start, &end):
+        item, at = start, 0
+        while item < end:
+            part = _part(call, layer, panels, item, end)
+            if part.count:
+                compute(w, &part, at)
+            at += part.count * KV_PANEL * (part.end - part.start)
+            item += part.end - part.start
+        if not kv_team_commit(w.me):
+            continue
+        item, at = start, 0
+        while item < end:
+            part = _part(call, layer, panels, item, end)
+            width = KV_PANEL * (part.end - part.start)
+            kv_copy_rows(own(w, 0) + at, width, part.count, width, out + part.first * ld + KV_PANEL * part.start, ld)
+            at += part.count * width
+            item += part.end - part.start
 
 
-cdef void _for_experts(const Worker* w, const Layer* layer, int64_t panels, ExpertPanels run_panels) noexcept nogil:
-    """Shares out the panels, so many of each, of all experts that have slots."""
-    cdef const RunState* run = &w.call.run
-    cdef int64_t items = run.n_active[0] * panels, start, end = 0, stop, e
-    while True:
-        start = kv_team_take(w.team, w.thread, items, kv_team_grab(w.team, items), &end)
-        if start < 0:
-            break
-        while start < end:
-            e = run.active[start // panels]
-            stop = min(end, (start // panels + 1) * panels)
-            run_panels(w.call, &layer.experts[e], e, start % panels, (stop - 1) % panels + 1)
-            start = stop
-    kv_team_barrier(w.team)
-
-
-cdef void _sum_slots(const Worker* w) noexcept nogil:
+cdef void _sum_slots(Worker* w) noexcept nogil:
     """Each token gets the sum of its slots, in the stream or in what is put aside for it."""
     cdef const Config* c = w.call.config
     cdef const RunState* run = &w.call.run
-    cdef int64_t t, j, k, end = 0
+    cdef int64_t t = 0, j, k, end = 0
     cdef float* to
     cdef const float* part
-    while True:
-        t = kv_team_take(w.team, w.thread, w.call.plan.n, 1, &end)
-        if t < 0:
-            break
+    while kv_team_take(w.me, w.call.plan.n, 1, &t, &end):
         to = (run.branch if c.branch else run.x) + t * c.hidden_pad
         if c.branch:
             memset(to, 0, c.hidden_size * sizeof(float))
@@ -186,18 +202,17 @@ cdef void _sum_slots(const Worker* w) noexcept nogil:
             part = run.slot_out + run.slot_of[t * c.experts_used + j] * c.hidden_pad
             for k in range(c.hidden_size):
                 to[k] += part[k]
-    kv_team_barrier(w.team)
 
 
-cdef void mixture(const Worker* w, const Layer* layer) noexcept nogil:
+cdef void mixture(Worker* w, const Layer* layer) noexcept nogil:
     """x [n][hidden] += the sum of the chosen experts' outputs, each times its share."""
     cdef const Expert* one = &layer.experts[0]
-    cdef kv_input x = prepare_normed(w, &layer.router, &layer.mlp_norm)
+    cdef kv_input x = prepare_normed(w, &layer.router, &layer.mlp_norm, True)
     matmul(w, &layer.router, &x, w.call.run.router, layer.router.width, False, NULL)
     _choose(w, layer)
     _prepare_gate_up(w, layer, &x)
-    _for_experts(w, layer, one.up.panels, _gate_up)
+    _for_experts(w, layer, &one.up, _gate_up, w.call.run.slot_gate, one.up.width)
     _prepare_down(w, layer)
-    _for_experts(w, layer, one.down.panels, _down)
+    _for_experts(w, layer, &one.down, _down, w.call.run.slot_out, w.call.config.hidden_pad)
     _sum_slots(w)
     add_branch(w, &layer.mlp_post_norm)

@@ -16,6 +16,7 @@ cdef extern from "kernels.h":
         KV_GELU_TANH
 
     void kv_prefetch(const void* data, int64_t bytes) noexcept nogil
+    void kv_copy_rows(const float* rows, int64_t ld, int64_t n, int64_t width, float* to, int64_t ld_to) noexcept nogil
 
     ctypedef struct kv_input:
         const float* f

@@ -14,7 +14,7 @@ from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, KV_TILE, kernels, kernels_of,
                        kv_format, kv_head_pad, kv_input, kv_kernels, kv_weight_of)
 from .cache cimport Cache, CacheLayer, KVCache
-from .team cimport kv_team, kv_team_barrier, kv_team_run, kv_team_take
+from .team cimport kv_member, kv_team, kv_team_free, kv_team_new, kv_team_run, kv_team_take
 from .weights import packed_size, type_id
 
 
@@ -211,23 +211,17 @@ ctypedef struct Chunk:
     float* out              # [n][n_heads * head_dim]
 
 
-cdef void _chunk(void* arg, kv_team* team, int thread) noexcept nogil:
-    """One thread's part of a layer's attention, with the steps and barriers of the engine."""
+cdef void _chunk(void* arg, kv_member* me) noexcept nogil:
+    """One thread's part of a layer's attention, with the steps of the engine."""
     cdef const Chunk* s = <const Chunk*>arg
     cdef const Plan* p = &s.plan
-    cdef int64_t width = p.n_heads * p.cache.head_dim, kv_width = p.cache.n_kv_heads * p.cache.head_dim, t, end = 0
-    append_step(p, 0, s.k, s.v, kv_width, team, thread)
-    kv_team_barrier(team)
+    cdef int64_t width = p.n_heads * p.cache.head_dim, kv_width = p.cache.n_kv_heads * p.cache.head_dim, t = 0, end = 0
+    append_step(p, 0, s.k, s.v, kv_width, me)
     if s.q != NULL:
-        attend_step(p, 0, s.q, width, team, thread)
-        kv_team_barrier(team)
+        attend_step(p, 0, s.q, width, me)
     if commit_needed(p):
-        commit_step(p, 0, team, thread)
-        kv_team_barrier(team)
-    while s.q != NULL:
-        t = kv_team_take(team, thread, p.n, 1, &end)
-        if t < 0:
-            break
+        commit_step(p, 0, me)
+    while s.q != NULL and kv_team_take(me, p.n, 1, &t, &end):
         combine(p, 0, t, s.out + t * width)
 
 
@@ -276,6 +270,7 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     cdef uint8_t[::1] block
     cdef const float[:, ::1] queries
     cdef float[:, ::1] out
+    cdef kv_team* team
     cache.layers = &layer
     memset(&chunk, 0, sizeof(Chunk))
     chunk.k, chunk.v = &k[0, 0], &v[0, 0]
@@ -292,7 +287,11 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
         queries, result = q, np.empty_like(q)
         out = result
         chunk.q, chunk.out = &queries[0, 0], &out[0, 0]
+    team = kv_team_new()
+    if team == NULL:
+        raise MemoryError("no memory for a team of threads")
     with nogil:
-        kv_team_run(threads, _chunk, &chunk)
+        kv_team_run(team, threads, _chunk, &chunk)
+        kv_team_free(team)
     kv.c.n_tokens += n
     return result

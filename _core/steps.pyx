@@ -1,31 +1,30 @@
-"""The steps of a call: each is run by every thread of a team, which share its work and meet at its end."""
+"""The steps of a call: each is run by every thread of a team, which share its work."""
 
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
 from .attention cimport append_step, attend_step, combine, commit_needed, commit_step
-from .call cimport Call, RunState, Worker, input_rows, quantize_row
-from .kernels cimport KV_PANEL, kv_input, kv_kernels, kv_prefetch, kv_unpack_row
+from .call cimport OWN_FLOATS, Call, RunState, Worker, input_rows, quantize_row
+from .kernels cimport KV_BLOCK, KV_PANEL, kv_copy_rows, kv_input, kv_kernels, kv_prefetch, kv_unpack_row
 from .model cimport Config, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
-from .team cimport kv_team_barrier, kv_team_grab, kv_team_share, kv_team_take
+from .team cimport kv_team_commit, kv_team_late, kv_team_repeat, kv_team_share, kv_team_take
 
 cdef enum:
+    GRAB_BYTES = 1 << 18  # of a matrix that a thread takes at a time: some ten microseconds' work for one token
+    GRAB_HEADS = 64
     FIRST_BYTES = 16384   # of a thread's share of the next matrix, asked for while others finish with this one
 
 
-cdef void embed(const Worker* w) noexcept nogil:
+cdef void embed(Worker* w) noexcept nogil:
     """x [n][hidden] = rows of the embedding, with learned positions where the model has some."""
     cdef const Call* call = w.call
     cdef const Config* c = call.config
-    cdef int64_t t, i, end = 0
+    cdef int64_t t = 0, i, end = 0
     cdef const Segment* s = &call.embed.segments[0]
     cdef const Segment* p = &call.positions.segments[0]
     cdef float* x
     cdef float* learned
-    while True:
-        t = kv_team_take(w.team, w.thread, call.plan.n, 1, &end)
-        if t < 0:
-            break
+    while kv_team_take(w.me, call.plan.n, 1, &t, &end):
         x, learned = call.run.x + t * c.hidden_pad, call.run.input + t * call.run.input_width
         kv_unpack_row(s.type, s.data, c.hidden_size, call.tokens[t], x)
         if c.embedding_scale != 1:
@@ -35,7 +34,6 @@ cdef void embed(const Worker* w) noexcept nogil:
             kv_unpack_row(p.type, p.data, c.hidden_size, call.plan.first + t, learned)
             for i in range(c.hidden_size):
                 x[i] += learned[i]
-    kv_team_barrier(w.team)
 
 
 cdef inline void _norm(const Call* call, const Norm* norm, const float* x, float* out) noexcept nogil:
@@ -52,30 +50,37 @@ cdef inline void _norm(const Call* call, const Norm* norm, const float* x, float
 # Inputs of matrices -------------------------------------------------------------------------------------------------
 #
 # A chunk's are prepared once for all threads. Of a single token each thread prepares a copy of its own, which costs
-# less than to wait for another's; so `_own` is where a thread's rows begin.
+# less than to wait for another's. A thread that is late for the step that needs it does not, unless the input is kept
+# for further steps, which it may be in time for.
 
-cdef inline int64_t _own(const Worker* w, int64_t n) noexcept nogil:
-    return w.thread if n == 1 else 0
+cdef inline kv_input _inputs(const Worker* w, const float* floats, int64_t ld, int64_t cols, int64_t planes,
+                             int64_t n) noexcept nogil:
+    """Where inputs are prepared: n rows, or this thread's own. That is in the same place whatever it is for: a thread
+    that is late writes to its own."""
+    cdef const RunState* run = &w.call.run
+    cdef kv_input x = input_rows(floats, ld, &run.codes, cols, planes, 0)
+    cdef int64_t at = w.me.thread * run.own_blocks
+    if n == 1:
+        x.f, x.q = x.f + w.me.thread * ld, x.q + at * KV_BLOCK
+        x.scale, x.sum, x.offset = x.scale + at, x.sum + at, x.offset + 2 * at
+    return x
 
 
-cdef inline bint _next_rows(const Worker* w, int64_t n, int64_t* start, int64_t* end) noexcept nogil:
+cdef inline bint _next_rows(const Worker* w, int64_t n, bint kept, int64_t* start, int64_t* end) noexcept nogil:
     """Finds rows [start, end) for this thread to prepare; False when every row is ready. Both start at 0."""
     if n == 1:
         start[0], end[0] = end[0], 1
-        return start[0] == 0
-    start[0] = kv_team_take(w.team, w.thread, n, 4, end)
-    if start[0] < 0:
-        kv_team_barrier(w.team)
-    return start[0] >= 0
+        return start[0] == 0 and (kept or not kv_team_late(w.me))
+    return kv_team_take(w.me, n, 4, start, end)
 
 
 cdef kv_input _normed(const Worker* w, const Matrix* m, const Norm* norm, int64_t first, int64_t n,
-                      int64_t planes) noexcept nogil:
+                      int64_t planes, bint kept) noexcept nogil:
     """Of tokens [first, first + n) of the residual stream."""
     cdef const RunState* run = &w.call.run
     cdef int64_t row = 0, end = 0, ld = run.input_width, hidden_pad = w.call.config.hidden_pad
-    cdef kv_input x = input_rows(run.input, ld, &run.codes, m.cols, planes, _own(w, n))
-    while _next_rows(w, n, &row, &end):
+    cdef kv_input x = _inputs(w, run.input, ld, m.cols, planes, n)
+    while _next_rows(w, n, kept, &row, &end):
         for row in range(row, end):
             _norm(w.call, norm, run.x + (first + row) * hidden_pad, <float*>x.f + row * ld)
             if m.quantized:
@@ -83,23 +88,24 @@ cdef kv_input _normed(const Worker* w, const Matrix* m, const Norm* norm, int64_
     return x
 
 
-cdef kv_input prepare_normed(const Worker* w, const Matrix* m, const Norm* norm) noexcept nogil:
-    """The input of a matrix: the residual stream, normed."""
-    return _normed(w, m, norm, 0, w.call.plan.n, w.call.planes)
+cdef kv_input prepare_normed(const Worker* w, const Matrix* m, const Norm* norm, bint kept) noexcept nogil:
+    """The input of a matrix: the residual stream, normed. kept: the next step is not the only one that needs it."""
+    return _normed(w, m, norm, 0, w.call.plan.n, w.call.planes, kept)
 
 
 cdef kv_input prepare_head(const Worker* w) noexcept nogil:
     """The input of the head: the residual stream of those tokens whose logits are wanted, normed."""
     cdef const Call* call = w.call
-    return _normed(w, call.head, call.norm, call.first_logit, call.plan.n - call.first_logit, call.head_planes)
+    return _normed(w, call.head, call.norm, call.first_logit, call.plan.n - call.first_logit, call.head_planes,
+                   False)
 
 
 cdef kv_input prepare_attended(const Worker* w, const Matrix* m, int64_t layer) noexcept nogil:
     """The input of a matrix: what the heads have gathered from the cache."""
     cdef const RunState* run = &w.call.run
     cdef int64_t row = 0, end = 0, n = w.call.plan.n, ld = run.input_width
-    cdef kv_input x = input_rows(run.input, ld, &run.codes, m.cols, w.call.planes, _own(w, n))
-    while _next_rows(w, n, &row, &end):
+    cdef kv_input x = _inputs(w, run.input, ld, m.cols, w.call.planes, n)
+    while _next_rows(w, n, False, &row, &end):
         for row in range(row, end):
             combine(&w.call.plan, layer, row, <float*>x.f + row * ld)
             if m.quantized:
@@ -111,9 +117,9 @@ cdef kv_input prepare_gated(const Worker* w, const Matrix* m) noexcept nogil:
     """The input of a matrix: the activations in run.gate, which all threads share as they are."""
     cdef const RunState* run = &w.call.run
     cdef int64_t row = 0, end = 0, n = w.call.plan.n
-    cdef kv_input x = input_rows(run.gate, whole_panels(m.cols), &run.codes, m.cols, w.call.planes, _own(w, n))
+    cdef kv_input x = _inputs(w, run.gate, whole_panels(m.cols), m.cols, w.call.planes, n)
     x.f = run.gate
-    while m.quantized and _next_rows(w, n, &row, &end):
+    while m.quantized and _next_rows(w, n, False, &row, &end):
         for row in range(row, end):
             quantize_row(w.call, &x, m.cols, row)
     return x
@@ -123,26 +129,28 @@ cdef kv_input prepare_gated(const Worker* w, const Matrix* m) noexcept nogil:
 
 cdef void matmul_panels(const kv_kernels* kern, const Matrix* m, const kv_input* x, int64_t n, int64_t start,
                         int64_t end, float* out, int64_t ld, bint add) noexcept nogil:
-    """Panels [start, end) of a matrix times n inputs, bias included."""
+    """Panels [start, end) of a matrix times n inputs, bias included. out: [n][ld], from panel `start` on."""
     cdef int64_t first = 0, a, b, t, r
     cdef const Segment* s
+    cdef float* to
     for i in range(m.n_segments):
         s = &m.segments[i]
         a, b = max(start - first, <int64_t>0), min(end - first, s.panels)
         if a < b:
-            kern.matmul[s.type](s.data + a * s.panel_bytes, b - a, m.cols, x, n, out + s.offset + KV_PANEL * a, ld, add)
+            to = out + KV_PANEL * (first + a - start)
+            kern.matmul[s.type](s.data + a * s.panel_bytes, b - a, m.cols, x, n, to, ld, add)
             if s.bias != NULL:
                 for t in range(n):
                     for r in range(KV_PANEL * a, min(KV_PANEL * b, s.rows)):
-                        out[t * ld + s.offset + r] += s.bias[r]
+                        to[t * ld + r - KV_PANEL * a] += s.bias[r]
         first += s.panels
 
 
-cdef inline void _prefetch(const Worker* w, const Matrix* m) noexcept nogil:
-    """Asks for what this thread reads first of a matrix, for a single token; kernels ask for what follows."""
-    cdef int64_t panel = kv_team_share(w.team, w.thread, m.panels), i
-    if w.call.plan.n > 1:
-        return
+cdef void _prefetch(void* arg) noexcept nogil:
+    """Asks for what this thread reads first of the next matrix."""
+    cdef const Worker* w = <const Worker*>arg
+    cdef const Matrix* m = w.next
+    cdef int64_t panel = kv_team_share(w.me, w.me.thread, m.panels), i
     for i in range(m.n_segments):
         if panel < m.segments[i].panels:
             kv_prefetch(m.segments[i].data + panel * m.segments[i].panel_bytes,
@@ -151,63 +159,76 @@ cdef inline void _prefetch(const Worker* w, const Matrix* m) noexcept nogil:
         panel -= m.segments[i].panels
 
 
-cdef void matmul(const Worker* w, const Matrix* m, const kv_input* x, float* out, int64_t ld, bint add,
+cdef void _in_spare_time(Worker* w, const Matrix* next) noexcept nogil:
+    """What is read next is asked for when nothing is left to do of this step, for a single token; kernels ask for what
+    follows."""
+    w.next = next
+    if next != NULL and w.call.plan.n == 1:
+        w.me.spare, w.me.spare_arg = _prefetch, w
+
+
+cdef int64_t grab_of(const Matrix* m, int64_t n) noexcept nogil:
+    """Panels of a matrix to take at a time at most, with n inputs: what a thread keeps to itself of their products is to
+    fit its cache, and what is lost with a thread that the system stops is to be little."""
+    cdef int64_t cost = m.segments[0].panel_bytes * (1 + n // 16)
+    return max(min(GRAB_BYTES // cost, OWN_FLOATS // (KV_PANEL * n)), <int64_t>1)
+
+
+cdef float* own(const Worker* w, int64_t i) noexcept nogil:
+    """The i-th of this thread's two pieces of OWN_FLOATS."""
+    return w.call.run.own + (2 * w.me.thread + i) * OWN_FLOATS
+
+
+cdef void matmul(Worker* w, const Matrix* m, const kv_input* x, float* out, int64_t ld, bint add,
                  const Matrix* next) noexcept nogil:
     """out [n][ld] = (or += with add) m x. next: the matrix that is read after this, or NULL."""
-    cdef int64_t start, end = 0, grab = kv_team_grab(w.team, m.panels)
-    while True:
-        start = kv_team_take(w.team, w.thread, m.panels, grab, &end)
-        if start < 0:
-            break
-        matmul_panels(w.call.kern, m, x, w.call.plan.n, start, end, out, ld, add)
-    if next != NULL:
-        _prefetch(w, next)
-    kv_team_barrier(w.team)
+    cdef int64_t start = 0, end = 0, n = w.call.plan.n, grab = grab_of(m, n), width
+    cdef float* part = own(w, 0)
+    cdef float* to
+    _in_spare_time(w, next)
+    while kv_team_repeat(w.me, m.panels, grab, &start, &end):
+        to, width = out + KV_PANEL * start, KV_PANEL * (end - start)
+        if add:
+            kv_copy_rows(to, ld, n, width, part, width)
+        matmul_panels(w.call.kern, m, x, n, start, end, part, width, add)
+        if kv_team_commit(w.me):
+            kv_copy_rows(part, width, n, width, to, ld)
 
 
-cdef void activate_mlp(const Worker* w, const Layer* layer, const kv_input* x) noexcept nogil:
+cdef void activate_mlp(Worker* w, const Layer* layer, const kv_input* x) noexcept nogil:
     """gate [n][width] = activation(gate x) * (up x), or activation(up x) where there is no gate."""
     cdef const Call* call = w.call
-    cdef int64_t start, end = 0, t, at, n = call.plan.n, width = layer.up.width
-    cdef int64_t grab = kv_team_grab(w.team, layer.up.panels)
+    cdef int64_t start = 0, end = 0, n = call.plan.n, grab = grab_of(&layer.up, n), width
     cdef const Matrix* first = first_of_mlp(layer)
-    cdef const float* up
-    while True:
-        start = kv_team_take(w.team, w.thread, layer.up.panels, grab, &end)
-        if start < 0:
-            break
-        matmul_panels(call.kern, first, x, n, start, end, call.run.gate, width, False)
+    cdef float* gate = own(w, 0)
+    cdef float* up = own(w, 1) if layer.gate.n_segments else NULL
+    _in_spare_time(w, &layer.down)
+    while kv_team_repeat(w.me, layer.up.panels, grab, &start, &end):
+        width = KV_PANEL * (end - start)
+        matmul_panels(call.kern, first, x, n, start, end, gate, width, False)
         if layer.gate.n_segments:
-            matmul_panels(call.kern, &layer.up, x, n, start, end, call.run.up, width, False)
-        for t in range(n):
-            at = t * width + KV_PANEL * start
-            up = call.run.up + at if layer.gate.n_segments else NULL
-            call.kern.activate[call.config.activation](call.run.gate + at, up, KV_PANEL * (end - start),
-                                                       call.run.gate + at)
-    _prefetch(w, &layer.down)
-    kv_team_barrier(w.team)
+            matmul_panels(call.kern, &layer.up, x, n, start, end, up, width, False)
+        call.kern.activate[call.config.activation](gate, up, n * width, gate)
+        if kv_team_commit(w.me):
+            kv_copy_rows(gate, width, n, width, call.run.gate + KV_PANEL * start, layer.up.width)
 
 
-cdef void add(const Worker* w, const Matrix* m, const kv_input* x, const Norm* norm, const Matrix* next) noexcept nogil:
+cdef void add(Worker* w, const Matrix* m, const kv_input* x, const Norm* norm, const Matrix* next) noexcept nogil:
     """x [n][hidden] += m x, at once or by way of a norm and a scale."""
     cdef const Config* c = w.call.config
     matmul(w, m, x, w.call.run.branch if c.branch else w.call.run.x, c.hidden_pad, not c.branch, next)
     add_branch(w, norm)
 
 
-cdef void add_branch(const Worker* w, const Norm* norm) noexcept nogil:
+cdef void add_branch(Worker* w, const Norm* norm) noexcept nogil:
     """x [n][hidden] += what was put aside, normed and scaled; nothing where it is added at once."""
     cdef const Call* call = w.call
     cdef const Config* c = call.config
-    cdef int64_t t, i, end = 0
+    cdef int64_t t = 0, i, end = 0
     cdef float scale = c.residual_scale
     cdef float* branch
     cdef float* stream
-    while c.branch:
-        t = kv_team_take(w.team, w.thread, call.plan.n, 1, &end)
-        if t < 0:
-            kv_team_barrier(w.team)
-            break
+    while c.branch and kv_team_take(w.me, call.plan.n, 1, &t, &end):
         branch, stream = call.run.branch + t * c.hidden_pad, call.run.x + t * c.hidden_pad
         if norm.weight != NULL:
             _norm(call, norm, branch, branch)
@@ -215,42 +236,35 @@ cdef void add_branch(const Worker* w, const Norm* norm) noexcept nogil:
             stream[i] += scale * branch[i]
 
 
-cdef void logits(const Worker* w, const kv_input* x) noexcept nogil:
+cdef void logits(Worker* w, const kv_input* x) noexcept nogil:
     """logits [tokens that want some][width] = head x, scaled and capped where the model wants it."""
     cdef const Call* call = w.call
     cdef const Config* c = call.config
-    cdef int64_t start, end = 0, t, i, size, n = call.plan.n - call.first_logit
-    cdef int64_t grab = kv_team_grab(w.team, call.head.panels)
-    cdef float* out
-    while True:
-        start = kv_team_take(w.team, w.thread, call.head.panels, grab, &end)
-        if start < 0:
-            break
-        matmul_panels(call.kern, call.head, x, n, start, end, call.logits, call.head.width, False)
-        size = KV_PANEL * (end - start)
-        for t in range(n):
-            out = call.logits + t * call.head.width + KV_PANEL * start
-            if c.logit_scale != 1:
-                for i in range(size):
-                    out[i] *= c.logit_scale
-            if c.logit_softcap > 0:
-                call.kern.soft_cap(out, size, c.logit_softcap)
-    kv_team_barrier(w.team)
+    cdef int64_t start = 0, end = 0, i, width, n = call.plan.n - call.first_logit
+    cdef int64_t grab = grab_of(call.head, n)
+    cdef float* part = own(w, 0)
+    while kv_team_repeat(w.me, call.head.panels, grab, &start, &end):
+        width = KV_PANEL * (end - start)
+        matmul_panels(call.kern, call.head, x, n, start, end, part, width, False)
+        if c.logit_scale != 1:
+            for i in range(n * width):
+                part[i] *= c.logit_scale
+        if c.logit_softcap > 0:
+            call.kern.soft_cap(part, n * width, c.logit_softcap)
+        if kv_team_commit(w.me):
+            kv_copy_rows(part, width, n, width, call.logits + KV_PANEL * start, call.head.width)
 
 
 # Attention ----------------------------------------------------------------------------------------------------------
 
-cdef void norm_heads(const Worker* w, const Layer* layer) noexcept nogil:
+cdef void norm_heads(Worker* w, const Layer* layer) noexcept nogil:
     """Norms of queries and keys in run.qkv, head by head or all heads of a token at once."""
     cdef const Call* call = w.call
     cdef const Config* c = call.config
     cdef int64_t queries = 1 if c.norm_all_heads else c.n_heads, keys = 1 if c.norm_all_heads else c.n_kv_heads
     cdef int64_t items = call.plan.n * (queries + keys), i = 0, end = 0, j, size
     cdef float* at
-    while True:
-        i = kv_team_take(w.team, w.thread, items, kv_team_grab(w.team, items), &end)
-        if i < 0:
-            break
+    while kv_team_take(w.me, items, GRAB_HEADS, &i, &end):
         for i in range(i, end):
             j = i % (queries + keys)
             at = call.run.qkv + i // (queries + keys) * layer.qkv.width
@@ -261,19 +275,15 @@ cdef void norm_heads(const Worker* w, const Layer* layer) noexcept nogil:
                 size = c.n_kv_heads // keys * c.head_dim
                 at += layer.qkv.segments[1].offset + (j - queries) * size
             call.kern.rms_norm(at, layer.q_norm if j < queries else layer.k_norm, size, c.norm_eps, at)
-    kv_team_barrier(w.team)
 
 
-cdef void attend(const Worker* w, const Layer* layer, int64_t i) noexcept nogil:
+cdef void attend(Worker* w, const Layer* layer, int64_t i) noexcept nogil:
     """From q, k, v in run.qkv to partial outputs in the plan; the cache has the chunk afterwards."""
     cdef const Call* call = w.call
     cdef const Matrix* m = &layer.qkv
     cdef const float* qkv = call.run.qkv
-    append_step(&call.plan, i, qkv + m.segments[1].offset, qkv + m.segments[2].offset, m.width, w.team, w.thread)
-    kv_team_barrier(w.team)
-    attend_step(&call.plan, i, qkv, m.width, w.team, w.thread)
-    _prefetch(w, &layer.o)
-    kv_team_barrier(w.team)
+    append_step(&call.plan, i, qkv + m.segments[1].offset, qkv + m.segments[2].offset, m.width, w.me)
+    _in_spare_time(w, &layer.o)
+    attend_step(&call.plan, i, qkv, m.width, w.me)
     if commit_needed(&call.plan):
-        commit_step(&call.plan, i, w.team, w.thread)
-        kv_team_barrier(w.team)
+        commit_step(&call.plan, i, w.me)

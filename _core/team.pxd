@@ -5,10 +5,24 @@ cdef extern from "team.h":
         KV_MAX_THREADS
     ctypedef struct kv_team:
         pass
-    ctypedef void (*kv_team_fn)(void*, kv_team*, int) noexcept nogil
-    void kv_team_run(int, kv_team_fn, void*) noexcept nogil
-    int kv_team_size(const kv_team*) noexcept nogil
-    int64_t kv_team_grab(const kv_team*, int64_t) noexcept nogil
-    void kv_team_barrier(kv_team*) noexcept nogil
-    int64_t kv_team_share(const kv_team*, int, int64_t) noexcept nogil
-    int64_t kv_team_take(kv_team*, int, int64_t, int64_t, int64_t*) noexcept nogil
+    ctypedef struct kv_member:
+        int thread
+        int size
+        void (*spare)(void*) noexcept nogil
+        void* spare_arg
+    ctypedef void (*kv_team_fn)(void*, kv_member*) noexcept nogil
+    kv_team* kv_team_new() nogil
+    void kv_team_free(kv_team*) nogil
+    ctypedef struct kv_team_use:
+        int threads
+        double seconds, waiting
+    kv_team_use kv_team_run(kv_team*, int, kv_team_fn, void*) nogil
+    bint kv_team_busy(const kv_team*) nogil
+    void kv_team_settle(kv_team*) nogil
+    void kv_team_keep() nogil
+    void kv_team_release() nogil
+    int64_t kv_team_share(const kv_member*, int, int64_t) nogil
+    bint kv_team_late(const kv_member*) nogil
+    bint kv_team_take(kv_member*, int64_t, int64_t, int64_t*, int64_t*) nogil
+    bint kv_team_repeat(kv_member*, int64_t, int64_t, int64_t*, int64_t*) nogil
+    bint kv_team_commit(kv_member*) nogil

@@ -28,6 +28,17 @@ static inline void kv_prefetch(const void *data, int64_t bytes)
         __builtin_prefetch((const char *)data + i);
 }
 
+/* Copies n rows of whole panels of floats, which are too short for memcpy to be quick about them. */
+static inline void kv_copy_rows(const float *from, int64_t ld_from, int64_t n, int64_t width, float *to, int64_t ld_to)
+{
+    typedef struct {
+        float f[16];
+    } line;
+    for (int64_t r = 0; r < n; r++, from += ld_from, to += ld_to)
+        for (int64_t i = 0; i < width; i += 16)
+            *(line *)(to + i) = *(const line *)(from + i);
+}
+
 /* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32.
  * With two planes the second holds what the first rounds away, in steps 256 times finer: 16 bits in all. It is used
  * where memory, not arithmetic, sets the pace; plane p of token t is row planes * t + p. */

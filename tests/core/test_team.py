@@ -1,4 +1,4 @@
-"""Threads of the core: after a fork, when the system gives none, several calls at a time, asleep between calls."""
+"""Threads of the core: after a fork, when the system gives none, several calls at a time, late ones, idle ones."""
 
 import multiprocessing
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import kvrun
+from kvrun._core import cpus
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT, needs, no_threads
 from support.cases import some
@@ -23,6 +24,17 @@ PROMPT = "Once upon a time there was a little fox"
 @pytest.fixture(scope="module")
 def path(converted):
     return str(converted("grouped-tied"))
+
+
+@pytest.fixture(autouse=True)
+def many_cpus(monkeypatch):
+    """More threads than there are CPUs are late all the time, which is what is tested here."""
+    monkeypatch.setattr(cpus, "usable", lambda: 1000)
+
+
+def tasks():
+    """Threads of this process."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def answer(model):
@@ -144,6 +156,8 @@ def test_calls_of_several_threads_at_a_time(path):
 
 FEWER = """
 import ctypes, os, sys, numpy, kvrun
+from kvrun._core import cpus
+cpus.usable = lambda: 1000
 model = kvrun.load(sys.argv[1], threads=8)
 left = ctypes.c_int.in_dll(ctypes.CDLL(os.environ["LD_PRELOAD"]), "threads_left")
 left.value = int(sys.argv[2])
@@ -169,10 +183,10 @@ def test_fewer_threads_when_the_system_has_no_more(path, tmp_path, left):
 def test_threads_sleep_between_calls_and_are_used_again(path):
     model = kvrun.load(path, threads=4)
     answer(model)
-    count = len(os.listdir("/proc/self/task"))
+    count = tasks()
     for _ in range(5):
         answer(kvrun.load(path, threads=4))
-    assert len(os.listdir("/proc/self/task")) == count
+    assert tasks() == count
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.25  # spinning threads would take half a second each
@@ -183,13 +197,62 @@ def test_signals_come_to_threads_of_the_program(path):
     masks = Path("/proc/self/task")
     if not masks.exists():
         pytest.skip("needs /proc")
-    answer(kvrun.load(path, threads=4))
-    ours = [t for t in masks.iterdir() if (t / "comm").read_text() == "kvrun\n"]
-    assert len(ours) >= 3
-    for thread in ours:
-        status = dict(line.split(":\t") for line in (thread / "status").read_text().splitlines() if ":\t" in line)
-        blocked = int(status["SigBlk"], 16)
-        assert all(blocked >> (n - 1) & 1 for n in (1, 2, 15)) and not any(blocked >> (n - 1) & 1 for n in (7, 8, 11))
+    model = kvrun.load(path, threads=4)
+    for _ in range(50):  # a thread blocks everything until it runs for the first time
+        answer(model)
+        ours = [t for t in masks.iterdir() if (t / "comm").read_text() == "kvrun\n"]
+        blocked = [int((t / "status").read_text().partition("SigBlk:")[2].split()[0], 16) for t in ours]
+        if len(ours) >= 3 and not any(mask >> (n - 1) & 1 for mask in blocked for n in (7, 8, 11)):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"{len(ours)} threads block {[hex(mask) for mask in blocked]}")
+    assert all(mask >> (n - 1) & 1 for mask in blocked for n in (1, 2, 15))
+
+
+COUNTS = """
+import gc, os, sys, kvrun
+from kvrun._core import cpus
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+def answer(model):
+    stream = model.session(kv="f16", ctx=256).stream(sys.argv[2], max_tokens=20, ignore_eos=True, seed=1, raw=True)
+    return "".join(stream)
+text, before = answer(kvrun.load(sys.argv[1], threads=1)), tasks()
+"""
+FOLLOWING = """
+model = kvrun.load(sys.argv[1], threads=64)
+for count in (2, 4, 1):
+    cpus.usable = lambda: count
+    assert answer(model) == text
+    print(tasks() - before)
+"""
+CLOSING = """
+def open_and_close(count):
+    for _ in range(count):
+        assert answer(kvrun.load(sys.argv[1], threads=4)) == text
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+cpus.usable = lambda: 4
+settled = open_and_close(20)
+grown = open_and_close(200) - settled
+print(tasks() - before, grown < 8e6 or grown)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    "program, expected",
+    [
+        pytest.param(FOLLOWING, "1\n3\n3\n", id="no more threads than CPUs, as they change"),
+        pytest.param(CLOSING, "0 True\n", id="engines that are closed leave no thread and no memory"),
+    ],
+)
+def test_threads_and_memory_of_a_process(path, program, expected):
+    command = [sys.executable, "-c", COUNTS + program, path, PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT)
+    assert (done.stdout, done.returncode) == (expected, 0), done.stderr
 
 
 def test_as_many_threads_as_are_allowed(path):
@@ -201,7 +264,7 @@ def test_as_many_threads_as_are_allowed(path):
 
 @pytest.mark.parametrize("flags", some([(), ("-fsanitize=thread", "-g")], [()]))
 def test_the_team_alone(tmp_path, flags):
-    """Every item is done once a step, every thread begins with its own share, and no memory is raced for."""
+    """Every item counts once a step, whatever threads are late, and no memory is raced for."""
     needs.program("gcc", "gcc")
     sources = [str(Path(__file__).with_name("team_stress.c")), str(ROOT / "_core/kernels/team.c")]
     command = ["gcc", "-std=gnu11", "-O2", f"-I{ROOT / '_core/kernels'}", *sources, "-pthread", "-o"]
