@@ -39,7 +39,7 @@ def test_threads_that_all_bring_something_are_kept(monkeypatch, most):
 
 def test_a_thread_that_brings_nothing_is_laid_off(monkeypatch):
     counts = Machine(monkeypatch, 2).run(5, lambda threads: 0.004, lambda threads: 0.4 if threads > 1 else 0)
-    assert counts[1] > 0.9 * sum(counts.values())
+    assert counts[1] > 0.8 * sum(counts.values())
 
 
 def test_threads_that_cost_more_than_they_bring_are_laid_off_and_called_back(monkeypatch):
@@ -62,6 +62,17 @@ def test_within_a_second(monkeypatch):
     assert machine.pace.threads(2) == 1
     counts = machine.run(1, lambda threads: 0.008 / threads, no_waiting)
     assert machine.pace.threads(2) == 2 and counts[2] > counts[1]
+
+
+def test_beside_a_busy_process(monkeypatch):
+    """With two threads on a CPU and a half steps vary, but are shorter than with one thread on a CPU of its own."""
+    machine, noise = Machine(monkeypatch, 2), random.Random(1)
+
+    def seconds(threads):
+        return noise.choice([0.004, 0.005, 0.0065, 0.008]) if threads == 2 else 0.0075
+
+    counts = machine.run(60, seconds, no_waiting)
+    assert counts[2] > 0.95 * sum(counts.values())
 
 
 def test_fewer_cpus_than_a_moment_ago(monkeypatch):
