@@ -20,9 +20,9 @@ class Pace:
     """Chooses the number of threads, at least 1, for one step after the other of the same kind.
 
     After each step `took` says how long it was. A leg of steps with another number is compared with one before and one
-    after it. While as many threads as there may be are used, fewer are tried soon if much is waited for others, and kept
-    when steps take no longer; else seldom, and kept when they are clearly faster. While fewer are used, other numbers
-    are tried again and again, and more are kept when they are clearly faster.
+    after it. While as many threads as there may be are used, fewer are tried soon if much is waited for others, and
+    kept when steps take no longer; else seldom, and kept when they are clearly faster. While fewer are used, other
+    numbers are tried again and again, and more are kept when they are clearly faster.
     """
 
     def __init__(self) -> None:
