@@ -30,6 +30,7 @@ MAX_CHUNK = 512
 """Most tokens in one call of ``Engine.forward``."""
 
 cdef enum:
+    MOST_ARENAS = 8     # of a cache
     FEW_TOKENS = 16     # in calls of more the buffers are large, and late threads are waited for, not to need others
 
 cdef dict _ACTIVATIONS = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU_TANH}
@@ -334,14 +335,19 @@ cdef class Engine:
         ropes.of_layer = &of_layer[0]
 
     cdef _Arena _arena(self, KVCache kv):
-        """One of the cache's that no late thread is in."""
+        """One of the cache's that no late thread is in; of MOST_ARENAS the first that is left."""
         cdef _Arena arena
         if kv.buffers is None:
             kv.buffers = []
         for arena in kv.buffers:
             if not kv_team_busy(arena.team):
                 return arena
-        arena = _Arena()
+        if len(kv.buffers) < MOST_ARENAS:
+            arena = _Arena()
+        else:
+            arena = kv.buffers.pop(0)
+            with nogil:
+                kv_team_settle(arena.team)
         kv.buffers.append(arena)
         return arena
 

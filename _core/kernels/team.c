@@ -36,6 +36,7 @@ struct kv_team {
     share *shares;
     atomic_uint_fast64_t *marks; /* [size][marks_each] the last step in which a result of a chunk was written */
     int64_t marks_each;
+    void *memory; /* where the marks are in whole lines of the cache */
     _Alignas(64) atomic_uint_fast64_t step;
     _Alignas(64) atomic_int shares_done;
     _Alignas(64) atomic_int inside; /* threads other than the caller that have not left the call */
@@ -531,12 +532,12 @@ kv_team *kv_team_new(void)
     if (team == NULL)
         return NULL;
     memset(team, 0, sizeof *team);
-    team->marks = aligned_alloc(64, MARKS * sizeof *team->marks);
-    if (team->marks == NULL) {
+    team->memory = calloc(MARKS + LINE, sizeof *team->marks); /* zero, and not touched where it is not used */
+    if (team->memory == NULL) {
         free(team);
         return NULL;
     }
-    memset(team->marks, 0, MARKS * sizeof *team->marks);
+    team->marks = (atomic_uint_fast64_t *)(((uintptr_t)team->memory + 63) / 64 * 64);
     atomic_init(&team->step, 1); /* after the 0 of all counters */
     pthread_mutex_init(&team->mutex, NULL);
     pthread_cond_init(&team->next_step, NULL);
@@ -554,7 +555,7 @@ void kv_team_free(kv_team *team)
         pthread_mutex_destroy(&team->mutex);
     }
     free(team->shares);
-    free(team->marks);
+    free(team->memory);
     free(team);
     kv_team_release();
 }
