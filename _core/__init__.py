@@ -2,7 +2,7 @@
 
 from .cache import KV_FORMATS, Exclusive, KVCache, Snapshot, kv_bytes
 from .cpus import max_threads
-from .engine import MAX_CHUNK, MAX_THREADS, Engine
+from .engine import MAX_CHUNK, MAX_ROWS, MAX_THREADS, Engine, StepItem
 from .kernels import TILE, isa, isa_available
 from .memory import MappedFile, advise_huge, anonymous, touch, trim
 from .sampler import Sampler
@@ -11,6 +11,7 @@ from .weights import WEIGHT_TYPES, WeightType, column_multiple, pack, pack_raw, 
 __all__ = [
     "KV_FORMATS",
     "MAX_CHUNK",
+    "MAX_ROWS",
     "MAX_THREADS",
     "TILE",
     "WEIGHT_TYPES",
@@ -20,6 +21,7 @@ __all__ = [
     "MappedFile",
     "Sampler",
     "Snapshot",
+    "StepItem",
     "WeightType",
     "advise_huge",
     "anonymous",

@@ -40,21 +40,35 @@ ctypedef struct Plan:
     uint8_t* staged_windows                      # [n_kv_heads] window tiles beyond the window, max_tiles each
     uint8_t* staged_tiles                        # [n_kv_heads] packed tiles not yet in the ring, max_tiles each
     int64_t max_tiles
-    float* scratch                               # [threads][scratch_floats]
-    int64_t scratch_floats, threads
+    int64_t scratch_floats                       # that each thread needs of its own
     float* acc                                   # [n_spans][n_kv_heads][n][group][head_pad] partial outputs
     float* top                                   # the same without head_pad: running maximum
     float* total                                 # and sum of weights
 
+# One sequence's part of a step: rows [row, row + plan.n) of all.
+ctypedef struct Item:
+    Plan plan
+    int64_t row
+
+# Several sequences in one step. scratch: [threads][scratch_floats], as much as the plan that needs most.
+ctypedef struct Items:
+    Item* item                                   # [n]
+    int64_t n
+    float* scratch
+    int64_t scratch_floats
+
 # A chunk is planned by these three, in this order; then for each layer come append_step, attend_step, commit_step if
 # commit_needed (steps of a team), and combine.
 cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
-                     int64_t n_heads, float scale, float soft_cap, bint written, int64_t threads) noexcept nogil
+                     int64_t n_heads, float scale, float soft_cap, bint written) noexcept nogil
 cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil
 cdef void plan_queries(Plan* p) noexcept nogil
-cdef bint commit_needed(const Plan* plan) noexcept nogil
-cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld,
+cdef bint commit_needed(const Items* items) noexcept nogil
+cdef void append_step(const Items* items, int64_t layer, const float* k, const float* v, int64_t ld,
                       kv_member* me) noexcept nogil
-cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil
-cdef void commit_step(const Plan* plan, int64_t layer, kv_member* me) noexcept nogil
+cdef void attend_step(const Items* items, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil
+cdef void commit_step(const Items* items, int64_t layer, kv_member* me) noexcept nogil
 cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil
+
+cdef enum:
+    MAX_ITEMS = 256                              # of a step

@@ -56,7 +56,7 @@ cdef inline int64_t _rope(const Plan* plan, int64_t layer) noexcept nogil:
 
 
 cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
-                     int64_t n_heads, float scale, float soft_cap, bint written, int64_t threads) noexcept nogil:
+                     int64_t n_heads, float scale, float soft_cap, bint written) noexcept nogil:
     """Counts what a chunk of n tokens from position `first` on needs; no buffer is placed. soft_cap: 0 for none.
     written: of a text that is being written. One that is read is not split into spans, whose sums round otherwise than
     one sum does, so that no result depends on the chunks it comes in."""
@@ -78,7 +78,6 @@ cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Rope
     # of a thread: a tile while it is packed; or outputs, rotated queries, scores, two counts
     p.scratch_floats = max(KV_TILE * c.head_pad, _rows(p.group) * (GRAB * (c.head_pad + 2) + c.head_dim + KV_TILE + 2))
     p.scratch_floats = (p.scratch_floats + 15) // 16 * 16
-    p.threads = threads
 
 
 cdef inline void* _take(uint8_t* block, int64_t* used, int64_t bytes) noexcept nogil:
@@ -102,7 +101,6 @@ cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil:
     p.sinks = <float*>_take(block, &used, 4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
     p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * window)
     p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * tile)
-    p.scratch = <float*>_take(block, &used, 4 * p.threads * p.scratch_floats)
     p.acc = <float*>_take(block, &used, 4 * outputs * c.head_pad)
     p.top = <float*>_take(block, &used, 4 * outputs)
     p.total = <float*>_take(block, &used, 4 * outputs)
@@ -238,41 +236,84 @@ cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* sc
         of.v.pack_v(scratch, c.head_dim, packed + of.k_bytes)
 
 
-cdef void append_step(const Plan* plan, int64_t layer, const float* k, const float* v, int64_t ld,
+# Work of several sequences --------------------------------------------------------------------------------------------
+
+cdef inline int64_t _find(const int64_t* start, int64_t n, int64_t unit) noexcept nogil:
+    """Which item a unit of work is of: start[i] is the first of item i."""
+    cdef int64_t i = n - 1
+    while start[i] > unit:
+        i -= 1
+    return i
+
+
+cdef inline int64_t _appended(const Plan* plan) noexcept nogil:
+    """Units of work of an append: of each KV head its sinks and each tile that gets tokens or is packed; of a few tokens
+    all together."""
+    cdef int64_t parts = 1 if plan.n <= SPLIT_TOKENS else plan.last_tile - plan.packed_before + 2
+    return plan.cache.n_kv_heads * parts
+
+
+cdef void _append_unit(const Added* added, int64_t unit, float* scratch) noexcept nogil:
+    cdef const Plan* plan = added.plan
+    cdef int64_t parts = plan.last_tile - plan.packed_before + 2, i
+    cdef int64_t together = parts if plan.n <= SPLIT_TOKENS else 1
+    for i in range(unit * together, (unit + 1) * together):
+        if i % parts == 0:
+            _append_sinks(added, i // parts)
+        else:
+            _append_tile(added, i // parts, plan.packed_before + i % parts - 1, scratch)
+
+
+cdef void append_step(const Items* items, int64_t layer, const float* k, const float* v, int64_t ld,
                       kv_member* me) noexcept nogil:
-    """Work items: for each KV head, its sinks and each tile that gets tokens or is packed; of a few tokens all together.
-
-    k, v: [n][n_kv_heads * head_dim], before RoPE, ld floats between tokens.
-    """
-    cdef int64_t items = plan.last_tile - plan.packed_before + 2, i = 0, end = 0, tile
-    cdef int64_t grab = items if plan.n <= SPLIT_TOKENS else 1
-    cdef float* scratch = plan.scratch + me.thread * plan.scratch_floats
+    """k, v: [rows][n_kv_heads * head_dim], before RoPE, ld floats between rows."""
+    cdef int64_t start[MAX_ITEMS + 1]
+    cdef int64_t unit = 0, end = 0, i
+    cdef const Item* item
     cdef Added added
-    added.plan, added.layer, added.k, added.v, added.ld = plan, layer, k, v, ld
-    while kv_team_take(me, items // grab * plan.cache.n_kv_heads, 1, &i, &end):
-        for i in range(i * grab, (i + 1) * grab):
-            tile = plan.packed_before + i % items - 1
-            if tile < plan.packed_before:
-                _append_sinks(&added, i // items)
-            else:
-                _append_tile(&added, i // items, tile, scratch)
+    start[0] = 0
+    for i in range(items.n):
+        start[i + 1] = start[i] + _appended(&items.item[i].plan)
+    while kv_team_take(me, start[items.n], 1, &unit, &end):
+        i = _find(start, items.n, unit)
+        item = &items.item[i]
+        added.plan, added.layer, added.ld = &item.plan, layer, ld
+        added.k, added.v = k + item.row * ld, v + item.row * ld
+        _append_unit(&added, unit - start[i], items.scratch + me.thread * items.scratch_floats)
 
 
-cdef bint commit_needed(const Plan* plan) noexcept nogil:
+cdef inline bint _commits(const Plan* plan) noexcept nogil:
     return (plan.packed_after > plan.packed_before
             or plan.last_tile >= plan.packed_before + plan.cache.n_window_tiles)
 
 
-cdef void commit_step(const Plan* plan, int64_t layer, kv_member* me) noexcept nogil:
-    """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces."""
+cdef bint commit_needed(const Items* items) noexcept nogil:
+    cdef int64_t i
+    for i in range(items.n):
+        if _commits(&items.item[i].plan):
+            return True
+    return False
+
+
+cdef void commit_step(const Items* items, int64_t layer, kv_member* me) noexcept nogil:
+    """Moves what was staged into the ring and the window, once no query of the chunk needs what it replaces. Work
+    items: each KV head of each sequence."""
+    cdef int64_t heads = items.item[0].plan.cache.n_kv_heads, unit = 0, end = 0
+    cdef const Plan* plan
+    while kv_team_take(me, items.n * heads, 1, &unit, &end):
+        plan = &items.item[unit // heads].plan
+        if _commits(plan):
+            _commit_head(plan, layer, unit % heads)
+
+
+cdef void _commit_head(const Plan* plan, int64_t layer, int64_t head) noexcept nogil:
     cdef const Cache* c = plan.cache
     cdef const CacheLayer* of = &c.layers[layer]
-    cdef int64_t tile, head = 0, end = 0
-    while kv_team_take(me, c.n_kv_heads, 1, &head, &end):
-        for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
-            memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
-        for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
-            memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes(of))
+    cdef int64_t tile
+    for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
+        memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
+    for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
+        memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes(of))
 
 
 # Attend -------------------------------------------------------------------------------------------------------------
@@ -430,25 +471,43 @@ cdef void _hand_over(const Plan* plan, const Rows* rows) noexcept nogil:
     memcpy(plan.acc + rows.at * plan.cache.head_pad, rows.acc, rows.n * plan.cache.head_pad * sizeof(float))
 
 
-cdef void attend_step(const Plan* plan, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil:
-    """Work items: each KV head, query block and span of tiles; a thread goes through neighbouring spans, so that memory
-    is read in one go. q: [n][n_heads * head_dim], before RoPE."""
-    cdef int64_t heads = plan.cache.n_kv_heads, spans = _spans(plan, layer), items = heads * plan.n_blocks * spans
-    cdef int64_t start = 0, end = 0, i, rest, blocks = plan.n_blocks, grab = GRAB if plan.split else 1
-    cdef float* scratch = plan.scratch + me.thread * plan.scratch_floats
+cdef inline int64_t _attended(const Plan* plan, int64_t layer) noexcept nogil:
+    """Units of work of attention: each KV head, query block and span of tiles."""
+    return plan.cache.n_kv_heads * plan.n_blocks * _spans(plan, layer)
+
+
+cdef Rows _attend_unit(const Plan* plan, int64_t layer, int64_t unit, const float* q, int64_t ld, float* scratch,
+                       int64_t i) noexcept nogil:
+    cdef int64_t spans = _spans(plan, layer), blocks = plan.n_blocks, heads = plan.cache.n_kv_heads, rest
+    if plan.split:
+        rest = unit % (blocks * spans)
+        return _attend(plan, layer, unit // (blocks * spans), rest // spans, rest % spans, q, ld, scratch, i)
+    rest = heads * blocks - 1 - unit  # the last blocks see most: first
+    return _attend(plan, layer, rest % heads, rest // heads, 0, q, ld, scratch, i)
+
+
+cdef void attend_step(const Items* items, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil:
+    """A thread goes through neighbouring spans, so that memory is read in one go. q: [rows][n_heads * head_dim], before
+    RoPE."""
+    cdef int64_t start[MAX_ITEMS + 1]
+    cdef int64_t first = 0, end = 0, i, unit, grab = GRAB
+    cdef float* scratch = items.scratch + me.thread * items.scratch_floats
+    cdef const Item* item
     cdef Rows rows[GRAB]
-    while kv_team_repeat(me, items, grab, &start, &end):
-        for i in range(start, end):
-            if plan.split:
-                rest = i % (blocks * spans)
-                rows[i - start] = _attend(plan, layer, i // (blocks * spans), rest // spans, rest % spans, q, ld, scratch,
-                                          i - start)
-            else:
-                rest = items - 1 - i  # the last blocks see most: first
-                rows[i - start] = _attend(plan, layer, rest % heads, rest // heads, 0, q, ld, scratch, i - start)
+    start[0] = 0
+    for i in range(items.n):
+        start[i + 1] = start[i] + _attended(&items.item[i].plan, layer)
+        if not items.item[i].plan.split:
+            grab = 1
+    while kv_team_repeat(me, start[items.n], grab, &first, &end):
+        for unit in range(first, end):
+            i = _find(start, items.n, unit)
+            item = &items.item[i]
+            rows[unit - first] = _attend_unit(&item.plan, layer, unit - start[i], q + item.row * ld, ld, scratch,
+                                              unit - first)
         if kv_team_commit(me):
-            for i in range(end - start):
-                _hand_over(plan, &rows[i])
+            for i in range(end - first):
+                _hand_over(rows[i].plan, &rows[i])
 
 
 cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil:

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from .attention cimport Plan, Ropes, attend_step, combine, plan_buffers, plan_chunk, plan_queries
+from .attention cimport Item, Items, Plan, Ropes, attend_step, combine, plan_buffers, plan_chunk, plan_queries
 from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
 from .kernels import require_level
 from .memory import advise_huge, anonymous
@@ -275,7 +275,8 @@ cdef _copy(const Cache* c, int64_t layer, const uint8_t[:, ::1] ring, const uint
 # Attention --------------------------------------------------------------------------------------------------
 
 ctypedef struct Step:
-    Plan plan
+    Item item
+    Items items
     const float* q          # [n_heads * head_dim], of every layer
     float* out              # [threads][n_heads * head_dim]
 
@@ -284,11 +285,12 @@ cdef void _step(void* arg, kv_member* me) noexcept nogil:
     """One thread's part of the attention of one token, as the engine runs it between its matrices: every thread
     combines the spans for itself, since each needs the whole output."""
     cdef const Step* s = <const Step*>arg
-    cdef const Cache* c = s.plan.cache
-    cdef int64_t layer, width = s.plan.n_heads * c.head_dim, i = 0, end = 0
+    cdef const Plan* plan = &s.item.plan
+    cdef const Cache* c = plan.cache
+    cdef int64_t layer, width = plan.n_heads * c.head_dim, i = 0, end = 0
     for layer in range(c.n_layers):
-        attend_step(&s.plan, layer, s.q, width, me)
-        combine(&s.plan, layer, 0, s.out + me.thread * width)
+        attend_step(&s.items, layer, s.q, width, me)
+        combine(plan, layer, 0, s.out + me.thread * width)
         while kv_team_take(me, me.size, 1, &i, &end):
             pass
 
@@ -315,21 +317,24 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef Step step
     cdef Ropes ropes
     cdef _Team team = _Team(threads)
-    cdef Plan* p = &step.plan
+    cdef Plan* p = &step.item.plan
     cdef const Cache* c = &kv.c
     cdef int64_t i, width = d.n_heads * d.head_dim
     cdef double[::1] inv_freq = rng.uniform(0, 2 * np.pi, c.head_dim // 2)
     cdef float[::1] q = rng.standard_normal(width, np.float32), out = np.zeros(threads * width, np.float32), sinks
-    cdef uint8_t[::1] block
+    cdef uint8_t[::1] block, scratch
     memset(&step, 0, sizeof(Step))
     step.q, step.out = &q[0], &out[0]
     memset(&ropes, 0, sizeof(Ropes))
     ropes.n, ropes.inv_freq = 1, &inv_freq[0]
     plan_chunk(p, kernels(), c, &ropes, c.n_tokens - 1, 1, d.n_heads, d.attention_scale,
-               getattr(d, "attention_softcap", None) or 0, True, threads)
+               getattr(d, "attention_softcap", None) or 0, True)
     p.packed_before = p.packed_after   # the token is in already
     block = _aligned(plan_buffers(p, NULL))
     plan_buffers(p, &block[0])
+    scratch = _aligned(4 * threads * p.scratch_floats)
+    step.items.item, step.items.n = &step.item, 1
+    step.items.scratch, step.items.scratch_floats = <float*>&scratch[0], p.scratch_floats
     plan_queries(p)
     if c.n_sinks:                      # which an append would rotate
         sinks = rng.standard_normal(c.n_kv_heads * c.head_dim * c.sink_lanes, np.float32)

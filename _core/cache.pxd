@@ -103,7 +103,8 @@ cdef class KVCache:
     cdef readonly tuple sliding_windows
     cdef readonly object description
     cdef object memory, lock
-    cdef object buffers, pace              # the engine's, for its calls with this cache
+    cdef object pace                       # the engine's, for its steps with this cache
+    cdef list late                         # calls in which late threads may still read it
     cdef int64_t huge                      # bytes from the start on that have been given huge pages
     cdef int _allocate(self) except -1
     cdef bint grown(self) except -1

@@ -316,14 +316,15 @@ cdef class KVCache:
         self.nbytes = size
         self._lay_out_layers()
         self.lock = Exclusive(RuntimeError, "this cache is in use by another thread")
-        self.pace = Pace()
+        self.pace, self.late = Pace(), []
         self._allocate()
         if prefault:
             self._all_huge(self.nbytes)
             touch(self.memory)
 
     def __dealloc__(self):
-        self.buffers = None     # before the memory: threads that are late read it
+        for call in self.late or ():
+            call.settle()
         free(self.c.layers)
 
     cdef int _allocate(self) except -1:

@@ -2,24 +2,32 @@
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 
-from .attention cimport Plan
+from .attention cimport Items
 from .kernels cimport KV_BLOCK, kv_input, kv_kernels
 from .model cimport Config, Layer, Matrix, Norm
 from .team cimport kv_member
 
+# Rows of a step are tokens of its items, one sequence after the other; those whose inputs of matrices have one plane of
+# int8 come before those with two.
 cdef enum:
-    OWN_FLOATS = 1 << 15        # at least 16 for each token of a chunk
+    ONE = 0
+    TWO = 1
+    OWN_FLOATS = 1 << 15        # at least 16 for each row of a step
 
-
-# Inputs of matrices as int8, in rows of `planes` times the blocks of an input. There is room for two planes of the
-# widest.
+# Inputs of matrices as int8, in rows of one plane and then rows of two, each of the blocks of an input. There is room
+# for two planes of the widest in every row.
 ctypedef struct Codes:
     int8_t* q                   # [rows][planes][blocks * 32]
     float* scale                # [rows][planes][blocks]
     int32_t* sum                # [rows][planes][blocks]
     int32_t* offset             # [rows][planes][2 blocks]
 
-# Buffers of one call; [rows] is the larger of tokens and threads: of one token each thread prepares its own input.
+# The inputs of a product: n[ONE] rows, then n[TWO].
+ctypedef struct Inputs:
+    kv_input part[2]
+    int64_t n[2]
+
+# Buffers of one call; [rows] is the larger of the step's rows and threads: of one row each thread prepares its own input.
 # A thread that comes back late may read any of them, while others write what is next.
 ctypedef struct RunState:
     float* x                    # [n][hidden_pad] residual stream
@@ -31,13 +39,14 @@ ctypedef struct RunState:
     float* gate                 # [n][gate.width]
     float* own                  # [threads][2][OWN_FLOATS] what a thread computes before it counts
     int64_t input_width
-    # Experts; a slot is a token's place with one of them, and slots are sorted by expert.
+    # Experts; a slot is a row's place with one of them, and slots are sorted by expert.
     float* router               # [n][router.width] scores
     int32_t* chosen             # [n][experts_used] and the share of each
     float* share
     int32_t* slot_of            # [n][experts_used] the slot of each choice
     int32_t* slot_choice        # [slots] and back
-    int32_t* first              # [n_experts + 1] expert e has slots [first[e], first[e + 1])
+    int32_t* first              # [n_experts + 1] expert e has slots [first[e], first[e + 1]),
+    int32_t* middle             # [n_experts] those from middle[e] on of rows with two planes
     int32_t* next               # [n_experts]
     int32_t* active             # [n_active[0]] experts that have slots
     int64_t* n_active
@@ -54,13 +63,17 @@ ctypedef struct Call:
     const Matrix* head
     const Matrix* positions     # without segments unless the model has learned positions
     const Norm* norm
-    Plan plan                   # n: tokens of the chunk
+    Items items
+    int64_t n[2]                # rows of one plane, and of two
+    int64_t rows                # both together
     RunState run
-    int64_t planes              # of int8 inputs: two (16 bits) when decoding, or in a precise engine, and one otherwise
-    int64_t head_planes         # of the head's: also two when the last token's logits alone are wanted
-    const int32_t* tokens
-    float* logits               # or NULL
-    int64_t first_logit         # logits are wanted from this token of the chunk on
+    int32_t* tokens             # [rows]
+    int32_t* item_of            # [rows] whose they are
+    # The rows whose logits are wanted, those first for which the head takes one plane.
+    int32_t* wanted             # [n_wanted[ONE] + n_wanted[TWO]]
+    int64_t n_wanted[2]
+    float* logits               # [wanted][head.width], or NULL
+    float* hidden               # [rows][hidden_size] the last norm's output, or NULL
 
 # One thread of a call.
 ctypedef struct Worker:
@@ -69,18 +82,34 @@ ctypedef struct Worker:
     const Matrix* next          # that is read after the step at hand, or NULL
 
 
-cdef inline kv_input input_rows(const float* floats, int64_t ld, const Codes* codes, int64_t cols, int64_t planes,
-                                int64_t first) noexcept nogil:
-    """The input of a matrix in rows from `first` on: `cols` floats, ld apart, and their codes."""
+cdef inline kv_input input_at(const float* floats, int64_t ld, const Codes* codes, int64_t cols, int64_t planes,
+                              int64_t at) noexcept nogil:
+    """Inputs of a matrix: rows of `cols` floats, ld apart, with their codes from block `at` on."""
     cdef kv_input x
-    cdef int64_t blocks = (cols + KV_BLOCK - 1) // KV_BLOCK, at = first * planes * blocks
-    x.f, x.ld, x.blocks, x.planes = floats + first * ld, ld, blocks, planes
+    x.f, x.ld, x.blocks, x.planes = floats, ld, (cols + KV_BLOCK - 1) // KV_BLOCK, planes
     x.q, x.scale, x.sum, x.offset = codes.q + at * KV_BLOCK, codes.scale + at, codes.sum + at, codes.offset + 2 * at
     return x
 
 
-cdef inline void quantize_row(const Call* call, const kv_input* x, int64_t cols, int64_t row) noexcept nogil:
+cdef inline Inputs inputs_at(const float* floats, int64_t ld, const Codes* codes, int64_t cols, const int64_t* n,
+                             int64_t at) noexcept nogil:
+    """n[ONE] rows, then n[TWO], with their codes from block `at` on."""
+    cdef Inputs x
+    x.n[ONE], x.n[TWO] = n[ONE], n[TWO]
+    x.part[ONE] = input_at(floats, ld, codes, cols, 1, at)
+    x.part[TWO] = input_at(floats + n[ONE] * ld, ld, codes, cols, 2, at + n[ONE] * x.part[ONE].blocks)
+    return x
+
+
+cdef inline float* input_row(const Inputs* x, int64_t row) noexcept nogil:
+    """The floats of a row."""
+    return <float*>x.part[ONE].f + row * x.part[ONE].ld
+
+
+cdef inline void quantize_row(const kv_kernels* kern, const Inputs* x, int64_t cols, int64_t row) noexcept nogil:
     """The codes of a row from its floats."""
-    cdef int64_t at = row * x.planes * x.blocks
-    call.kern.quantize(x.f + row * x.ld, cols, x.planes, <int8_t*>x.q + at * KV_BLOCK, <float*>x.scale + at,
-                       <int32_t*>x.sum + at, <int32_t*>x.offset + 2 * at)
+    cdef int64_t of = row if row < x.n[ONE] else row - x.n[ONE]
+    cdef const kv_input* part = &x.part[ONE if row < x.n[ONE] else TWO]
+    cdef int64_t at = of * part.planes * part.blocks
+    kern.quantize(part.f + of * part.ld, cols, part.planes, <int8_t*>part.q + at * KV_BLOCK, <float*>part.scale + at,
+                  <int32_t*>part.sum + at, <int32_t*>part.offset + 2 * at)

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -7,6 +7,7 @@ import numpy.typing as npt
 from .cache import KVCache
 
 MAX_CHUNK: int
+MAX_ROWS: int
 MAX_THREADS: int
 
 class _Weight(Protocol):
@@ -20,6 +21,12 @@ class _Weight(Protocol):
     def data(self) -> npt.NDArray[np.uint8]: ...
 
 _Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+class StepItem(NamedTuple):
+    cache: KVCache
+    tokens: _Tokens
+    decoding: bool | None = None
+    wants: Literal["last", "all", "none", "hidden"] = "last"
 
 class Engine:
     max_chunk: int
@@ -60,5 +67,8 @@ class Engine:
     def forward(
         self, tokens: _Tokens, kv: KVCache, logits: str, decoding: bool | None = None
     ) -> npt.NDArray[np.float32] | None: ...
+    def step(
+        self, items: Sequence[StepItem | tuple[KVCache, _Tokens, bool | None, str]]
+    ) -> list[npt.NDArray[np.float32] | None]: ...
     def checked(self, tokens: _Tokens, kv: KVCache, logits: str, most: int = ...) -> npt.NDArray[np.int32]: ...
     def ropes_of(self, ctx: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]: ...

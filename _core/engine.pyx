@@ -1,4 +1,5 @@
-"""The engine: runs a chunk of tokens through the layers. ``forward`` reads from top to bottom like the paper.
+"""The engine: runs tokens of one or several sequences through the layers. ``forward`` reads from top to bottom like the
+paper.
 
 Threads take work by number, step by step, so that every result is the same whatever their count.
 """
@@ -8,16 +9,18 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 cimport cython
+from collections import namedtuple
+from contextlib import ExitStack
+
 import numpy as np
 
-from .attention cimport Ropes, plan_buffers, plan_chunk, plan_queries
+from .attention cimport MAX_ITEMS, Item, Ropes, plan_buffers, plan_chunk, plan_queries
 from .cache cimport KVCache
-from .call cimport OWN_FLOATS, Call, Codes, RunState, Worker
+from .call cimport ONE, OWN_FLOATS, TWO, Call, Codes, Inputs, RunState, Worker
 from .experts cimport mixture
-from .kernels cimport (KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, kernels, kv_input, kv_packed_bytes,
-                       kv_weight_of)
+from .kernels cimport KV_BLOCK, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, kernels, kv_packed_bytes, kv_weight_of
 from .model cimport Config, Expert, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
-from .steps cimport (activate_mlp, add, attend, embed, logits, matmul, norm_heads, prepare_attended, prepare_gated,
+from .steps cimport (activate_mlp, add, attend, embed, hidden_states, logits, matmul, norm_heads, prepare_attended, prepare_gated,
                      prepare_head, prepare_normed)
 from .team cimport (KV_MAX_THREADS, kv_member, kv_team, kv_team_busy, kv_team_free, kv_team_keep, kv_team_new,
                     kv_team_release, kv_team_run, kv_team_settle, kv_team_use)
@@ -27,10 +30,21 @@ from .kernels import require_level
 from .weights import packed_size, type_id
 
 MAX_CHUNK = 512
-"""Most tokens in one call of ``Engine.forward``."""
+"""Most tokens of one sequence in a step."""
+
+MAX_ROWS = 1024
+"""Most tokens in a step."""
+
+StepItem = namedtuple("StepItem", ("cache", "tokens", "decoding", "wants"), defaults=(None, "last"))
+StepItem.__doc__ = """One sequence's part of a step: tokens, int32 [n], that follow those in the cache.
+
+decoding: block-quantised weights take activations of 16 bits, as for text that is being written, instead of the 8 that
+do for reading; None: when there is one token. wants: the logits of the "last" token or of "all", "none", or the "hidden"
+states of all, normed as for the head.
+"""
 
 cdef enum:
-    MOST_ARENAS = 8     # of a cache
+    MOST_ARENAS = 8     # that are kept
     FEW_TOKENS = 16     # in calls of more the buffers are large, and late threads are waited for, not to need others
 
 cdef dict _ACTIVATIONS = {"silu": KV_SILU, "gelu": KV_GELU, "gelu_tanh": KV_GELU_TANH}
@@ -40,13 +54,13 @@ MAX_THREADS = KV_MAX_THREADS
 
 
 cdef void forward(void* arg, kv_member* me) noexcept nogil:
-    """One thread's part of a chunk: embedding, layers, logits."""
+    """One thread's part of a step: embedding, layers, logits."""
     cdef const Call* call = <const Call*>arg
     cdef const Config* c = call.config
     cdef const RunState* run = &call.run
     cdef const Layer* layer
     cdef int64_t i
-    cdef kv_input x
+    cdef Inputs x
     cdef Worker w
     w.call, w.me, w.next = call, me, NULL
     embed(&w)                                                                           # x [n][hidden]
@@ -66,6 +80,8 @@ cdef void forward(void* arg, kv_member* me) noexcept nogil:
         activate_mlp(&w, layer, &x)                                                     # [n][intermediate]
         x = prepare_gated(&w, &layer.down)
         add(&w, &layer.down, &x, &layer.mlp_post_norm, &layer[1].qkv if i + 1 < c.n_layers else call.head)
+    if call.hidden != NULL:
+        hidden_states(&w)
     if call.logits != NULL:
         x = prepare_head(&w)
         logits(&w, &x)
@@ -80,7 +96,6 @@ cdef class _Arena:
     Buffers are 64-byte aligned pieces of one block; sizes are counted in a first pass over the same code."""
     cdef Call call
     cdef kv_team* team
-    cdef object engine          # whose weights late threads read
     cdef void* memory
     cdef char* base
     cdef size_t used, size
@@ -98,6 +113,15 @@ cdef class _Arena:
     cdef void count(self) noexcept:
         self.used, self.counting = 0, True
 
+    def busy(self):
+        """Whether late threads are in the last call."""
+        return kv_team_busy(self.team)
+
+    def settle(self):
+        """Waits for them."""
+        with nogil:
+            kv_team_settle(self.team)
+
     cdef int allocate(self) except -1:
         if self.used > self.size:
             free(self.memory)
@@ -113,6 +137,21 @@ cdef class _Arena:
         cdef size_t at = self.used
         self.used += (bytes + 63) // 64 * 64
         return NULL if self.counting else self.base + at
+
+
+def _is_fine(_Part part):
+    return part.fine
+
+
+cdef class _Part:
+    """A checked item of a step."""
+    cdef KVCache kv
+    cdef object ids             # int32 [n]
+    cdef bint fine, written     # whether inputs of matrices have two planes, whether the text is being written
+    cdef str wants
+
+    def __cinit__(self, KVCache kv, ids, fine, written, wants):
+        self.kv, self.ids, self.fine, self.written, self.wants = kv, ids, fine, written, wants
 
 
 @cython.no_gc_clear
@@ -132,6 +171,7 @@ cdef class Engine:
     cdef Matrix embed, positions, head
     cdef Norm norm
     cdef list kept
+    cdef list arenas            # that no call uses, but for late threads in them
     cdef dict ropes             # of each size of a cache that was used
     cdef object rope_tables
     cdef readonly object description
@@ -144,6 +184,7 @@ cdef class Engine:
     def __cinit__(self, description, weights, vectors, rope_tables, threads=1, precise=False):
         cdef int64_t i
         kv_team_keep()
+        self.arenas = []
         d = self.description = description
         require_level()
         if threads < 1:
@@ -173,6 +214,7 @@ cdef class Engine:
 
     def __dealloc__(self):
         cdef int64_t i
+        self.arenas = None      # before the layers: threads that are late read them
         if self.layers != NULL:
             for i in range(self.c.n_layers):
                 free(self.layers[i].experts)
@@ -277,22 +319,43 @@ cdef class Engine:
         return KVCache(self, **options)
 
     def forward(self, tokens, KVCache kv not None, logits="last", decoding=None):
-        """Runs a chunk of 1 to ``MAX_CHUNK`` tokens that follow those already in the cache.
+        """A step of one sequence: returns float32 [vocab_size], [n, vocab_size], [n, hidden_size] or None. Takes and
+        raises what ``step`` does."""
+        return self.step([(kv, tokens, decoding, logits)])[0]
 
-        tokens: int32 [n]. logits: "last", "all" or "none". Returns float32 [vocab_size], [n, vocab_size] or None.
-        decoding: block-quantised weights take activations of 16 bits, as for text that is being written, instead of
-        the 8 that do for reading; None: when there is one token. (A precise engine always uses 16, and so does the
-        head when the last token's logits alone are wanted.)
-        Every token sees the cache as it would if the chunk were fed one by one; of tokens that are read (`decoding`
-        False), results are the same to the bit however they are cut into chunks. The GIL is released.
-        Raises ValueError for tokens outside the vocabulary, a chunk of the wrong size or more tokens than the model has
-        learned positions, RuntimeError when another thread is using the cache.
+    def step(self, items):
+        """Runs tokens of one or several sequences, and puts them into their caches.
+
+        items: of ``StepItem``, at least one and at most ``MAX_ITEMS``, each with a cache of its own and 1 to
+        ``MAX_CHUNK`` tokens, ``MAX_ROWS`` in all. Returns for each, in order, what it wants: float32 [vocab_size]
+        ("last"), [n, vocab_size] ("all"), [n, hidden_size] ("hidden"), or None ("none").
+
+        What a sequence gets is the same to the bit whatever runs beside it. Every token sees the cache as it would if
+        they were fed one by one; of tokens that are read (`decoding` False), results are the same however they are cut.
+        (A precise engine always uses 16 bits, and so does the head when the last token's logits alone are wanted.) The
+        GIL is released. Raises ValueError for tokens outside the vocabulary, too many or none, more than the model has
+        learned positions, the same cache twice, RuntimeError when another thread is using one; then nothing has
+        changed.
         """
-        cdef const int32_t[::1] ids = self.checked(tokens, kv, logits)
-        cdef bint written = ids.shape[0] == 1 if decoding is None else decoding
-        with kv.lock:
-            result = self._forward(ids, kv, logits, written)
-            return result[0] if logits == "last" else result
+        cdef list parts = []
+        cdef _Part part
+        for item in items:
+            cache, tokens, decoding, wants = StepItem(*item)
+            ids = self.checked(tokens, cache, wants)
+            written = len(ids) == 1 if decoding is None else decoding
+            parts.append(_Part(cache, ids, self.precise or written, written, wants))
+        if not 1 <= len(parts) <= MAX_ITEMS or sum([len((<_Part>p).ids) for p in parts]) > MAX_ROWS:
+            raise ValueError(f"a step has 1 to {MAX_ITEMS} items with at most {MAX_ROWS} tokens")
+        part = parts[0]
+        if len(parts) == 1:
+            with part.kv.lock:
+                return self._step(parts)
+        if len({id((<_Part>p).kv) for p in parts}) < len(parts):
+            raise ValueError("a cache can be in a step only once")
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.kv.lock)
+            return self._step(parts)
 
     def checked(self, tokens, KVCache kv not None, logits, most=MAX_CHUNK):
         """The tokens as int32 [n], if ``forward`` can take them, or another engine that takes `most` at a time;
@@ -310,8 +373,8 @@ cdef class Engine:
         if self.positions.n_segments and kv.c.n_tokens + n > self.description.context_length:
             raise ValueError(f"the model has learned {self.description.context_length} positions, and a text cannot be "
                              f"longer: {kv.c.n_tokens + n} tokens")
-        if logits not in ("last", "all", "none"):
-            raise ValueError(f'logits must be "last", "all" or "none", not {logits!r}')
+        if logits not in ("last", "all", "none", "hidden"):
+            raise ValueError(f'logits must be "last", "all", "none" or "hidden", not {logits!r}')
         return np.asarray(ids)
 
     def ropes_of(self, ctx):
@@ -334,70 +397,129 @@ cdef class Engine:
         ropes.n, ropes.inv_freq, ropes.amplitude = inv_freq.shape[0], &inv_freq[0, 0], &amplitude[0, 0]
         ropes.of_layer = &of_layer[0]
 
-    cdef _Arena _arena(self, KVCache kv):
-        """One of the cache's that no late thread is in; of MOST_ARENAS the first that is left."""
+    cdef _Arena _take_arena(self):
+        """One that no call uses and no late thread is in, or the first that is left."""
         cdef _Arena arena
-        if kv.buffers is None:
-            kv.buffers = []
-        for arena in kv.buffers:
+        for i in range(len(self.arenas) - 1, -1, -1):
+            arena = self.arenas[i]
             if not kv_team_busy(arena.team):
-                return arena
-        if len(kv.buffers) < MOST_ARENAS:
-            arena = _Arena()
-        else:
-            arena = kv.buffers.pop(0)
-            with nogil:
-                kv_team_settle(arena.team)
-        kv.buffers.append(arena)
+                return self.arenas.pop(i)
+        if len(self.arenas) < MOST_ARENAS:
+            return _Arena()
+        arena = self.arenas.pop(0)
+        arena.settle()
         return arena
 
-    cdef _forward(self, const int32_t[::1] ids, KVCache kv, logits, bint written):
-        cdef Ropes ropes
-        cdef int64_t n = ids.shape[0]
-        cdef float[:, ::1] out
-        cdef int most = min(self.threads, <int>cpus.usable())
-        cdef object pace = kv.pace if n == 1 and most > 1 else None
-        cdef int threads = most if pace is None else pace.threads(most)
-        cdef kv_team_use use
-        cdef bint two_planes = self.precise or written
-        cdef _Arena arena = self._arena(kv)
+    cdef _step(self, list parts):
+        cdef _Arena arena = self._take_arena()
         cdef Call* call = &arena.call
-        arena.engine = self
-        memset(call, 0, sizeof(Call))
-        call.kern, call.config, call.layers = kernels(), &self.c, self.layers
-        call.embed, call.head, call.norm, call.tokens = &self.embed, &self.head, &self.norm, &ids[0]
-        call.positions = &self.positions
-        call.first_logit = {"all": 0, "last": n - 1, "none": n}[logits]
-        call.planes = 2 if two_planes else 1
-        call.head_planes = 2 if two_planes or logits == "last" else 1
-        self._rope(kv.ctx, &ropes)
-        plan_chunk(&call.plan, call.kern, &kv.c, &ropes, kv.c.n_tokens, n, self.c.n_heads, self.c.attention_scale,
-                   self.c.attention_softcap, written, threads)
-        arena.count()
-        self._buffers(arena, call, threads)
-        arena.allocate()
-        self._buffers(arena, call, threads)
-        plan_queries(&call.plan)
-        result = None
-        if call.first_logit < n:
-            result = np.empty((n - call.first_logit, self.head.width), np.float32)
-            out = result
-            call.logits = &out[0, 0]
-        with nogil:
-            use = kv_team_run(arena.team, threads, forward, call)
-            if n > FEW_TOKENS:
-                kv_team_settle(arena.team)
-        if not kv_team_busy(arena.team):
-            arena.engine = None
-        if pace is not None:
-            pace.took(use.threads, most, use.seconds, use.waiting)
-        kv.c.n_tokens += n
-        kv.grown()
-        return None if result is None else result[:, :self.c.vocab_size]
+        cdef list order = sorted(parts, key=_is_fine)   # rows of one plane come first
+        cdef int most = min(self.threads, <int>cpus.usable()), threads
+        cdef bint settle
+        cdef kv_team_use use
+        cdef float[:, ::1] rows
+        cdef _Part part = parts[0]
+        try:
+            memset(call, 0, sizeof(Call))
+            call.kern, call.config, call.layers = kernels(), &self.c, self.layers
+            call.embed, call.head, call.norm, call.positions = &self.embed, &self.head, &self.norm, &self.positions
+            self._count_rows(call, parts)
+            pace = part.kv.pace if call.rows == 1 and most > 1 else None
+            threads = most if pace is None else pace.threads(most)
+            arena.count()
+            self._buffers(arena, call, order, threads)
+            arena.allocate()
+            self._buffers(arena, call, order, threads)
+            self._plan(call, order)
+            logits = hidden = None
+            if call.n_wanted[ONE] + call.n_wanted[TWO]:
+                rows = logits = np.empty((call.n_wanted[ONE] + call.n_wanted[TWO], self.head.width), np.float32)
+                call.logits = &rows[0, 0]
+            if "hidden" in [(<_Part>p).wants for p in parts]:
+                rows = hidden = np.empty((call.rows, self.c.hidden_size), np.float32)
+                call.hidden = &rows[0, 0]
+            settle = call.rows > FEW_TOKENS
+            with nogil:
+                use = kv_team_run(arena.team, threads, forward, call)
+                if settle:
+                    kv_team_settle(arena.team)
+            late = arena.busy()
+            for part in parts:
+                part.kv.c.n_tokens += len(part.ids)
+                if late or part.kv.late:
+                    part.kv.late = [other for other in {*part.kv.late, arena} if other.busy()]
+            if pace is not None:
+                pace.took(use.threads, most, use.seconds, use.waiting)
+            results = self._results(parts, order, logits, hidden)
+        finally:
+            self.arenas.append(arena)
+        for part in parts:
+            part.kv.grown()
+        return results
 
-    cdef void _buffers(self, _Arena arena, Call* call, int threads) noexcept:
+    cdef int _count_rows(self, Call* call, list parts) except -1:
+        cdef _Part part
+        for part in parts:
+            call.n[TWO if part.fine else ONE] += len(part.ids)
+            if part.wants == "last":
+                call.n_wanted[TWO] += 1
+            elif part.wants == "all":
+                call.n_wanted[TWO if part.fine else ONE] += len(part.ids)
+        call.rows = call.n[ONE] + call.n[TWO]
+        call.items.n = len(parts)
+        return 0
+
+    cdef int _plan(self, Call* call, list order) except -1:
+        """Plans every item's attention, and says which rows are whose and whose logits are wanted."""
+        cdef int64_t row = 0, t, n, at
+        cdef int64_t next_wanted[2]
+        cdef const int32_t[::1] ids
+        cdef int32_t i = 0
+        cdef _Part part
+        next_wanted[ONE], next_wanted[TWO] = 0, call.n_wanted[ONE]
+        for part in order:
+            ids = part.ids
+            n, all_wanted, last_wanted = ids.shape[0], part.wants == "all", part.wants == "last"
+            plan_queries(&call.items.item[i].plan)
+            for t in range(n):
+                call.tokens[row + t], call.item_of[row + t] = ids[t], i
+                if all_wanted or (last_wanted and t == n - 1):
+                    at = TWO if part.fine or last_wanted else ONE
+                    call.wanted[next_wanted[at]] = <int32_t>(row + t)
+                    next_wanted[at] += 1
+            row, i = row + n, i + 1
+        return 0
+
+    cdef list _results(self, list parts, list order, logits, hidden):
+        """What each item wants, from the rows of all, which are in the order that `_plan` gives them."""
+        cdef _Part part
+        cdef dict results = {}
+        cdef int64_t row = 0, coarse = 0, fine = 0, n
+        for part in parts:
+            if part.wants == "all" and not part.fine:
+                fine += len(part.ids)
+        for part in order:
+            n = len(part.ids)
+            if part.wants == "hidden":
+                results[part] = hidden if n == len(hidden) else hidden[row:row + n].copy()
+            elif part.wants == "all" and not part.fine:
+                results[part] = self._cut(logits, coarse, n)
+                coarse += n
+            elif part.wants != "none":
+                result = self._cut(logits, fine, 1 if part.wants == "last" else n)
+                results[part] = result[0] if part.wants == "last" else result
+                fine += len(result)
+            row += n
+        return [results.get(part) for part in parts]
+
+    def _cut(self, logits, first, n):
+        """Rows of logits without what pads them; a copy of those of several items, so that one does not keep all."""
+        part = logits[first : first + n, : self.c.vocab_size]
+        return part if n == len(logits) else part.copy()
+
+    cdef int _buffers(self, _Arena arena, Call* call, list order, int threads) except -1:
         cdef RunState* run = &call.run
-        cdef int64_t n = call.plan.n, rows = max(n, <int64_t>threads)
+        cdef int64_t n = call.rows, rows = max(n, <int64_t>threads)
         cdef int64_t gates = whole_panels(self.c.intermediate_size)
         cdef int64_t widest = max(self.c.hidden_size, self.c.n_heads * self.c.head_dim, self.c.intermediate_size)
         run.input_width = whole_panels(widest)
@@ -408,9 +530,34 @@ cdef class Engine:
         run.gate = <float*>arena.take(4 * n * gates)
         run.branch = <float*>arena.take(4 * n * self.c.hidden_pad if self.c.branch else 0)
         run.own = <float*>arena.take(2 * 4 * threads * OWN_FLOATS)
+        call.tokens = <int32_t*>arena.take(4 * n)
+        call.item_of = <int32_t*>arena.take(4 * n)
+        call.wanted = <int32_t*>arena.take(4 * n)
         if self.c.n_experts:
             self._expert_buffers(arena, run, n)
-        plan_buffers(&call.plan, <uint8_t*>arena.take(plan_buffers(&call.plan, NULL)))
+        return self._item_buffers(arena, call, order, threads)
+
+    cdef int _item_buffers(self, _Arena arena, Call* call, list order, int threads) except -1:
+        """Of the attention of each item; scratch is a thread's, whatever the item."""
+        cdef Item* item
+        cdef Item counted
+        cdef Ropes ropes
+        cdef _Part part
+        cdef int64_t i = 0, row = 0, n
+        call.items.item = <Item*>arena.take(len(order) * sizeof(Item))
+        for part in order:
+            n = len(part.ids)
+            item = &counted if arena.counting else &call.items.item[i]
+            memset(item, 0, sizeof(Item))
+            self._rope(part.kv.ctx, &ropes)
+            plan_chunk(&item.plan, call.kern, &part.kv.c, &ropes, part.kv.c.n_tokens, n, self.c.n_heads,
+                       self.c.attention_scale, self.c.attention_softcap, part.written)
+            item.row = row
+            plan_buffers(&item.plan, <uint8_t*>arena.take(plan_buffers(&item.plan, NULL)))
+            call.items.scratch_floats = max(call.items.scratch_floats, item.plan.scratch_floats)
+            row, i = row + n, i + 1
+        call.items.scratch = <float*>arena.take(4 * threads * call.items.scratch_floats)
+        return 0
 
     cdef Codes _codes(self, _Arena arena, int64_t rows, int64_t cols) noexcept:
         cdef Codes codes
@@ -429,6 +576,7 @@ cdef class Engine:
         run.slot_of = <int32_t*>arena.take(4 * slots)
         run.slot_choice = <int32_t*>arena.take(4 * slots)
         run.first = <int32_t*>arena.take(4 * (self.c.n_experts + 1))
+        run.middle = <int32_t*>arena.take(4 * self.c.n_experts)
         run.next = <int32_t*>arena.take(4 * self.c.n_experts)
         run.active = <int32_t*>arena.take(4 * self.c.n_experts)
         run.n_active = <int64_t*>arena.take(8)

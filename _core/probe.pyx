@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 import numpy as np
 
-from .attention cimport (Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, plan_buffers,
+from .attention cimport (Item, Items, Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, plan_buffers,
                          plan_chunk, plan_queries)
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, KV_TILE, kernels, kernels_of,
                        kv_format, kv_head_pad, kv_input, kv_kernels, kv_weight_of)
@@ -204,7 +204,8 @@ cdef class Tile:
 # Attention ----------------------------------------------------------------------------------------------------------
 
 ctypedef struct Chunk:
-    Plan plan
+    Item item
+    Items items
     const float* q          # [n][n_heads * head_dim], or NULL: only to be appended
     const float* k          # [n][n_kv_heads * head_dim]
     const float* v
@@ -214,13 +215,13 @@ ctypedef struct Chunk:
 cdef void _chunk(void* arg, kv_member* me) noexcept nogil:
     """One thread's part of a layer's attention, with the steps of the engine."""
     cdef const Chunk* s = <const Chunk*>arg
-    cdef const Plan* p = &s.plan
+    cdef const Plan* p = &s.item.plan
     cdef int64_t width = p.n_heads * p.cache.head_dim, kv_width = p.cache.n_kv_heads * p.cache.head_dim, t = 0, end = 0
-    append_step(p, 0, s.k, s.v, kv_width, me)
+    append_step(&s.items, 0, s.k, s.v, kv_width, me)
     if s.q != NULL:
-        attend_step(p, 0, s.q, width, me)
-    if commit_needed(p):
-        commit_step(p, 0, me)
+        attend_step(&s.items, 0, s.q, width, me)
+    if commit_needed(&s.items):
+        commit_step(&s.items, 0, me)
     while s.q != NULL and kv_team_take(me, p.n, 1, &t, &end):
         combine(p, 0, t, s.out + t * width)
 
@@ -270,18 +271,23 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     cdef uint8_t[::1] block
     cdef const float[:, ::1] queries
     cdef float[:, ::1] out
+    cdef float[::1] own
     cdef kv_team* team
     cache.layers = &layer
     memset(&chunk, 0, sizeof(Chunk))
     chunk.k, chunk.v = &k[0, 0], &v[0, 0]
     memset(&ropes, 0, sizeof(Ropes))
     ropes.n, ropes.inv_freq = 1, &inv_freq[0]
-    plan_chunk(&chunk.plan, kern, &cache, &ropes, cache.n_tokens, n, n_heads, kv.description.attention_scale,
-               getattr(kv.description, "attention_softcap", None) or 0, True, threads)
-    raw = np.empty(plan_buffers(&chunk.plan, NULL) + 64, np.uint8)
+    plan_chunk(&chunk.item.plan, kern, &cache, &ropes, cache.n_tokens, n, n_heads, kv.description.attention_scale,
+               getattr(kv.description, "attention_softcap", None) or 0, True)
+    raw = np.empty(plan_buffers(&chunk.item.plan, NULL) + 64, np.uint8)
     block = raw[-raw.ctypes.data % 64:]
-    plan_buffers(&chunk.plan, &block[0])
-    plan_queries(&chunk.plan)
+    plan_buffers(&chunk.item.plan, &block[0])
+    plan_queries(&chunk.item.plan)
+    scratch = np.empty(threads * chunk.item.plan.scratch_floats, np.float32)
+    own = scratch
+    chunk.items.item, chunk.items.n = &chunk.item, 1
+    chunk.items.scratch, chunk.items.scratch_floats = &own[0], chunk.item.plan.scratch_floats
     result = None
     if q is not None:
         queries, result = q, np.empty_like(q)

@@ -139,13 +139,21 @@ class Engine(Protocol[CacheT]):
     def forward(
         self, tokens: Tokens, kv: CacheT, logits: str = "last", decoding: bool | None = None
     ) -> npt.NDArray[np.float32] | None:
-        """Run a chunk of 1 to `max_chunk` tokens that follow those in the cache, and put them into it.
+        """A step of one text: run 1 to `max_chunk` tokens that follow those in the cache, and put them into it.
 
         Returns the logits of what comes after the last token, [vocab_size], after each ("all"), [n, vocab_size], or
         None ("none"). `decoding`: compute as for text that is being written, more exactly where an engine reads
         text faster than that; None: if there is one token. ValueError for tokens outside the vocabulary, too many
         of them or none, more than the model has learned positions for, or a cache of another model; RuntimeError if
         another thread is using the cache.
+        """
+
+    def step(self, items: Sequence[tuple[CacheT, Tokens, bool | None, str]]) -> list[npt.NDArray[np.float32] | None]:
+        """Run tokens of several texts: `items` of (cache, tokens, decoding, what is wanted), as `forward` takes them.
+
+        Returns for each, in order, what `forward` would, to the bit: nothing depends on what runs beside it. "hidden":
+        float32 [n, hidden_size], what the head gets of every token. Raises what `forward` does, and ValueError for a
+        cache that comes twice; nothing has changed then.
         """
 
 

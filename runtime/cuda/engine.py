@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -117,6 +117,16 @@ class CudaEngine:
         finally:
             kv.lock.release()
         return rows[0] if rows is not None and logits == "last" else rows
+
+    def step(self, items: Sequence[tuple[CudaKVCache, Tokens, bool | None, str]]) -> list[np.ndarray | None]:
+        """As `_core.Engine.step`, one item after another. OptionError for hidden states, which are the core's only."""
+        for kv, tokens, _, wants in items:
+            if wants == "hidden":
+                raise OptionError("hidden states are computed by the cpu only")
+            self.host.checked(tokens, kv.host, wants, self.max_chunk)
+        if not items or len({id(kv) for kv, *_ in items}) < len(items):
+            raise ValueError("a step has items, each with a cache of its own")
+        return [self.forward(tokens, kv, wants, decoding) for kv, tokens, decoding, wants in items]
 
     def _decode(self, ids: np.ndarray, kv: CudaKVCache, logits: str) -> np.ndarray | None:
         """float32 [1, vocab] of the last token, [n, vocab] of all, or None; the cache has counted them."""
