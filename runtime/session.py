@@ -99,6 +99,31 @@ class _Before:
     messages: list[dict[str, Any]]
 
 
+Work = Generator[str | _core.StepItem, "np.ndarray | None", None]
+"""What a session has to do, step by step: it yields pieces of text, and steps to be run, whose results are sent back."""
+
+
+def driven(engine: Engine[Any], work: Work) -> Generator[str, None, None]:
+    """The pieces of text, with each step run when it comes."""
+    result: np.ndarray | None = None
+    try:
+        while True:
+            item = work.send(result)
+            while not isinstance(item, str):
+                try:
+                    result = engine.forward(item.tokens, item.cache, logits=item.wants, decoding=item.decoding)
+                except BaseException as error:
+                    item = work.throw(error)
+                else:
+                    item = work.send(result)
+            yield item
+            result = None
+    except StopIteration:
+        return
+    finally:
+        work.close()
+
+
 def new_cache(engine: Engine[CacheT], options: CacheOptions, prefault: bool = False) -> CacheT:
     """A cache of an engine. OptionError for options that make no cache, or one too large for the memory."""
     try:
@@ -346,7 +371,8 @@ class Session:
         total = len(turn.ids) + (0 if turn.fresh else self.n_tokens)
         self.stats = Stats(prompt_overflow=self._beyond(len(turn.ids)), evicted_tokens=self._beyond(total))
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
-        self._running = self._run(turn, values, limit, stops, stop_ids)
+        work = self._run(turn, values, limit, stops, stop_ids)
+        self._running = driven(self.model.engine, work)
         return Pieces(self._use, self._running)
 
     # --- prompts ----------------------------------------------------------------------------------
@@ -423,7 +449,7 @@ class Session:
 
     def _run(
         self, turn: _Turn, values: Mapping[str, Any], limit: int, stops: StopStrings, stop_ids: frozenset[int]
-    ) -> Generator[str, None, None]:
+    ) -> Work:
         text, history, fed = self._text.copy(), self._history.copy(), self._kv.n_tokens
         before = _Before(text, history, fed, self._logits, self.messages)
         self._text.rendered = None  # not known again before the end, so that an interruption in between does no harm
@@ -434,7 +460,7 @@ class Session:
             self.messages = chat.messages
         try:
             try:
-                self._feed(prompt=True)
+                yield from self._feeding(prompt=True)
             except Exception:
                 chat = None
                 self._undo(before, turn.fresh)
@@ -477,7 +503,7 @@ class Session:
 
     def _decode(
         self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
-    ) -> Generator[str, None, None]:
+    ) -> Work:
         sampler = self._sampler(values)
         while True:
             token = self._sample(sampler)
@@ -492,7 +518,7 @@ class Session:
                 yield piece
             if answer.stopped or self.stats.answer_tokens == limit:
                 break
-            self._feed()
+            yield from self._feeding()
         rest = answer.finish()
         if rest:
             yield rest
@@ -556,8 +582,13 @@ class Session:
         self._text.cut(n)
         self._text.rendered = None
 
-    def _feed(self, prompt: bool = False) -> None:
-        """Run what is pending through the model, in chunks, so that Ctrl-C works between them."""
+    def _feed(self) -> None:
+        """Run what is pending through the model."""
+        for _ in driven(self.model.engine, self._feeding()):
+            pass
+
+    def _feeding(self, prompt: bool = False) -> Work:
+        """What is pending, in chunks, so that Ctrl-C and other texts come in between."""
         while (left := self.n_tokens - self._kv.n_tokens) > 0:
             fed = self._kv.n_tokens
             n, written = self._next_step(fed, left)
@@ -566,7 +597,13 @@ class Session:
             self._history.before(self._kv, n)
             self.model.file.check_unchanged()
             began = time.perf_counter()
-            logits = self._forward(np.array(self._text.pending(fed, n), np.int32), n == left, written)
+            tokens = np.array(self._text.pending(fed, n), np.int32)
+            try:
+                logits = yield _core.StepItem(self._kv, tokens, written, "last" if n == left else "none")
+            except ValueError as error:  # learned positions are used up
+                raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
+            except MemoryError:
+                raise KvrunError(f"there is not enough memory to feed {n} tokens at once") from None
             seconds = time.perf_counter() - began
             if logits is not None:
                 self._logits = (self._kv.n_tokens, logits)
@@ -583,15 +620,6 @@ class Session:
         written, end = self._history.run(fed)
         most = left if end is None else min(left, end - fed)
         return (1, True) if written else (min(most, self.model.engine.max_chunk), False)
-
-    def _forward(self, tokens: np.ndarray, last: bool, written: bool) -> np.ndarray | None:
-        """The logits after the tokens, if they are the last."""
-        try:
-            return self.model.engine.forward(tokens, self._kv, logits="last" if last else "none", decoding=written)
-        except ValueError as error:  # learned positions are used up
-            raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
-        except MemoryError:
-            raise KvrunError(f"there is not enough memory to feed {len(tokens)} tokens at once") from None
 
 
 class _Answer:
