@@ -10,20 +10,33 @@ templates with the first text. So the command can be interrupted from its first 
 
 import importlib
 
-from kvrun.errors import ConvertError, KvrunError, ModelFileError, OptionError, SessionBusyError, TokenizerError
+from kvrun.errors import (
+    ConvertError,
+    KvrunError,
+    ModelFileError,
+    OptionError,
+    SchedulerFullError,
+    SessionBusyError,
+    TokenizerError,
+)
 from kvrun.version import __version__
 
 TYPE_CHECKING = False  # as in typing, which takes longer to import than all this
 if TYPE_CHECKING:
     from kvrun.model import Model, load
+    from kvrun.scheduler import GenerationResult, Request, Scheduler
     from kvrun.session import Session
 
 __all__ = [
     "ConvertError",
+    "GenerationResult",
     "KvrunError",
     "Model",
     "ModelFileError",
     "OptionError",
+    "Request",
+    "Scheduler",
+    "SchedulerFullError",
     "Session",
     "SessionBusyError",
     "TokenizerError",
@@ -31,7 +44,14 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {"Model": "kvrun.model", "load": "kvrun.model", "Session": "kvrun.session"}
+_HOMES = {
+    "GenerationResult": "kvrun.scheduler",
+    "Model": "kvrun.model",
+    "Request": "kvrun.scheduler",
+    "Scheduler": "kvrun.scheduler",
+    "Session": "kvrun.session",
+    "load": "kvrun.model",
+}
 
 if not TYPE_CHECKING:  # a type checker is to find the names above, and no others
 

@@ -25,6 +25,10 @@ class SessionBusyError(KvrunError):
     """A session is in the middle of a call, of another thread or of one that a signal handler has interrupted."""
 
 
+class SchedulerFullError(KvrunError):
+    """As many requests wait as may wait: try again later."""
+
+
 def one_line(text: object) -> str:
     """Text for a terminal, on one line: a name from a damaged file must not arrive as a control sequence."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in str(text))

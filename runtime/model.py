@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvrun.cuda.device import CudaDevice
     from kvrun.cuda.engine import CudaEngine
     from kvrun.files.description import ModelDescription
+    from kvrun.scheduler import GenerationResult, Scheduler
     from kvrun.text.templates import ChatTemplate
     from kvrun.text.tokenizer import Tokenizer
 
@@ -164,6 +165,29 @@ class Model:
         given.update((name, value) for name, value in options.items() if value is not None)
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
         return "".join(Session(self, **cache).stream(prompt, **given))
+
+    def scheduler(self, parallel: int = 8, max_waiting: int | None = None, **cache: Unpack[CacheKeywords]) -> Scheduler:
+        """Answers up to `parallel` prompts at once (see `Scheduler`), each with a cache of the same options; use it as a
+        context manager, or close it."""
+        from kvrun.scheduler import Scheduler
+
+        return Scheduler(self, parallel, max_waiting, **cache)
+
+    @documented(GenerateKeywords, max_tokens=512)
+    def generate_many(
+        self, prompts: Iterable[str | Sequence[Any]], parallel: int = 8, **options: Unpack[GenerateKeywords]
+    ) -> list[GenerationResult]:
+        """The answers to several prompts, in their order, up to `parallel` at once; options are those of `generate`.
+
+        Each answer is the same as alone. A seed is for all of them. Raises OptionError for options that cannot be used,
+        and what a prompt that cannot be answered raises.
+        """
+        given: dict[str, Any] = {"max_tokens": 512}
+        given.update((name, value) for name, value in options.items() if value is not None)
+        cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
+        with self.scheduler(parallel, **cache) as scheduler:
+            requests = [scheduler.submit(prompt, **given) for prompt in prompts]
+            return [request.result() for request in requests]
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text, see `Tokenizer.encode`. TokenizerError for what is no text, and without a tokenizer."""

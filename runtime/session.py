@@ -50,7 +50,8 @@ class Stats:
     session yet) that the cache has no room for, so that the answer is made without them. `evicted_tokens`: those of the
     whole text that are more than the cache keeps, at first those that it will be with the prompt. The oldest go, after
     the sinks, and in tiles: up to 63 may be there still. Layers with a sliding window do not count. `seed`: that of the
-    answer's random numbers, None where there are none (`temperature` 0).
+    answer's random numbers, None where there are none (`temperature` 0). `finish_reason`: why the answer has ended, None
+    as long as it has not: "stop" at a stop token or string, "length" with `max_tokens`.
     """
 
     prompt_tokens: int = 0
@@ -61,6 +62,7 @@ class Stats:
     prompt_overflow: int = 0
     evicted_tokens: int = 0
     seed: int | None = None
+    finish_reason: str | None = None
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -160,6 +162,7 @@ class Session:
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False
+        self.chunk = model.engine.max_chunk  # most tokens of a prompt in a step
         self._running: Generator[str, None, None] | None = None
         self._use = one_at_a_time()
         self._clear()
@@ -361,6 +364,13 @@ class Session:
         no memory for a step, when a model with learned positions has no more of them, or when its logits are not
         numbers. A prompt that cannot be fed leaves the session as it was.
         """
+        work = self.steps(prompt, **options)
+        self._running = driven(self.model.engine, work)
+        return Pieces(self._use, self._running)
+
+    def steps(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Work:
+        """What `stream` does, for somebody else to run it, together with what other sessions do: takes and raises the
+        same. Nothing else may use the session meanwhile. `chunk` tokens of the prompt at most are in a step."""
         values = resolve(StreamKeywords, options, self.model.file.sampling)
         stops, limit = StopStrings(values["stop"]), values["max_tokens"]
         self._end_running()
@@ -371,9 +381,7 @@ class Session:
         total = len(turn.ids) + (0 if turn.fresh else self.n_tokens)
         self.stats = Stats(prompt_overflow=self._beyond(len(turn.ids)), evicted_tokens=self._beyond(total))
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
-        work = self._run(turn, values, limit, stops, stop_ids)
-        self._running = driven(self.model.engine, work)
-        return Pieces(self._use, self._running)
+        return self._run(turn, values, limit, stops, stop_ids)
 
     # --- prompts ----------------------------------------------------------------------------------
 
@@ -466,7 +474,9 @@ class Session:
                 self._undo(before, turn.fresh)
                 raise
             self._history.mark(self._kv.n_tokens)
-            if limit:
+            if not limit:
+                self.stats.finish_reason = "length"
+            else:
                 answer = _Answer(self.model.tokenizer, stops, None if chat is None else self._template().escape)
                 yield from self._decode(answer, values, limit, stop_ids)
         finally:
@@ -508,6 +518,7 @@ class Session:
         while True:
             token = self._sample(sampler)
             if token in stop_ids:
+                self.stats.finish_reason = "stop"
                 break
             sampler.accept(token)
             self._history.write(self._text.n_tokens)
@@ -517,6 +528,7 @@ class Session:
             if piece:
                 yield piece
             if answer.stopped or self.stats.answer_tokens == limit:
+                self.stats.finish_reason = "stop" if answer.stopped else "length"
                 break
             yield from self._feeding()
         rest = answer.finish()
@@ -619,7 +631,7 @@ class Session:
         """How many tokens to feed next, and whether as text that is written."""
         written, end = self._history.run(fed)
         most = left if end is None else min(left, end - fed)
-        return (1, True) if written else (min(most, self.model.engine.max_chunk), False)
+        return (1, True) if written else (min(most, self.chunk), False)
 
 
 class _Answer:

@@ -18,6 +18,7 @@ LAYERS = (
     ("kvrun.cuda",),
     ("kvrun.exclusive", "kvrun.history"),
     ("kvrun.session",),
+    ("kvrun.scheduler",),
     ("kvrun.model",),
     ("kvrun",),
     ("kvrun.measure",),
