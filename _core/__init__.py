@@ -2,7 +2,7 @@
 
 from .cache import KV_FORMATS, Exclusive, KVCache, Snapshot, kv_bytes
 from .cpus import max_threads
-from .engine import MAX_CHUNK, MAX_ROWS, MAX_THREADS, Engine, StepItem
+from .engine import MAX_CHUNK, MAX_ROWS, MAX_THREADS, Engine
 from .kernels import TILE, isa, isa_available
 from .memory import MappedFile, advise_huge, anonymous, touch, trim
 from .sampler import Sampler
@@ -21,7 +21,6 @@ __all__ = [
     "MappedFile",
     "Sampler",
     "Snapshot",
-    "StepItem",
     "WeightType",
     "advise_huge",
     "anonymous",

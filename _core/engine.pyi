@@ -1,5 +1,5 @@
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,6 @@ class _Weight(Protocol):
     def data(self) -> npt.NDArray[np.uint8]: ...
 
 _Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-class StepItem(NamedTuple):
-    cache: KVCache
-    tokens: _Tokens
-    decoding: bool | None = None
-    wants: Literal["last", "all", "none", "hidden"] = "last"
 
 class Engine:
     max_chunk: int
@@ -68,7 +62,7 @@ class Engine:
         self, tokens: _Tokens, kv: KVCache, logits: str, decoding: bool | None = None
     ) -> npt.NDArray[np.float32] | None: ...
     def step(
-        self, items: Sequence[StepItem | tuple[KVCache, _Tokens, bool | None, str]]
+        self, items: Sequence[tuple[KVCache, _Tokens, bool | None, str]]
     ) -> list[npt.NDArray[np.float32] | None]: ...
     def checked(self, tokens: _Tokens, kv: KVCache, logits: str, most: int = ...) -> npt.NDArray[np.int32]: ...
     def ropes_of(self, ctx: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]: ...

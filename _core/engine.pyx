@@ -9,7 +9,6 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 cimport cython
-from collections import namedtuple
 from contextlib import ExitStack
 
 import numpy as np
@@ -34,14 +33,6 @@ MAX_CHUNK = 512
 
 MAX_ROWS = 1024
 """Most tokens in a step."""
-
-StepItem = namedtuple("StepItem", ("cache", "tokens", "decoding", "wants"), defaults=(None, "last"))
-StepItem.__doc__ = """One sequence's part of a step: tokens, int32 [n], that follow those in the cache.
-
-decoding: block-quantised weights take activations of 16 bits, as for text that is being written, instead of the 8 that
-do for reading; None: when there is one token. wants: the logits of the "last" token or of "all", "none", or the "hidden"
-states of all, normed as for the head.
-"""
 
 cdef enum:
     MOST_ARENAS = 8     # that are kept
@@ -326,9 +317,12 @@ cdef class Engine:
     def step(self, items):
         """Runs tokens of one or several sequences, and puts them into their caches.
 
-        items: of ``StepItem``, at least one and at most ``MAX_ITEMS``, each with a cache of its own and 1 to
-        ``MAX_CHUNK`` tokens, ``MAX_ROWS`` in all. Returns for each, in order, what it wants: float32 [vocab_size]
-        ("last"), [n, vocab_size] ("all"), [n, hidden_size] ("hidden"), or None ("none").
+        items: of (cache, tokens, decoding, wants), at least one and at most ``MAX_ITEMS``, each with a cache of its own
+        and 1 to ``MAX_CHUNK`` tokens, int32 [n], that follow those in it; ``MAX_ROWS`` in all. decoding: block-quantised
+        weights take activations of 16 bits, as for text that is being written, instead of the 8 that do for reading;
+        None: when there is one token. wants: the logits of the "last" token, of "all" or "none", or the "hidden" states
+        of all, normed as for the head. Returns for each item, in order, what it wants: float32 [vocab_size],
+        [n, vocab_size], None, or [n, hidden_size].
 
         What a sequence gets is the same to the bit whatever runs beside it. Every token sees the cache as it would if
         they were fed one by one; of tokens that are read (`decoding` False), results are the same however they are cut.
@@ -340,7 +334,7 @@ cdef class Engine:
         cdef list parts = []
         cdef _Part part
         for item in items:
-            cache, tokens, decoding, wants = StepItem(*item)
+            cache, tokens, decoding, wants = item
             ids = self.checked(tokens, cache, wants)
             written = len(ids) == 1 if decoding is None else decoding
             parts.append(_Part(cache, ids, self.precise or written, written, wants))

@@ -8,7 +8,7 @@ own `new_cache` made, and those of other engines of its kind with the same model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,15 @@ class Cache(Protocol):
 
     def load_state(self, n_tokens: int, lost: int, state: npt.NDArray[np.uint8]) -> None:
         """Hold what the cache held whose `n_tokens`, `lost` and `state()` these are. ValueError if they do not fit."""
+
+
+class StepItem(NamedTuple):
+    """One text's part of a step of an engine: see `Engine.step`."""
+
+    cache: Any
+    tokens: Tokens
+    decoding: bool | None
+    wants: str
 
 
 CacheT = TypeVar("CacheT", bound=Cache)

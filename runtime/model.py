@@ -167,8 +167,8 @@ class Model:
         return "".join(Session(self, **cache).stream(prompt, **given))
 
     def scheduler(self, parallel: int = 8, max_waiting: int | None = None, **cache: Unpack[CacheKeywords]) -> Scheduler:
-        """Answers up to `parallel` prompts at once (see `Scheduler`), each with a cache of the same options; use it as a
-        context manager, or close it."""
+        """Answers up to `parallel` prompts at once (see `Scheduler`), each with a cache of the same options; to be used
+        as a context manager, or closed."""
         from kvrun.scheduler import Scheduler
 
         return Scheduler(self, parallel, max_waiting, **cache)

@@ -29,6 +29,8 @@ DEFAULT_KV = "q8"
 SIMD it is read faster (docs/figures.md)."""
 DEFAULT_CTX = 8192
 MAX_CTX = 2**31 - 1
+MAX_PARALLEL = 256
+"""Most texts in one step."""
 WINDOW, WINDOW_Q2 = 64, 128
 REPEAT_LAST_N = 64
 """Newest tokens of a text that a session knows for the repeat penalty."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError, SchedulerFullError
-from kvrun.options import integer
+from kvrun.options import MAX_PARALLEL, integer
 from kvrun.session import Session, Stats
 
 if TYPE_CHECKING:
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Self, Unpack
 
-    from kvrun import _core
+    from kvrun.backend import StepItem
     from kvrun.model import Model
     from kvrun.options import CacheKeywords, StreamKeywords
     from kvrun.session import Work
 
 PIECE = 64
 """Most tokens of a prompt in a step in which others write."""
-MAX_PARALLEL = 256
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class _Running:
 
     def __init__(self, request: Request, session: Session) -> None:
         self.request, self.session = request, session
-        self.step: _core.StepItem | None = None
+        self.step: StepItem | None = None
         self._work: Work = session.steps(request.prompt, **request.options)
         request.stats = session.stats
 
@@ -214,7 +213,7 @@ class Scheduler:
                 if self._closing:
                     return False
                 self._changed.wait()
-            news = []
+            news: list[Request] = []
             while self._waiting and len(self._running) + len(news) < self.parallel:
                 news.append(self._waiting.popleft())
             for request in [waiting for waiting in self._waiting if waiting.given_up]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvrun import _core
+from kvrun.backend import StepItem
 from kvrun.errors import KvrunError, OptionError, TokenizerError
 from kvrun.exclusive import Pieces, exclusive, one_at_a_time
 from kvrun.history import History
@@ -50,8 +51,8 @@ class Stats:
     session yet) that the cache has no room for, so that the answer is made without them. `evicted_tokens`: those of the
     whole text that are more than the cache keeps, at first those that it will be with the prompt. The oldest go, after
     the sinks, and in tiles: up to 63 may be there still. Layers with a sliding window do not count. `seed`: that of the
-    answer's random numbers, None where there are none (`temperature` 0). `finish_reason`: why the answer has ended, None
-    as long as it has not: "stop" at a stop token or string, "length" with `max_tokens`.
+    answer's random numbers, None where there are none (`temperature` 0). `finish_reason`: why the answer has ended,
+    "stop" at a stop token or string or "length" with `max_tokens`; None as long as it has not.
     """
 
     prompt_tokens: int = 0
@@ -101,8 +102,8 @@ class _Before:
     messages: list[dict[str, Any]]
 
 
-Work = Generator[str | _core.StepItem, "np.ndarray | None", None]
-"""What a session has to do, step by step: it yields pieces of text, and steps to be run, whose results are sent back."""
+Work = Generator[str | StepItem, "np.ndarray | None", None]
+"""What a session has to do: it yields pieces of text, and steps to be run, whose results are sent back."""
 
 
 def driven(engine: Engine[Any], work: Work) -> Generator[str, None, None]:
@@ -511,9 +512,7 @@ class Session:
             self._text.rendered = chat.rendered + text
             self._history.tell(self._text.rendered, self._text.n_tokens)
 
-    def _decode(
-        self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]
-    ) -> Work:
+    def _decode(self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]) -> Work:
         sampler = self._sampler(values)
         while True:
             token = self._sample(sampler)
@@ -611,7 +610,7 @@ class Session:
             began = time.perf_counter()
             tokens = np.array(self._text.pending(fed, n), np.int32)
             try:
-                logits = yield _core.StepItem(self._kv, tokens, written, "last" if n == left else "none")
+                logits = yield StepItem(self._kv, tokens, written, "last" if n == left else "none")
             except ValueError as error:  # learned positions are used up
                 raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
             except MemoryError:

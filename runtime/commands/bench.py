@@ -27,13 +27,14 @@ from kvrun.measure.caches import cache_options, default_formats
 from kvrun.measure.neighbours import KINDS, MAX_NEIGHBOURS, STREAMED
 from kvrun.measure.speed import ROOM, TESTS, Bench, Contention, Plan, Shape, physical_memory
 from kvrun.model import load
-from kvrun.options import DEFAULT_KV, MAX_CTX, CacheKeywords, declared, integer, number
+from kvrun.options import DEFAULT_KV, MAX_CTX, MAX_PARALLEL, CacheKeywords, declared, integer, number
 
 DEFAULT_TESTS = ("prefill", "decode")
 ON_CPU = ("attention", "contention")  # not on other devices
 DEPTHS, PREFILLS = (0, 512, 2048, 7680), (512, 4096)
 RUNS, PATIENCE = 3, 8.0  # the latter in seconds
 MAX_TOKENS = 256  # of the cache test
+PARALLEL = (1, 2, 4, 8)
 NEIGHBOURS, SECONDS = (0, 1, 2, 4, 6), 2.0  # of the contention test
 
 _DESCRIPTION = """\
@@ -41,6 +42,7 @@ Measure speed by format of the key/value cache.
 
   prefill     many prompt tokens at once, into an empty cache
   decode      one token at a time, with --depth tokens in the cache
+  batch       a token of each of --parallel texts in one step, with --depth tokens in each cache
   attention   the attention part of a decode step alone; its layers are repeated until they
               outgrow the CPU's own caches
   cache       the same text generated with the cache, and without it, where every step
@@ -93,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=KINDS,
         help=f"what they do: arithmetic, or copying memory, {STREAMED >> 20} MiB each ({KINDS[0]})",
     )
+    add(
+        "--parallel",
+        **several("parallel", **whole("parallel")),
+        help=f"texts at once in the batch test ({_list(PARALLEL)})",
+    )
     add("--seconds", **real("seconds"), help=f"that each run of the contention test takes ({SECONDS:g})")
     add("--runs", **whole("runs"), help="runs of each (3, or fewer where they take long)")
     add_option(parser, declared(CacheKeywords)["sinks"])
@@ -141,10 +148,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _tests(args: argparse.Namespace) -> tuple[str, ...]:
     """In the order of TESTS, each once. A shape alone asks for attention, neighbours alone for contention."""
     contending = _given(args, "neighbours", "neighbour_kind", "seconds")
-    asked = ["attention"] * bool(args.shape) + ["contention"] * bool(contending)
+    asked = ["batch"] * bool(args.parallel) + ["attention"] * bool(args.shape) + ["contention"] * bool(contending)
     named = set(args.test or asked or DEFAULT_TESTS)
     if contending and not named & {"contention", "all"}:
         raise OptionError(f"{contending[0]}: only the contention test has neighbours; add --test contention")
+    if args.parallel and not named & {"batch", "all"}:
+        raise OptionError("parallel: only the batch test has several texts; add --test batch")
     if args.shape and not named & {"attention", "all"}:
         raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
     if args.device not in (None, "cpu"):
@@ -177,6 +186,7 @@ def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int)
         max_tokens=_max_tokens(args.max_tokens, context_length),
         sizes=sizes,
         contention=_contention(args, formats, limit),
+        parallel=_numbers("parallel", args.parallel, 1, MAX_PARALLEL) or PARALLEL,
     )
     if "attention" in tests and not plan.attention_depths:
         raise OptionError("depth: the attention test needs tokens in the cache; add a depth above 0")
@@ -264,6 +274,7 @@ _READ = ["ms", "MB a token", "GB/s", "of memory", "cache MB"]
 _HEADINGS = {
     "prefill": ["prompt", "cache", "tok/s", "ms a token", "cache MB"],
     "decode": ["depth", "cache", "tok/s", *_READ],
+    "batch": ["texts", "depth", "cache", "tok/s", "times one", "cache MB"],
     "attention": ["shape", "depth", "cache", "steps/s", *_READ],
     "cache": ["tokens", "with: s", "tok/s", "without: s", "tok/s", "times faster", "same tokens"],
     "contention": ["neighbours", "depth", "cache", "tok/s", "of alone", "fair", "of fair share", "longest step, ms"],
@@ -305,6 +316,12 @@ def _speed_line(row: dict[str, Any]) -> list[str]:
     return [*where, str(row["depth"]), *cells]
 
 
+def _batch_line(row: dict[str, Any]) -> list[str]:
+    speed, times = row["tokens_per_second"], row["times_one"]
+    cells = [f"{speed:.1f}", "-" if times is None else f"{times:.2f}", f"{row['kv_bytes'] / 1e6:.1f}"]
+    return [str(row["parallel"]), str(row["depth"]), row["kv"], *cells]
+
+
 def _cache_line(row: dict[str, Any]) -> list[str]:
     n, without = row["tokens"], row["seconds_without"]
     return [
@@ -331,4 +348,4 @@ def _contention_line(row: dict[str, Any]) -> list[str]:
     ]
 
 
-_LINES = {"cache": _cache_line, "contention": _contention_line}
+_LINES = {"batch": _batch_line, "cache": _cache_line, "contention": _contention_line}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvrun.cuda.device import CudaDevice
     from kvrun.model import Model
 
-TESTS = ("prefill", "decode", "attention", "cache", "contention")
+TESTS = ("prefill", "decode", "batch", "attention", "cache", "contention")
 ROOM = 128  # tokens that a cache has room for beyond its depth
 SAMPLE_SECONDS, MAX_DECODE, MAX_REPEAT = 0.25, 64, 50  # of one run
 COLD_BYTES, MAX_BYTES = 1 << 27, 1 << 30  # layers are repeated until a cache outgrows the CPU's own, within limits
@@ -87,7 +87,8 @@ class Contention:
 @dataclass(frozen=True)
 class Plan:
     """What to measure. `formats`: "q4" or, K before V, "q4/q2". `sizes`: sinks and window, where given.
-    `patience`: seconds after which no further run of the same kind is begun. `contention`: of the test of that name."""
+    `patience`: seconds after which no further run of the same kind is begun. `contention`: of the test of that name.
+    `parallel`: numbers of texts of the batch test."""
 
     tests: tuple[str, ...]
     depths: tuple[int, ...]
@@ -99,6 +100,7 @@ class Plan:
     max_tokens: int
     sizes: dict[str, int | None]
     contention: Contention
+    parallel: tuple[int, ...] = (1,)
 
     def cache(self, name: str, tokens: int, context_length: int) -> CacheOptions:
         """A cache that has room for so many tokens and a few more."""
@@ -121,6 +123,7 @@ class Plan:
         counts = {
             "prefill": len(self.prefills) * each,
             "decode": len(self.depths) * each,
+            "batch": len(self.depths) * each * len(self.parallel),
             "attention": shapes * len(self.attention_depths) * each,
             "cache": self.max_tokens,
             "contention": self._contention_steps,
@@ -164,6 +167,7 @@ class Bench:
         tests = {
             "prefill": self._prefill,
             "decode": self._decode,
+            "batch": self._batch,
             "attention": self._attention,
             "cache": self._with_and_without,
             "contention": self._contention,
@@ -224,6 +228,51 @@ class Bench:
         for i in range(1, n + 1):
             self.engine.forward(tokens[i : i + 1], kv)
         return (time.perf_counter() - start) / n
+
+    def _batch(self) -> Iterator[dict[str, Any]]:
+        """Several texts of the same depth, a token of each in every step; all numbers of them in turn."""
+        for depth in self.plan.depths:
+            for name in self.plan.formats:
+                caches = self._copies(name, depth, max(self.plan.parallel))
+                samples: dict[int, list[Sample]] = {n: [] for n in self.plan.parallel}
+                start = time.perf_counter()
+                for turn in range(self.plan.runs):
+                    if turn and time.perf_counter() - start > self.plan.patience:
+                        break
+                    for n in self.plan.parallel:
+                        self._progress(f"{n} texts at depth {depth}, {name} cache")
+                        samples[n].append(Sample(self._batch_run(caches[:n], depth), None))
+                for n in self.plan.parallel:
+                    size = sum(kv.nbytes for kv in caches[:n])
+                    row = self._row("batch", name, caches[0], depth, samples[n], None, parallel=n, shared=0)
+                    one = statistics.median(s.seconds for s in samples[1]) if 1 in samples else None
+                    times = None if one is None else one * row["tokens_per_second"]
+                    yield {**row, "kv_bytes": size, "times_one": times}
+
+    def _batch_run(self, caches: list[Cache], depth: int) -> float:
+        """Seconds a token of each of the texts, over some steps from a depth on."""
+        tokens = self._tokens(ROOM * len(caches)).reshape(ROOM, len(caches))
+        for kv in caches:
+            self._machine.fill(kv, depth)
+        steps, spent = 0, 0.0
+        while steps < ROOM - 1 and (steps < 4 or spent < SAMPLE_SECONDS * 2):
+            items = [(kv, tokens[steps, i : i + 1], True, "last") for i, kv in enumerate(caches)]
+            start = time.perf_counter()
+            self.engine.step(items)
+            if steps:  # the first wakes threads
+                spent += time.perf_counter() - start
+            steps += 1
+        return spent / (steps - 1) / len(caches)
+
+    def _copies(self, name: str, depth: int, n: int) -> list[Cache]:
+        """As many caches; OptionError when the machine has no memory for them."""
+        first = self._caches(depth, self.engine, (name,))[name]
+        needed, there = n * first.nbytes, self._machine.memory
+        if there is not None and needed > there:
+            raise OptionError(
+                f"parallel: {n} caches of {depth} tokens take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f}"
+            )
+        return [first, *(self._cache(name, depth, self.engine) for _ in range(n - 1))]
 
     def _attention(self) -> Iterator[dict[str, Any]]:
         d = self.model.description

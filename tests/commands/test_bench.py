@@ -33,6 +33,7 @@ KEYS = {
 MORE = {
     "prefill": {"tokens"},
     "decode": {"tokens"},
+    "batch": {"parallel", "shared", "times_one"},
     "attention": {"shape", "layers", "measured_layers"},
     "cache": {"tokens", "seconds", "seconds_without", "ratio", "same_tokens"},
     "contention": {
@@ -93,7 +94,7 @@ def report(capsys, *arguments):
         assert set(row) == KEYS | MORE[row["test"]]
         assert row["tokens_per_second"] > 0
         if row["bytes_per_token"] is None:
-            assert row["bandwidth_fraction"] is None and row["test"] in ("prefill", "cache", "contention")
+            assert row["bandwidth_fraction"] is None and row["test"] in ("prefill", "batch", "cache", "contention")
         else:
             assert row["bandwidth_fraction"] > 0
     return found
@@ -138,6 +139,9 @@ def test_every_test(model, capsys):
         "1",
         "--seconds",
         "0.02",
+        "--parallel",
+        "1",
+        "3",
     )
     rows = [
         (row["test"], row["kv"], row["depth"], row.get("tokens") if row["test"] in ("prefill", "cache") else None)
@@ -147,6 +151,7 @@ def test_every_test(model, capsys):
     assert rows == (
         [("prefill", kv, 0, n) for n in (5, 600) for kv in formats]
         + [("decode", kv, depth, None) for depth in (0, 70) for kv in formats]
+        + [("batch", kv, depth, None) for depth in (0, 70) for kv in formats for _ in (1, 3)]
         + [("attention", kv, 70, None) for kv in formats]
         + [("cache", "f16", speed.PROMPT, n) for n in (16, 20)]
         + [("contention", kv, depth, None) for depth in (0, 70) for kv in formats for _ in (0, 1)]
@@ -154,6 +159,8 @@ def test_every_test(model, capsys):
     assert (found["isa"], found["threads"]) == (_core.isa(), 2)
     for row in found["results"]:
         assert row["runs"] == 1 + (row.get("neighbours") == 0)  # alone also at the end
+        if row["test"] == "batch":
+            assert (row["times_one"] == 1) is (row["parallel"] == 1)
         if row["test"] == "cache":
             assert row["ratio"] == pytest.approx(row["seconds_without"] / row["seconds"])
             assert row["same_tokens"] == row["tokens"]  # float weights: nothing is rounded to int8
@@ -394,6 +401,9 @@ def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
         (["--test", "decode", "--neighbours", "1"], ["neighbours", "--test contention"]),
         (["--test", "attention", "--neighbour-kind", "memory"], ["neighbour_kind", "--test contention"]),
         (["--test", "contention", "--device", "cuda"], ["device"]),
+        (["--test", "decode", "--parallel", "2"], ["parallel", "--test batch"]),
+        (["--parallel", "0"], ["parallel"]),
+        (["--parallel", "257"], ["parallel"]),
     ],
     ids=lambda value: " ".join(value),
 )
