@@ -272,7 +272,7 @@ class Scheduler:
         items = [one.step for one in steps if one.step is not None]
         writing = any(not one.reads for one in self._running)
         for one in self._running:
-            one.session.chunk = PIECE if writing else self.model.engine.max_chunk
+            one.session.chunk = PIECE if writing else None
         try:
             results = self.model.engine.step(items)
         except Exception as error:  # nothing has changed: whose fault it is shows when each is alone

@@ -163,7 +163,7 @@ class Session:
         self.messages: list[dict[str, Any]] = []
         self.stats = Stats()
         self.answer_begins_thinking = False
-        self.chunk = model.engine.max_chunk  # most tokens of a prompt in a step
+        self.chunk: int | None = None  # most tokens of a prompt in a step, fewer than the engine takes
         self._running: Generator[str, None, None] | None = None
         self._use = one_at_a_time()
         self._clear()
@@ -630,7 +630,7 @@ class Session:
         """How many tokens to feed next, and whether as text that is written."""
         written, end = self._history.run(fed)
         most = left if end is None else min(left, end - fed)
-        return (1, True) if written else (min(most, self.chunk), False)
+        return (1, True) if written else (min(most, self.chunk or self.model.engine.max_chunk), False)
 
 
 class _Answer:

@@ -52,6 +52,23 @@ def test_weight_types(weight_type, device):
     assert difference(*both(model, device, 40, (33, 7))) <= CHUNK
 
 
+def test_a_step_of_several_is_one_after_another(device):
+    model = tiny("q4_0")
+    _, gpu = engines(model, device)
+    ids = tokens(model.description, 12)
+    parts = [(ids[:7], None, "last"), (ids[7:], False, "all"), (ids[:1], True, "none")]
+    found = gpu.step([(gpu.new_cache(k="f16", **OPTIONS), *part) for part in parts])
+    for result, (part, decoding, wants) in zip(found, parts, strict=True):
+        alone = gpu.forward(part, gpu.new_cache(k="f16", **OPTIONS), wants, decoding)
+        assert result is None if alone is None else np.array_equal(result, alone)
+    cache = gpu.new_cache(k="f16", **OPTIONS)
+    with pytest.raises(ValueError, match="of its own"):
+        gpu.step([(cache, ids[:1], None, "last")] * 2)
+    with pytest.raises(kvrun.OptionError, match="hidden states"):
+        gpu.step([(cache, ids[:1], None, "hidden")])
+    assert cache.n_tokens == 0
+
+
 def test_a_weight_type_that_the_kernels_lack_is_refused(device, monkeypatch):
     monkeypatch.delitem(UNITS, "q4_1")
     with pytest.raises(kvrun.OptionError, match="weight type q4_1, .* convert it with another --type"):
