@@ -148,18 +148,23 @@ cdef void _multiply(void* arg, kv_member* me) noexcept nogil:
               KV_PANEL * p.n_panels, 0)
 
 
-def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=0.2):
+def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=0.2, planes=None):
     """Times the product of a random matrix [rows, cols] with `tokens` random inputs, prepared before.
 
+    planes: of int8 inputs, 1 or 2; by default two for one token, as in decoding, and one for more, as in a prompt.
     n_bytes: the matrix is repeated until it has so many, so that it comes from memory; with 0 it comes from the CPU's
     caches if it fits them. seconds: how long it is repeated. Returns (seconds of the fastest run, bytes of weights,
     multiply-adds). Raises ValueError for sizes that are none or a type that there is not.
     """
     cdef Product p
     cdef _Team team = _Team(threads)
-    cdef int64_t t, planes = 2 if tokens == 1 else 1
+    cdef int64_t t
     if min(rows, cols, tokens, threads) < 1:
         raise ValueError("rows, cols, tokens and threads must be at least 1")
+    if planes is None:
+        planes = 2 if tokens == 1 else 1
+    if planes not in (1, 2):
+        raise ValueError(f"planes must be 1 or 2, not {planes}")
     require_level()
     rng, rows = np.random.default_rng(0), (rows + KV_PANEL - 1) // KV_PANEL * KV_PANEL
     some = pack(weight_type, rng.normal(0, cols ** -0.5, (min(rows, 1024), cols)))
@@ -177,9 +182,9 @@ def matmul(str weight_type, rows, cols, tokens=1, threads=1, n_bytes=0, seconds=
     cdef int32_t[::1] sums = np.zeros(tokens * planes * p.x.blocks, np.int32)
     cdef int32_t[::1] offsets = np.zeros(2 * tokens * planes * p.x.blocks, np.int32)
     for t in range(p.n):
-        kernels().quantize(&x[t, 0], p.cols, planes, &q[t * planes * p.x.blocks * KV_BLOCK],
-                           &scale[t * planes * p.x.blocks], &sums[t * planes * p.x.blocks],
-                           &offsets[2 * t * planes * p.x.blocks])
+        kernels().quantize(&x[t, 0], p.cols, p.x.planes, &q[t * p.x.planes * p.x.blocks * KV_BLOCK],
+                           &scale[t * p.x.planes * p.x.blocks], &sums[t * p.x.planes * p.x.blocks],
+                           &offsets[2 * t * p.x.planes * p.x.blocks])
     p.panels, p.out, p.x.f, p.x.q, p.x.scale, p.x.sum = &panels[0], &out[0], &x[0, 0], &q[0], &scale[0], &sums[0]
     p.x.offset = &offsets[0]
     times, start = [], time.perf_counter()

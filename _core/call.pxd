@@ -17,7 +17,7 @@ cdef enum:
 # Inputs of matrices as int8, in rows of one plane and then rows of two, each of the blocks of an input. There is room
 # for two planes of the widest in every row.
 ctypedef struct Codes:
-    int8_t* q                   # [rows][planes][blocks * 32]
+    int8_t* q                   # [rows][blocks][planes][32]
     float* scale                # [rows][planes][blocks]
     int32_t* sum                # [rows][planes][blocks]
     int32_t* offset             # [rows][planes][2 blocks]

@@ -85,11 +85,11 @@ def quantize(x, planes=1, level=None):
     [planes, blocks])."""
     cdef const float[::1] a = _floats(x)
     cdef int64_t blocks = (len(x) + KV_BLOCK - 1) // KV_BLOCK
-    cdef int8_t[:, ::1] q = np.empty((planes, blocks * KV_BLOCK), np.int8)
+    cdef int8_t[:, :, ::1] q = np.empty((blocks, planes, KV_BLOCK), np.int8)
     cdef float[:, ::1] scale = np.empty((planes, blocks), np.float32)
     cdef int32_t[:, ::1] sums = np.empty((planes, blocks), np.int32)
-    _level(level).quantize(&a[0], a.shape[0], planes, &q[0, 0], &scale[0, 0], &sums[0, 0], NULL)
-    return np.asarray(q), np.asarray(scale), np.asarray(sums)
+    _level(level).quantize(&a[0], a.shape[0], planes, &q[0, 0, 0], &scale[0, 0], &sums[0, 0], NULL)
+    return np.asarray(q).swapaxes(0, 1).reshape(planes, -1), np.asarray(scale), np.asarray(sums)
 
 
 def matmul(str type, packed, rows, x, out=None, planes=1, repeat=1, level=None):

@@ -41,10 +41,10 @@ static inline void kv_copy_rows(const float *from, int64_t ld_from, int64_t n, i
 
 /* Inputs of a matrix product for a chunk of tokens: as floats, and (for block types) as int8 in blocks of 32.
  * With two planes the second holds what the first rounds away, in steps 256 times finer: 16 bits in all. It is used
- * where memory, not arithmetic, sets the pace; plane p of token t is row planes * t + p. */
+ * where memory, not arithmetic, sets the pace. */
 typedef struct {
     const float *f;       /* [tokens][ld] */
-    const int8_t *q;      /* [tokens][planes][blocks * 32] codes */
+    const int8_t *q;      /* [tokens][blocks][planes][32] codes */
     const float *scale;   /* [tokens][planes][blocks] */
     const int32_t *sum;   /* [tokens][planes][blocks] sum of the codes of a block */
     int64_t ld;           /* floats between tokens */

@@ -63,13 +63,12 @@ KV_INLINE void put_codes(vf low, vf high, int8_t *q, int32_t *sum, int32_t *offs
     }
 }
 
-void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
-                                int32_t *offset);
-void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
-                                int32_t *offset)
+/* step: codes from a block to the next one; second: from its first plane to its second. */
+KV_INLINE void quantize(const float *x, int64_t n, int64_t planes, int64_t step, int64_t second, int8_t *q,
+                        float *scale, int32_t *sum, int32_t *offset)
 {
     const int64_t blocks = (n + KV_BLOCK - 1) / KV_BLOCK;
-    for (int64_t b = 0; b < blocks; b++, q += KV_BLOCK) {
+    for (int64_t b = 0; b < blocks; b++, q += step) {
         const float *block = x + b * KV_BLOCK;
         int64_t left = n - b * KV_BLOCK;
         vf low, high;
@@ -90,9 +89,24 @@ void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_
             low = rounded_away(low);
             high = rounded_away(high);
             scale[blocks + b] = scale[b] / 256;
-            put_codes(low, high, q + blocks * KV_BLOCK, sum + blocks + b, offset ? offset + 2 * (blocks + b) : NULL);
+            put_codes(low, high, q + second, sum + blocks + b, offset ? offset + 2 * (blocks + b) : NULL);
         }
     }
+}
+
+static void quantize_input(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                           int32_t *offset)
+{
+    quantize(x, n, planes, planes * KV_BLOCK, KV_BLOCK, q, scale, sum, offset);
+}
+
+/* The same with codes [planes][blocks * 32]. */
+void KV_NAME(kv_quantize_planes)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                                 int32_t *offset);
+void KV_NAME(kv_quantize_planes)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                                 int32_t *offset)
+{
+    quantize(x, n, planes, KV_BLOCK, (n + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK, q, scale, sum, offset);
 }
 
 static void rope(const float *x, const float *cos, const float *sin, int64_t head_dim, float scale, float *out)
@@ -222,7 +236,7 @@ void KV_NAME(kv_fill_vector)(kv_kernels *table);
 void KV_NAME(kv_fill_vector)(kv_kernels *table)
 {
     table->rms_norm = rms_norm;
-    table->quantize = KV_NAME(kv_quantize_input);
+    table->quantize = quantize_input;
     table->hadamard = hadamard;
     table->rope = rope;
     table->layer_norm = layer_norm;

@@ -197,7 +197,15 @@ def test_a_product_counts_what_it_reads(n_bytes, copies):
     assert seconds > 0 and read == copies * _core.packed_size("q4_0", 30, 640) and macs == copies * 32 * 640 * 3
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_product_in_either_number_of_planes(planes):
+    seconds, read, macs = bench.matmul("q8_0", 16, 64, tokens=5, seconds=0, planes=planes)
+    assert seconds > 0 and read == _core.packed_size("q8_0", 16, 64) and macs == 16 * 64 * 5
+
+
 def test_products_that_are_none():
+    with pytest.raises(ValueError, match="planes must be 1 or 2"):
+        bench.matmul("q4_0", 16, 32, planes=3)
     for sizes in ((0, 32), (16, 0), (16, 32, 0), (16, 32, 1, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             bench.matmul("q4_0", *sizes)

@@ -25,8 +25,8 @@ typedef struct {
     } in;
 } folded;
 
-void KV_NAME(kv_quantize_input)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
-                                int32_t *offset);
+void KV_NAME(kv_quantize_planes)(const float *x, int64_t n, int64_t planes, int8_t *q, float *scale, int32_t *sum,
+                                 int32_t *offset);
 
 /* Scales folded in: w[r][ld] = x[r] * scale, zero from the n inputs to the end of the last block; and the constants,
  * the sums of x[r] * (minimum + offset * scale), for an offset that the codes are counted from. */
@@ -102,8 +102,8 @@ KV_INLINE void fold_8(const float *w, int64_t ld, int64_t r, folded *f)
 KV_INLINE void fold_8(const float *w, int64_t ld, int64_t r, folded *f)
 {
     const int64_t blocks = ld / KV_BLOCK;
-    KV_NAME(kv_quantize_input)(w, ld, PLANES_8, f->in.q + r * PLANES_8 * ld, f->scale + r * PLANES_8 * blocks,
-                               f->sum + r * PLANES_8 * blocks, NULL);
+    KV_NAME(kv_quantize_planes)(w, ld, PLANES_8, f->in.q + r * PLANES_8 * ld, f->scale + r * PLANES_8 * blocks,
+                                f->sum + r * PLANES_8 * blocks, NULL);
 }
 #endif
 

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #define KV_ROWS 4 /* 8 accumulators of the 16 registers, 4 weights, the rest temporaries */
+#define KV_TOKENS 2 /* in two planes: as many accumulators */
 
 /* Keeps a sum where it is: GCC would add products in pairs first, and run out of registers for them. */
 #define KV_IN_ORDER(x) __asm__("" : "+x"(x))
@@ -240,7 +241,7 @@ KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x)
     return (d8){kv_dot8(s.a, w.a, q), kv_dot8(s.b, w.b, q)};
 }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return d6_float(s); }
-KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { (void)sum; return d6_two(a, b); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t offset) { (void)offset; return d6_two(a, b); }
 
 /* 16-bit inputs with whole bytes, where there is no instruction for sums of byte products: vpmaddwd costs no more than
  * one plane of int8 with its signs put right. Eight lanes of 4 inputs; sums are int32, two to a lane. */

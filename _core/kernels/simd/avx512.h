@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #define KV_ROWS 8
+#define KV_TOKENS 4 /* in two planes: eight accumulators, four sums */
 #define KV_LINES KV_UNROLL
 
 typedef __m512 vf;
@@ -156,7 +157,10 @@ KV_INLINE vf d6_two(d6 a, d6 b) { return d4_two(a, b); }
 KV_INLINE d8 d8_zero(void) { return _mm512_setzero_si512(); }
 KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) { return _mm512_dpbusd_epi32(s, w, kv_quad(x)); }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))); }
-KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { return d8_float(_mm512_add_epi32(_mm512_slli_epi32(a, 8), b), sum); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t offset)
+{
+    return d4_two(a, _mm512_sub_epi32(b, _mm512_set1_epi32(offset)));
+}
 
 /* 8-bit codes with inputs of 16 bits, those of a line apart: even inputs, odd inputs. */
 #define KV_WIDE 1

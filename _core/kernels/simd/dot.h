@@ -59,34 +59,66 @@ KV_INLINE void dot_codes(const int bits, const int lines, const int rows, const 
     }
 }
 
-/* 256 times the dot products of a block of 32 with row x, plus those with row y. sum: 256 times the sum of x plus that
- * of y. Integers below 2^28. */
-KV_INLINE vf dot_two(const int bits, const uint8_t *codes, const int8_t *x, const int8_t *y, int32_t sum)
+/* Addresses of rows, in a register each: GCC would make them up anew, from fewer, for each of the rows' elements. */
+KV_INLINE void rows_from(const int rows, const int8_t *x, int64_t ld, const int8_t **row)
 {
+    KV_UNROLL
+    for (int r = 0; r < rows; r++) {
+        row[r] = x;
+        __asm__("" : "+r"(row[r]));
+        x = row[r] + ld;
+    }
+}
+
+/* Dot products of a block of 32 with tokens in two planes, exact: dot[t] = 256 times that with token t's first plane,
+ * plus that with its second; integers below 2^28. x: the first token's block in both planes; ld: codes from a token to
+ * the next. offset[t]: with 8 bits 128 times (256 times the sum of the first plane, plus that of the second). */
+KV_INLINE void dot_two(const int bits, const int tokens, const uint8_t *codes, const int8_t *x, int64_t ld,
+                       const int32_t *offset, vf *dot)
+{
+    const int8_t *row[KV_TOKENS];
+    rows_from(tokens, x, ld, row);
     if (bits == 8) {
-        d8 a = d8_zero(), b = d8_zero();
+        d8 a[KV_TOKENS], b[KV_TOKENS];
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++)
+            a[t] = b[t] = d8_zero();
         KV_UNROLL
         for (int l = 0; l < 8; l++) {
             vw line = vw_load(codes + 64 * l);
             kv_ahead(codes + 64 * l);
-            a = d8_dot(a, line, x + 4 * l);
-            b = d8_dot(b, line, y + 4 * l);
+            KV_UNROLL
+            for (int t = 0; t < tokens; t++) {
+                a[t] = d8_dot(a[t], line, row[t] + 4 * l);
+                b[t] = d8_dot(b[t], line, row[t] + KV_BLOCK + 4 * l);
+            }
         }
-        return d8_two(a, b, sum);
-    }
-    d4 a = d4_zero(), b = d4_zero();
-    KV_UNROLL
-    for (int l = 0; l < 4; l++) {
-        vw line = vw_load(codes + 64 * l);
-        kv_ahead(codes + 64 * l);
         KV_UNROLL
-        for (int f = 0; f < 2; f++) {
-            vw field = vw_field(line, 4 * f, 15);
-            a = d4_dot(a, field, x + 4 * (4 * f + l));
-            b = d4_dot(b, field, y + 4 * (4 * f + l));
+        for (int t = 0; t < tokens; t++)
+            dot[t] = d8_two(a[t], b[t], offset[t]);
+    } else {
+        d4 a[KV_TOKENS], b[KV_TOKENS];
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++)
+            a[t] = b[t] = d4_zero();
+        KV_UNROLL
+        for (int l = 0; l < 4; l++) {
+            vw line = vw_load(codes + 64 * l);
+            kv_ahead(codes + 64 * l);
+            KV_UNROLL
+            for (int f = 0; f < 2; f++) {
+                vw field = vw_field(line, 4 * f, 15);
+                KV_UNROLL
+                for (int t = 0; t < tokens; t++) {
+                    a[t] = d4_dot(a[t], field, row[t] + 4 * (4 * f + l));
+                    b[t] = d4_dot(b[t], field, row[t] + KV_BLOCK + 4 * (4 * f + l));
+                }
+            }
         }
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++)
+            dot[t] = d4_two(a[t], b[t]);
     }
-    return d4_two(a, b);
 }
 
 #endif

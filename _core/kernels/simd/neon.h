@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #define KV_ROWS 4 /* 16 accumulators of the 32 registers */
+#define KV_TOKENS 2 /* in two planes: as many accumulators */
 
 typedef float32x4x4_t vf;
 typedef uint8x16x4_t vw;
@@ -180,4 +181,4 @@ KV_INLINE d8 d8_dot(d8 s, vw w, const int8_t *x) /* the stored byte without its 
     KV_EACH(d8, vdotq_s32(s.val[i], vreinterpretq_s8_u8(veorq_u8(w.val[i], vdupq_n_u8(0x80))), q));
 }
 KV_INLINE vf d8_float(d8 s, int32_t sum) { (void)sum; return d4_float(s); }
-KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { (void)sum; return d4_two(a, b); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t offset) { (void)offset; return d4_two(a, b); }

@@ -2,6 +2,7 @@
 #include "f16.h"
 
 #define KV_ROWS 4 /* inputs handled together in matrix products */
+#define KV_TOKENS 2 /* in two planes */
 
 typedef struct { float v[16]; } vf;
 typedef struct { uint8_t v[64]; } vw;
@@ -131,4 +132,4 @@ KV_INLINE vf d6_two(d6 a, d6 b) { return d4_two(a, b); }
 KV_INLINE d8 d8_zero(void) { return d4_zero(); }
 KV_INLINE d8 d8_dot(d8 a, vw w, const int8_t *x) { return d4_dot(a, w, x); }
 KV_INLINE vf d8_float(d8 a, int32_t sum) { KV_EACH(vf, (float)(a.v[i] - 128 * sum)); }
-KV_INLINE vf d8_two(d8 a, d8 b, int32_t sum) { KV_EACH(vf, (float)(256 * a.v[i] + b.v[i] - 128 * sum)); }
+KV_INLINE vf d8_two(d8 a, d8 b, int32_t offset) { KV_EACH(vf, (float)(256 * a.v[i] + b.v[i] - offset)); }

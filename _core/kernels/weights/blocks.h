@@ -91,10 +91,10 @@ typedef struct {
     int bits, offset, minimum;
 } block_codes;
 
-/* One panel for `rows` rows of the input: tokens, or planes of tokens.
+/* One panel for `rows` tokens in one plane.
  * sum over a block of w x = d_w (d_x dot - offset d_x sum_x) + m d_x sum_x, with dot and sum_x exact integers. */
-KV_INLINE void block_rows(const block_codes type, const int rows, const int planes, const uint8_t *panel,
-                          const kv_input *in, int64_t first, float *out, int64_t ld_out, int add)
+KV_INLINE void block_rows(const block_codes type, const int rows, const uint8_t *panel, const kv_input *in,
+                          int64_t first, float *out, int64_t ld_out, int add)
 {
     const int64_t blocks = in->blocks, ld = blocks * KV_BLOCK;
     const int8_t *x = in->q + first * ld;
@@ -104,7 +104,7 @@ KV_INLINE void block_rows(const block_codes type, const int rows, const int plan
     vf sum[KV_ROWS], dot[KV_ROWS];
     KV_UNROLL
     for (int r = 0; r < rows; r++)
-        sum[r] = add && r % planes == 0 ? vf_load(out + r / planes * ld_out) : vf_zero();
+        sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *pair = panel + b / 2 * (head + 2 * code_bytes), *codes = pair + head + b % 2 * code_bytes;
         vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
@@ -121,53 +121,85 @@ KV_INLINE void block_rows(const block_codes type, const int rows, const int plan
         }
     }
     KV_UNROLL
-    for (int r = 0; r < rows; r += planes)
-        vf_store(out + r / planes * ld_out, planes == 2 ? vf_add(sum[r], sum[r + 1]) : sum[r]);
+    for (int r = 0; r < rows; r++)
+        vf_store(out + r * ld_out, sum[r]);
 }
 
-/* One panel for one token in two planes, which is what decoding takes: the second plane has steps of 1/256, so integers
- * are put together before they become floats. Everything in line: a block is too short for loops over its lines. */
-KV_INLINE void block_token(const block_codes type, const uint8_t *panel, const kv_input *in, int64_t token, float *out,
-                           int add)
+enum { SOME = 16 }; /* blocks whose factors are prepared together, an even number */
+
+/* What some blocks of tokens in two planes are multiplied with besides their codes: 128 times their sums, for dot_two;
+ * and the sums in floats, times -offset. scale: of the first token's second plane. */
+KV_INLINE void block_sums(const block_codes type, const int tokens, int64_t some, int64_t blocks, const int32_t *sum,
+                          const float *scale, int32_t offset[][SOME], float whole[][SOME])
 {
-    const int64_t blocks = in->blocks, second = blocks * KV_BLOCK;
-    const int8_t *x = in->q + 2 * token * second;
-    const float *x_scale = in->scale + (2 * token + 1) * blocks;
-    const int32_t *x_sum = in->sum + 2 * token * blocks;
-    const int head = type.minimum ? 128 : 64, code_bytes = 64 * type.bits;
-    vf sum = add ? vf_load(out) : vf_zero();
-    for (int64_t pair = 0; pair < blocks; pair += 2, panel += head + 2 * code_bytes) {
-        KV_UNROLL
-        for (int i = 0; i < 2; i++, x += KV_BLOCK) {
-            const int64_t b = pair + i;
-            if (b == blocks)
-                break;
-            const int32_t codes = x_sum[b] * 256 + x_sum[blocks + b];
-            const vf scale = vf_load_f16((const uint16_t *)panel + 16 * i);
-            vf dot = dot_two(type.bits, panel + head + i * code_bytes, x, x + second, codes);
-            if (type.offset)
-                sum = vf_fma(scale, vf_set1((float)-type.offset * x_scale[b] * (float)codes), sum);
-            if (type.minimum)
-                sum = vf_fma(vf_load_f16((const uint16_t *)panel + 32 + 16 * i),
-                             vf_set1(x_scale[b] * (float)codes), sum);
-            sum = vf_fma(dot, vf_mul(scale, vf_set1(x_scale[b])), sum);
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++)
+        for (int64_t b = 0; b < some; b++) {
+            const int32_t n = sum[2 * t * blocks + b] * 256 + sum[(2 * t + 1) * blocks + b];
+            const float d = scale[2 * t * blocks + b];
+            offset[t][b] = 128 * n;
+            whole[t][b] = (type.offset ? (float)-type.offset * d : d) * (float)n;
         }
+}
+
+/* One panel for tokens in two planes, which is what decoding takes: the second plane has steps of 1/256, so integers
+ * are put together before they become floats. What a token gets does not depend on how many there are. Everything in
+ * line: a block is too short for loops over its lines. */
+KV_INLINE void block_tokens(const block_codes type, const int tokens, const uint8_t *panel, const kv_input *in,
+                            int64_t first, float *out, int64_t ld_out, int add)
+{
+    const int64_t blocks = in->blocks, ld = 2 * blocks * KV_BLOCK;
+    const int8_t *x = in->q + first * ld;
+    const float *x_scale = in->scale + (2 * first + 1) * blocks;
+    const int32_t *x_sum = in->sum + 2 * first * blocks;
+    const int head = type.minimum ? 128 : 64, code_bytes = 64 * type.bits;
+    vf sum[KV_TOKENS], dot[KV_TOKENS];
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++)
+        sum[t] = add ? vf_load(out + t * ld_out) : vf_zero();
+    for (int64_t from = 0; from < blocks; from += SOME, x += 2 * SOME * KV_BLOCK, x_scale += SOME, x_sum += SOME) {
+        const int64_t some = blocks - from < SOME ? blocks - from : SOME;
+        int32_t offsets[KV_TOKENS][SOME];
+        float whole[KV_TOKENS][SOME];
+        block_sums(type, tokens, some, blocks, x_sum, x_scale, offsets, whole);
+        for (int64_t b = 0; b < some; panel += head + 2 * code_bytes)
+            KV_UNROLL
+            for (int i = 0; i < 2 && b < some; i++, b++) {
+                const vf scale = vf_load_f16((const uint16_t *)panel + 16 * i);
+                int32_t offset[KV_TOKENS];
+                KV_UNROLL
+                for (int t = 0; t < tokens; t++)
+                    offset[t] = offsets[t][b];
+                dot_two(type.bits, tokens, panel + head + i * code_bytes, x + 2 * b * KV_BLOCK, ld, offset, dot);
+                KV_UNROLL
+                for (int t = 0; t < tokens; t++) {
+                    const vf by = vf_set1(whole[t][b]);
+                    if (type.offset)
+                        sum[t] = vf_fma(scale, by, sum[t]);
+                    if (type.minimum)
+                        sum[t] = vf_fma(vf_load_f16((const uint16_t *)panel + 32 + 16 * i), by, sum[t]);
+                    sum[t] = vf_fma(dot[t], vf_mul(scale, vf_set1(x_scale[2 * t * blocks + b])), sum[t]);
+                }
+            }
     }
-    vf_store(out, sum);
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++)
+        vf_store(out + t * ld_out, sum[t]);
 }
 
 /* The product of a type, given its block_codes in brackets. */
 #define KV_BLOCK_MATMUL(NAME, HEAD, CODES, ...)                                                                        \
-    KV_INLINE void rows_##NAME(const int rows, const int planes, const uint8_t *panel, const kv_input *in,             \
-                               int64_t first, float *out, int64_t ld_out, int add)                                     \
+    KV_INLINE void rows_##NAME(const int rows, const uint8_t *panel, const kv_input *in, int64_t first, float *out,    \
+                               int64_t ld_out, int add)                                                                \
     {                                                                                                                  \
-        block_rows((block_codes)__VA_ARGS__, rows, planes, panel, in, first, out, ld_out, add);                        \
+        block_rows((block_codes)__VA_ARGS__, rows, panel, in, first, out, ld_out, add);                                \
     }                                                                                                                  \
-    KV_INLINE void token_##NAME(const uint8_t *panel, const kv_input *in, int64_t token, float *out, int add)          \
+    KV_INLINE void tokens_##NAME(const int tokens, const uint8_t *panel, const kv_input *in, int64_t first,            \
+                                 float *out, int64_t ld_out, int add)                                                  \
     {                                                                                                                  \
-        block_token((block_codes)__VA_ARGS__, panel, in, token, out, add);                                             \
+        block_tokens((block_codes)__VA_ARGS__, tokens, panel, in, first, out, ld_out, add);                            \
     }                                                                                                                  \
-    KV_MATMUL(NAME, kv_block_panel_bytes(HEAD, CODES, cols), rows_##NAME, token_##NAME)
+    KV_MATMUL(NAME, kv_block_panel_bytes(HEAD, CODES, cols), rows_##NAME, tokens_##NAME)
 
 #endif
 #endif

@@ -1,6 +1,6 @@
 /* The loops of a matrix product of a type that takes int8 inputs. Panels outside, inputs inside: a panel is read from
- * memory once for all tokens, and up to KV_ROWS rows of the input, tokens or planes of tokens, share each unpacking of
- * its lines. */
+ * memory once for all tokens, and up to KV_ROWS tokens in one plane, or KV_TOKENS in two, share each unpacking of its
+ * lines. */
 #ifndef KVRUN_PANELS_H
 #define KVRUN_PANELS_H
 
@@ -15,24 +15,29 @@ KV_EACH_WEIGHT_TYPE(KV_DECLARE_MATMUL)
 #undef KV_DECLARE_MATMUL
 
 /* Defines the product of a type, whose panels have BYTES bytes (an expression of cols), from
- *   ROWS(rows, planes, panel, in, first, out, ld_out, add)   for rows from `first` on
- *   TOKEN(panel, in, token, out, add)                        for one token in two planes */
-#define KV_MATMUL(NAME, BYTES, ROWS, TOKEN)                                                                            \
+ *   ROWS(rows, panel, in, first, out, ld_out, add)       for tokens in one plane, from `first` on
+ *   TOKENS(tokens, panel, in, first, out, ld_out, add)   for tokens in two planes
+ * What a token gets is the same to the bit whatever the number of them. */
+#define KV_MATMUL(NAME, BYTES, ROWS, TOKENS)                                                                           \
     void KV_NAME(kv_matmul_##NAME)(KV_MATMUL_ARGUMENTS)                                                                \
     {                                                                                                                  \
         const int64_t bytes = (BYTES);                                                                                 \
         for (int64_t p = 0; p < n_panels; p++, panels += bytes, out += KV_PANEL) {                                     \
             int64_t t = 0;                                                                                             \
             if (in->planes == 2) {                                                                                     \
-                for (; t + KV_ROWS / 2 <= n_tokens; t += KV_ROWS / 2)                                                  \
-                    ROWS(KV_ROWS, 2, panels, in, 2 * t, out + t * ld_out, ld_out, add);                                \
+                for (; t + KV_TOKENS <= n_tokens; t += KV_TOKENS)                                                      \
+                    TOKENS(KV_TOKENS, panels, in, t, out + t * ld_out, ld_out, add);                                   \
+                if (KV_TOKENS > 2 && t + 2 <= n_tokens) {                                                              \
+                    TOKENS(2, panels, in, t, out + t * ld_out, ld_out, add);                                           \
+                    t += 2;                                                                                            \
+                }                                                                                                      \
                 for (; t < n_tokens; t++)                                                                              \
-                    TOKEN(panels, in, t, out + t * ld_out, add);                                                       \
+                    TOKENS(1, panels, in, t, out + t * ld_out, ld_out, add);                                           \
             } else {                                                                                                   \
                 for (; t + KV_ROWS <= n_tokens; t += KV_ROWS)                                                          \
-                    ROWS(KV_ROWS, 1, panels, in, t, out + t * ld_out, ld_out, add);                                    \
+                    ROWS(KV_ROWS, panels, in, t, out + t * ld_out, ld_out, add);                                       \
                 for (; t < n_tokens; t++)                                                                              \
-                    ROWS(1, 1, panels, in, t, out + t * ld_out, ld_out, add);                                          \
+                    ROWS(1, panels, in, t, out + t * ld_out, ld_out, add);                                             \
             }                                                                                                          \
         }                                                                                                              \
     }

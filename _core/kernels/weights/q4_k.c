@@ -174,7 +174,7 @@ KV_INLINE void scales_q4_k(const uint8_t *p, vf *scale, vf *minimum)
     }
 }
 
-KV_INLINE void super_q4_k(const int rows, const int planes, const uint8_t *p, int64_t s, const some_inputs *in, vf *sum)
+KV_INLINE void super_q4_k(const int rows, const uint8_t *p, int64_t s, const some_inputs *in, vf *sum)
 {
     vf scale[8], minimum[8], dot[KV_ROWS];
     scales_q4_k(p + s * PACKED, scale, minimum);
@@ -184,21 +184,19 @@ KV_INLINE void super_q4_k(const int rows, const int planes, const uint8_t *p, in
         const int64_t b = 8 * s + i;
         dot_codes(4, 4, rows, p, in->q + b * KV_BLOCK, in->ld, in->sum + b, in->blocks, dot);
         KV_UNROLL
-        for (int r = 0; r < rows; r += planes) {
+        for (int r = 0; r < rows; r++) {
             float d = in->scale[r * in->blocks + b], x = (float)in->sum[r * in->blocks + b];
-            if (planes == 2)
-                x += (float)in->sum[(r + 1) * in->blocks + b] * (1.0f / 256);
-            vf v = vf_mul(of_planes(planes, dot, r), vf_set1(d));
+            vf v = vf_mul(dot[r], vf_set1(d));
             sum[r] = vf_fma(minimum[i], vf_set1(d * x), sum[r]);
             sum[r] = vf_fma(v, scale[i], sum[r]);
         }
     }
 }
 
-/* One token in two planes, put together as integers (dot_two). */
-KV_INLINE vf super_token(const uint8_t *p, int64_t s, const some_inputs *in, vf sum)
+/* Tokens in two planes, put together as integers (dot_two). */
+KV_INLINE void tokens_of_super(const int tokens, const uint8_t *p, int64_t s, const some_inputs *in, vf *sum)
 {
-    vf products = vf_zero(), minimums = vf_zero();
+    vf products[KV_TOKENS], minimums[KV_TOKENS], dot[KV_TOKENS];
     vw line[4];
     p += s * PACKED;
     const uint16_t *d = (const uint16_t *)p;
@@ -206,23 +204,37 @@ KV_INLINE vf super_token(const uint8_t *p, int64_t s, const some_inputs *in, vf 
     KV_UNROLL
     for (int i = 0; i < 4; i++)
         kv_ahead(p + 64 * i);
+    float x[KV_TOKENS][8]; /* sums of each block's inputs */
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++) {
+        const int64_t at = 2 * t * in->blocks + 8 * s, second = at + in->blocks;
+        products[t] = minimums[t] = vf_zero();
+        for (int i = 0; i < 8; i++)
+            x[t][i] = in->scale[second + i] * (float)(256 * in->sum[at + i] + in->sum[second + i]);
+    }
+    const int8_t *q = in->q + 2 * s * KV_SUPER;
+    const float *step = in->scale + in->blocks + 8 * s;
     p += 256;
     KV_NO_UNROLL
     for (int half = 0; half < 2; half++)
         KV_UNROLL
-        for (int i = 0; i < 4; i++, p += 256) {
-            const int64_t b = 8 * s + 4 * half + i;
-            const int8_t *x = in->q + b * KV_BLOCK;
-            const int32_t codes = 256 * in->sum[b] + in->sum[in->blocks + b];
-            const float step = in->scale[in->blocks + b];
-            vf dot = dot_two(4, p, x, x + in->ld, codes);
-            minimums = vf_fma(vw_code(line[2 + half], i, 0, 63), vf_set1(step * (float)codes), minimums);
-            products = vf_fma(dot, vf_mul(vw_code(line[half], i, 0, 63), vf_set1(step)), products);
+        for (int i = 0; i < 4; i++, p += 256, q += 2 * KV_BLOCK) {
+            dot_two(4, tokens, p, q, 2 * in->ld, NULL, dot);
+            const vf minimum = vw_code(line[2 + half], i, 0, 63), scale = vw_code(line[half], i, 0, 63);
+            KV_UNROLL
+            for (int t = 0; t < tokens; t++) {
+                const float by = step[2 * t * in->blocks + 4 * half + i];
+                minimums[t] = vf_fma(minimum, vf_set1(x[t][4 * half + i]), minimums[t]);
+                products[t] = vf_fma(dot[t], vf_mul(scale, vf_set1(by)), products[t]);
+            }
         }
-    sum = vf_fma(products, vf_load_f16(d), sum);
-    return vf_sub(sum, vf_mul(minimums, vf_load_f16(d + 16)));
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++) {
+        sum[t] = vf_fma(products[t], vf_load_f16(d), sum[t]);
+        sum[t] = vf_sub(sum[t], vf_mul(minimums[t], vf_load_f16(d + 16)));
+    }
 }
 
-KV_SUPER_MATMUL(q4_k, panel_bytes(cols), super_q4_k, super_token)
+KV_SUPER_MATMUL(q4_k, panel_bytes(cols), super_q4_k, tokens_of_super)
 
 #endif

@@ -98,8 +98,8 @@ KV_INLINE void five_bits(const uint8_t *p, vw line[8])
     line[7] = vw_or(vw_or(vw_field(stored[4], 5, 7), vw_field(stored[1], 2, 8), 0), vw_field(stored[3], 1, 16), 0);
 }
 
-KV_INLINE void rows_q5_0(const int rows, const int planes, const uint8_t *panel, const kv_input *in, int64_t first,
-                         float *out, int64_t ld_out, int add)
+KV_INLINE void rows_q5_0(const int rows, const uint8_t *panel, const kv_input *in, int64_t first, float *out,
+                         int64_t ld_out, int add)
 {
     const int64_t blocks = in->blocks, ld = blocks * KV_BLOCK;
     const int8_t *x = in->q + first * ld;
@@ -108,7 +108,7 @@ KV_INLINE void rows_q5_0(const int rows, const int planes, const uint8_t *panel,
     vf sum[KV_ROWS];
     KV_UNROLL
     for (int r = 0; r < rows; r++)
-        sum[r] = add && r % planes == 0 ? vf_load(out + r / planes * ld_out) : vf_zero();
+        sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();
     for (int64_t b = 0; b < blocks; b++, x += KV_BLOCK) {
         const uint8_t *pair = panel + b / 2 * (HEAD + 2 * CODES);
         const vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
@@ -128,34 +128,51 @@ KV_INLINE void rows_q5_0(const int rows, const int planes, const uint8_t *panel,
             sum[r] = vf_fma(vf_mul(d6_float(dot[r]), vf_set1(x_scale[r * blocks + b])), scale, sum[r]);
     }
     KV_UNROLL
-    for (int r = 0; r < rows; r += planes)
-        vf_store(out + r / planes * ld_out, planes == 2 ? vf_add(sum[r], sum[r + 1]) : sum[r]);
+    for (int r = 0; r < rows; r++)
+        vf_store(out + r * ld_out, sum[r]);
 }
 
-/* One token in two planes, put together as integers. */
-KV_INLINE void token_q5_0(const uint8_t *panel, const kv_input *in, int64_t token, float *out, int add)
+/* Tokens in two planes, put together as integers. */
+KV_INLINE void tokens_q5_0(const int tokens, const uint8_t *panel, const kv_input *in, int64_t first, float *out,
+                           int64_t ld_out, int add)
 {
-    const int64_t blocks = in->blocks, second = blocks * KV_BLOCK;
-    const int8_t *x = in->q + 2 * token * second;
-    const float *step = in->scale + (2 * token + 1) * blocks;
-    const int32_t *x_sum = in->sum + 2 * token * blocks;
-    vf sum = add ? vf_load(out) : vf_zero();
-    for (int64_t b = 0; b < blocks; b++, x += KV_BLOCK) {
+    const int64_t blocks = in->blocks, ld = 2 * blocks * KV_BLOCK;
+    const int8_t *x = in->q + first * ld;
+    const float *step = in->scale + (2 * first + 1) * blocks;
+    const int32_t *x_sum = in->sum + 2 * first * blocks;
+    vf sum[KV_TOKENS];
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++)
+        sum[t] = add ? vf_load(out + t * ld_out) : vf_zero();
+    for (int64_t b = 0; b < blocks; b++, x += 2 * KV_BLOCK) {
         const uint8_t *pair = panel + b / 2 * (HEAD + 2 * CODES);
         const vf scale = vf_load_f16((const uint16_t *)pair + b % 2 * 16);
+        const int8_t *row[KV_TOKENS];
         vw line[8];
-        d6 one = d6_start(0), two = d6_start(-16 * (256 * x_sum[b] + x_sum[blocks + b]));
+        d6 one[KV_TOKENS], two[KV_TOKENS];
+        rows_from(tokens, x, ld, row);
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++) {
+            one[t] = d6_start(0);
+            two[t] = d6_start(-16 * (256 * x_sum[2 * t * blocks + b] + x_sum[(2 * t + 1) * blocks + b]));
+        }
         five_bits(pair + HEAD + b % 2 * CODES, line);
         KV_UNROLL
-        for (int l = 0; l < 8; l += 2) {
-            one = d6_dot(one, line[l], line[l + 1], x + 4 * l);
-            two = d6_dot(two, line[l], line[l + 1], x + second + 4 * l);
-        }
-        sum = vf_fma(d6_two(one, two), vf_mul(scale, vf_set1(step[b])), sum);
+        for (int l = 0; l < 8; l += 2)
+            KV_UNROLL
+            for (int t = 0; t < tokens; t++) {
+                one[t] = d6_dot(one[t], line[l], line[l + 1], row[t] + 4 * l);
+                two[t] = d6_dot(two[t], line[l], line[l + 1], row[t] + KV_BLOCK + 4 * l);
+            }
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++)
+            sum[t] = vf_fma(d6_two(one[t], two[t]), vf_mul(scale, vf_set1(step[2 * t * blocks + b])), sum[t]);
     }
-    vf_store(out, sum);
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++)
+        vf_store(out + t * ld_out, sum[t]);
 }
 
-KV_MATMUL(q5_0, kv_block_panel_bytes(HEAD, CODES, cols), rows_q5_0, token_q5_0)
+KV_MATMUL(q5_0, kv_block_panel_bytes(HEAD, CODES, cols), rows_q5_0, tokens_q5_0)
 
 #endif

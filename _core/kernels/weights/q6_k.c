@@ -163,7 +163,7 @@ KV_INLINE void scales_q6_k(vf d, const uint8_t *p, vf *scale)
     }
 }
 
-KV_INLINE void super_q6_k(const int rows, const int planes, const uint8_t *p, int64_t s, const some_inputs *in, vf *sum)
+KV_INLINE void super_q6_k(const int rows, const uint8_t *p, int64_t s, const some_inputs *in, vf *sum)
 {
     vf scale[16], dot[KV_ROWS], v[KV_ROWS];
     p += pair_at(s);
@@ -186,18 +186,17 @@ KV_INLINE void super_q6_k(const int rows, const int planes, const uint8_t *p, in
                 dot[r] = d6_float(d6_dot(d6_dot(n, line[0], line[1], x), line[2], line[3], x + 8));
             }
             KV_UNROLL
-            for (int r = 0; r < rows; r += planes) {
-                vf whole = of_planes(planes, dot, r);
-                v[r] = half ? vf_fma(whole, scale[2 * i + 1], v[r]) : vf_mul(whole, scale[2 * i]);
-            }
+            for (int r = 0; r < rows; r++)
+                v[r] = half ? vf_fma(dot[r], scale[2 * i + 1], v[r]) : vf_mul(dot[r], scale[2 * i]);
         }
         KV_UNROLL
-        for (int r = 0; r < rows; r += planes)
+        for (int r = 0; r < rows; r++)
             sum[r] = vf_fma(v[r], vf_set1(in->scale[r * in->blocks + b]), sum[r]);
     }
 }
 
-KV_INLINE vf super_token(const uint8_t *p, int64_t s, const some_inputs *in, vf sum)
+/* Tokens in two planes, put together as integers. */
+KV_INLINE void tokens_of_super(const int tokens, const uint8_t *p, int64_t s, const some_inputs *in, vf *sum)
 {
     vf scale[16];
     p += pair_at(s);
@@ -205,22 +204,43 @@ KV_INLINE vf super_token(const uint8_t *p, int64_t s, const some_inputs *in, vf 
     p += 64 + s % 2 * PACKED;
     scales_q6_k(d, p, scale);
     p += 256;
-    const int8_t *x = in->q + s * KV_SUPER;
-    const int32_t *offset = in->offset + 16 * s;
+    const int8_t *x = in->q + 2 * s * KV_SUPER;
+    int32_t start[KV_TOKENS][16];
+    float step[KV_TOKENS][8];
+    KV_UNROLL
+    for (int t = 0; t < tokens; t++) {
+        const int64_t at = 2 * t * in->blocks + 8 * s, second = at + in->blocks;
+        for (int i = 0; i < 16; i++)
+            start[t][i] = 256 * in->offset[2 * at + i] + in->offset[2 * second + i];
+        for (int i = 0; i < 8; i++)
+            step[t][i] = in->scale[second + i];
+    }
     KV_NO_UNROLL
-    for (int i = 0; i < 16; i++, p += 192, x += 16) {
+    for (int i = 0; i < 16; i++, p += 192) {
+        const int8_t *row[KV_TOKENS];
         vw line[4];
+        d6 a[KV_TOKENS], b[KV_TOKENS];
+        rows_from(tokens, x + i / 2 * 2 * KV_BLOCK + i % 2 * 16, 2 * in->ld, row);
         six_bits(p, line);
         kv_ahead(p), kv_ahead(p + 64), kv_ahead(p + 128);
-        d6 a = d6_start(0), b = d6_start(256 * offset[i] + offset[2 * in->blocks + i]);
-        a = d6_dot(d6_dot(a, line[0], line[1], x), line[2], line[3], x + 8);
-        b = d6_dot(d6_dot(b, line[0], line[1], x + in->ld), line[2], line[3], x + in->ld + 8);
-        vf step = vf_mul(scale[i], vf_set1(in->scale[in->blocks + 8 * s + i / 2]));
-        sum = vf_fma(d6_two(a, b), step, sum);
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++) {
+            a[t] = d6_start(0);
+            b[t] = d6_start(start[t][i]);
+        }
+        KV_UNROLL
+        for (int l = 0; l < 4; l += 2)
+            KV_UNROLL
+            for (int t = 0; t < tokens; t++) {
+                a[t] = d6_dot(a[t], line[l], line[l + 1], row[t] + 4 * l);
+                b[t] = d6_dot(b[t], line[l], line[l + 1], row[t] + KV_BLOCK + 4 * l);
+            }
+        KV_UNROLL
+        for (int t = 0; t < tokens; t++)
+            sum[t] = vf_fma(d6_two(a[t], b[t]), vf_mul(scale[i], vf_set1(step[t][i / 2])), sum[t]);
     }
-    return sum;
 }
 
-KV_SUPER_MATMUL(q6_k, panel_bytes(cols), super_q6_k, super_token)
+KV_SUPER_MATMUL(q6_k, panel_bytes(cols), super_q6_k, tokens_of_super)
 
 #endif

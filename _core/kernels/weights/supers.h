@@ -71,7 +71,7 @@ KV_INLINE void six_bits(const uint8_t *p, vw line[4])
     line[3] = vw_or(vw_or(vw_field(a, 6, 3), vw_field(b, 4, 12), 0), vw_field(c, 2, 48), 0);
 }
 
-/* Inputs of `rows` rows, tokens or planes of tokens, from a certain block on. */
+/* Inputs from a certain token on. ld: codes of a plane; blocks: of a plane. */
 typedef struct {
     const int8_t *q;
     const float *scale;
@@ -86,39 +86,29 @@ KV_INLINE some_inputs inputs_from(const kv_input *in, int64_t row)
                          in->offset ? in->offset + row * blocks * 2 : NULL, blocks * KV_BLOCK, blocks};
 }
 
-/* A token's product from those of its planes, in steps of the first. */
-KV_INLINE vf of_planes(const int planes, const vf *dot, int r)
-{
-    return planes == 2 ? vf_fma(dot[r + 1], vf_set1(1.0f / 256), dot[r]) : dot[r];
-}
+/* Defines a function that gives some rows of the input, each of so many planes, their products with a panel, from
+ * SUPER(rows, panel, s, in, sum), which adds super-block s of the panel to their sums. */
+#define KV_SUPER_PRODUCT(FUNCTION, MOST, PLANES, SUPER)                                                                \
+    KV_INLINE void FUNCTION(const int rows, const uint8_t *panel, const kv_input *in, int64_t first, float *out,       \
+                            int64_t ld_out, int add)                                                                   \
+    {                                                                                                                  \
+        const some_inputs some = inputs_from(in, PLANES * first);                                                      \
+        vf sum[MOST];                                                                                                  \
+        KV_UNROLL                                                                                                      \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            sum[r] = add ? vf_load(out + r * ld_out) : vf_zero();                                                      \
+        for (int64_t s = 0; s < in->blocks / 8; s++)                                                                   \
+            SUPER(rows, panel, s, &some, sum);                                                                         \
+        KV_UNROLL                                                                                                      \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            vf_store(out + r * ld_out, sum[r]);                                                                        \
+    }
 
-/* The product of a type whose panels have BYTES bytes, from
- *   SUPER(rows, planes, panel, s, in, sum)   adds super-block s of a panel to the sums of some rows of the input
- *   TOKEN(panel, s, in, sum)                 returns the sum with that of one token in two planes */
-#define KV_SUPER_MATMUL(NAME, BYTES, SUPER, TOKEN)                                                                     \
-    KV_INLINE void token_##NAME(const uint8_t *panel, const kv_input *in, int64_t token, float *out, int add)          \
-    {                                                                                                                  \
-        const some_inputs some = inputs_from(in, 2 * token);                                                           \
-        vf sum = add ? vf_load(out) : vf_zero();                                                                       \
-        for (int64_t s = 0; s < in->blocks / 8; s++)                                                                   \
-            sum = TOKEN(panel, s, &some, sum);                                                                         \
-        vf_store(out, sum);                                                                                            \
-    }                                                                                                                  \
-    KV_INLINE void rows_##NAME(const int rows, const int planes, const uint8_t *panel, const kv_input *in,             \
-                               int64_t first, float *out, int64_t ld_out, int add)                                     \
-    {                                                                                                                  \
-        const some_inputs some = inputs_from(in, first);                                                               \
-        vf sum[KV_ROWS];                                                                                               \
-        KV_UNROLL                                                                                                      \
-        for (int r = 0; r < rows; r += planes)                                                                         \
-            sum[r] = add ? vf_load(out + r / planes * ld_out) : vf_zero();                                             \
-        for (int64_t s = 0; s < in->blocks / 8; s++)                                                                   \
-            SUPER(rows, planes, panel, s, &some, sum);                                                                 \
-        KV_UNROLL                                                                                                      \
-        for (int r = 0; r < rows; r += planes)                                                                         \
-            vf_store(out + r / planes * ld_out, sum[r]);                                                               \
-    }                                                                                                                  \
-    KV_MATMUL(NAME, BYTES, rows_##NAME, token_##NAME)
+/* The product of a type whose panels have BYTES bytes, from two such functions: of tokens in one plane, and in two. */
+#define KV_SUPER_MATMUL(NAME, BYTES, SUPER, SUPER_TWO)                                                                 \
+    KV_SUPER_PRODUCT(rows_##NAME, KV_ROWS, 1, SUPER)                                                                   \
+    KV_SUPER_PRODUCT(tokens_##NAME, KV_TOKENS, 2, SUPER_TWO)                                                           \
+    KV_MATMUL(NAME, BYTES, rows_##NAME, tokens_##NAME)
 
 #endif
 #endif

@@ -51,6 +51,7 @@ static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n, int64_
 {
     int64_t blocks = (cols + 31) / 32, panels = (rows + 15) / 16, row_bytes = kv_raw_row_bytes(type, cols);
     float *w = floats(rows * cols), *x = floats(n * cols), *a = floats(n * panels * 16), *b = bytes(n * panels * 64);
+    float *before = bytes(n * panels * 64), *alone = bytes(panels * 64);
     uint8_t *raw = bytes(16 * row_bytes), *packed = aligned_alloc(64, (size_t)kv_packed_bytes(type, rows, cols));
     int8_t *q = bytes(n * planes * blocks * 32);
     float *scale = bytes(n * planes * blocks * 4);
@@ -67,10 +68,20 @@ static void check_matmul(int type, int64_t rows, int64_t cols, int64_t n, int64_
     kv_input in = {x, q, scale, sum, cols, blocks, planes, offset};
     for (int add = 0; add < 2; add++) {
         memcpy(b, a, (size_t)(n * panels * 64));
+        memcpy(before, a, (size_t)(n * panels * 64));
         reference.matmul[type](packed, panels, cols, &in, n, a, panels * 16, add);
         checked.matmul[type](packed, panels, cols, &in, n, b, panels * 16, add);
         compare("matmul", type, cols, a, b, n * panels * 16, 1e-5);
+        for (int64_t t = 0; t < n; t++) {
+            int64_t at = t * planes * blocks;
+            kv_input one = {x + t * cols, q + at * 32, scale + at, sum + at, cols, blocks, planes, offset + at * 2};
+            memcpy(alone, before + t * panels * 16, (size_t)(panels * 64));
+            checked.matmul[type](packed, panels, cols, &one, 1, alone, panels * 16, add);
+            if (memcmp(alone, b + t * panels * 16, (size_t)(panels * 64)))
+                failures++, printf("matmul (%d, %lld): row %lld differs alone\n", type, (long long)cols, (long long)t);
+        }
     }
+    free(before), free(alone);
     free(w), free(x), free(a), free(b), free(raw), free(packed), free(q), free(scale), free(sum), free(offset);
 }
 
@@ -86,13 +97,15 @@ static void check_vectors(int64_t n)
     compare("rope", n, 0, a, b, n / 2 * 2, 1e-6);
     reference.quantize(x, n, 2, q, s[0], sum[0], offset[0]), checked.quantize(x, n, 2, p, s[1], sum[1], offset[1]);
     compare("quantize scale", n, 0, s[0], s[1], 2 * blocks, 1e-6);
-    for (int64_t i = 0; i < blocks * 32; i++)
-        if (abs(q[i] - p[i]) > 1) /* ties may fall to either side */
-            failures++, printf("quantize (%lld): %d is not %d\n", (long long)n, p[i], q[i]);
+    for (int64_t i = 0; i < blocks * 32; i++) {
+        int64_t at = i / 32 * 64 + i % 32; /* in the first plane */
+        if (abs(q[at] - p[at]) > 1)        /* ties may fall to either side */
+            failures++, printf("quantize (%lld): %d is not %d\n", (long long)n, p[at], q[at]);
+    }
     for (int64_t i = 0; i < 2 * blocks; i++) {
         int32_t total = 0;
         for (int64_t j = 0; j < 32; j++)
-            total += p[i * 32 + j];
+            total += p[(i % blocks * 2 + i / blocks) * 32 + j]; /* codes are by block, sums by plane */
         if (total != sum[1][i])
             failures++, printf("quantize (%lld): a wrong sum\n", (long long)n);
         if (offset[1][2 * i] + offset[1][2 * i + 1] != -32 * total)
