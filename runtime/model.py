@@ -13,11 +13,13 @@ from kvrun.errors import KvrunError, ModelFileError, OptionError, TokenizerError
 from kvrun.files.model_file import ModelFile, read_model_file
 from kvrun.options import (
     DEFAULT_KV,
+    MAX_PARALLEL,
     CacheKeywords,
     GenerateKeywords,
     LoadKeywords,
     declared,
     documented,
+    integer,
     path_text,
     resolve,
 )
@@ -185,7 +187,9 @@ class Model:
         given: dict[str, Any] = {"max_tokens": 512}
         given.update((name, value) for name, value in options.items() if value is not None)
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
-        with self.scheduler(parallel, **cache) as scheduler:
+        prompts = list(prompts)
+        parallel = integer("parallel", parallel, low=1, high=MAX_PARALLEL)
+        with self.scheduler(min(parallel, len(prompts)) or 1, **cache) as scheduler:
             requests = [scheduler.submit(prompt, **given) for prompt in prompts]
             return [request.result() for request in requests]
 

@@ -29,8 +29,32 @@ if TYPE_CHECKING:
     from kvrun.options import CacheKeywords, StreamKeywords
     from kvrun.session import Work
 
-PIECE = 64
-"""Most tokens of a prompt in a step in which others write."""
+PAUSE = 3.0
+"""A piece of a prompt may take so many times as long as a step in which nothing is read."""
+PIECE, LEAST = 32, 8
+"""Tokens of the first piece, before it is known how long they take; pieces are whole multiples of the latter."""
+
+
+class _Piece:
+    """How many tokens of a prompt a step has in which others write: so few that those get their next token soon, so
+    many that the prompt does not take much longer than alone. Seconds are averages over the last steps."""
+
+    def __init__(self) -> None:
+        self._writing = 0.0  # of a step in which nothing is read
+        self._token = 0.0  # that a token of a prompt adds
+
+    def took(self, seconds: float, read: int) -> None:
+        if not read:
+            self._writing += (seconds - self._writing) / (4 if self._writing else 1)
+        elif self._writing:
+            token = max(seconds - self._writing, 0) / read
+            self._token += (token - self._token) / (4 if self._token else 1)
+
+    @property
+    def tokens(self) -> int:
+        if not self._token:
+            return PIECE
+        return max(LEAST, int(PAUSE * self._writing / self._token) // LEAST * LEAST)
 
 
 @dataclass(frozen=True)
@@ -139,8 +163,8 @@ class _Running:
 class Scheduler:
     """Answers up to `parallel` prompts at once. Every answer is the same, to the bit, as in a session alone.
 
-    Each running request has a cache of its own, with the options that are given for all; they are made when they are
-    first needed, and kept. `max_waiting`: requests that may wait for one to end (None: any number).
+    Each running request has a cache of its own, with the options that are given for all; their memory is taken as they
+    are used. `max_waiting`: requests that may wait for one to end (None: any number).
     A context manager: leaving it waits for all requests, or cancels them if there was an exception. OptionError for
     options that make no cache.
     """
@@ -151,11 +175,10 @@ class Scheduler:
         self.model = model
         self.parallel = integer("parallel", parallel, low=1, high=MAX_PARALLEL)
         self.max_waiting = None if max_waiting is None else integer("max_waiting", max_waiting, low=0)
-        self._cache = cache
-        self._idle = [Session(model, **cache)]
-        self._made = 1
+        self._idle = [Session(model, **cache) for _ in range(self.parallel)]
         self._waiting: deque[Request] = deque()
         self._running: list[_Running] = []
+        self._piece = _Piece()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvrun scheduler", daemon=True)
@@ -200,11 +223,20 @@ class Scheduler:
     # --- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._admit():
-            self._drop_given_up()
-            steps = self._next_steps()
-            if steps:
-                self._do(steps)
+        try:
+            while self._admit():
+                self._drop_given_up()
+                steps = self._next_steps()
+                if steps:
+                    self._do(steps)
+        except BaseException as error:  # a fault of ours: nobody is to wait for ever
+            with self._changed:
+                self._closing = True
+                left = [*self._waiting, *(one.request for one in self._running)]
+                self._waiting.clear()
+            for request in left:
+                request.end(error)
+            raise
 
     def _admit(self) -> bool:
         """Lets in who waits as far as there is room; waits while there is nothing to do. False: all is done."""
@@ -227,22 +259,22 @@ class Scheduler:
         if request.given_up:
             request.end()
             return
-        session = None
+        session = self._idle.pop()
         try:
-            session = self._idle.pop() if self._idle else Session(self.model, **self._cache)
             session.reset()
+            session.chunk = self._chunk()
             one = _Running(request, session)
-            self._advance(one)
         except Exception as error:
-            if session is not None:
-                self._idle.append(session)
+            self._idle.append(session)
             request.end(error)
             return
+        self._advance(one)
         if one.step is not None:
             self._running.append(one)
 
     def _advance(self, one: _Running, result: np.ndarray | None = None, error: BaseException | None = None) -> None:
         """One request's way to its next step, or its end."""
+        one.session.chunk = self._chunk()
         try:
             one.go_on(result, error)
         except Exception as failure:
@@ -250,6 +282,10 @@ class Scheduler:
             return
         if one.step is None:
             self._leave(one)
+
+    def _chunk(self) -> int | None:
+        """Most tokens of a prompt in the next step; None: as many as the engine takes."""
+        return self._piece.tokens if any(not one.reads for one in self._running) else None
 
     def _leave(self, one: _Running, error: BaseException | None = None) -> None:
         if one in self._running:
@@ -270,9 +306,8 @@ class Scheduler:
 
     def _do(self, steps: list[_Running]) -> None:
         items = [one.step for one in steps if one.step is not None]
-        writing = any(not one.reads for one in self._running)
-        for one in self._running:
-            one.session.chunk = PIECE if writing else None
+        read = sum(len(item.tokens) for item in items if not item.decoding)
+        began = time.perf_counter()
         try:
             results = self.model.engine.step(items)
         except Exception as error:  # nothing has changed: whose fault it is shows when each is alone
@@ -282,5 +317,7 @@ class Scheduler:
                 for one in steps:
                     self._do([one])
             return
+        if any(item.decoding for item in items):
+            self._piece.took(time.perf_counter() - began, read)
         for one, result in zip(steps, results, strict=True):
             self._advance(one, result)
