@@ -630,7 +630,8 @@ class Session:
         """How many tokens to feed next, and whether as text that is written."""
         written, end = self._history.run(fed)
         most = left if end is None else min(left, end - fed)
-        return (1, True) if written else (min(most, self.chunk or self.model.engine.max_chunk), False)
+        largest = self.model.engine.max_chunk
+        return (1, True) if written else (min(most, largest, self.chunk or largest), False)
 
 
 class _Answer:

@@ -6,6 +6,7 @@ import time
 import pytest
 
 import kvrun
+from kvrun import scheduler
 from kvrun.errors import KvrunError, OptionError, SchedulerFullError
 
 WAIT = 60
@@ -28,8 +29,8 @@ def alone(model, prompt, number, tokens=25):
 
 @pytest.mark.parametrize("parallel", [1, 3, 8])
 def test_answers_are_those_of_sessions_alone(model, parallel):
-    with model.scheduler(parallel, **CACHE) as scheduler:
-        requests = [scheduler.submit(prompt, **options(i)) for i, prompt in enumerate(2 * PROMPTS)]
+    with model.scheduler(parallel, **CACHE) as several:
+        requests = [several.submit(prompt, **options(i)) for i, prompt in enumerate(2 * PROMPTS)]
         texts = [request.result(WAIT).text for request in requests]
     assert texts == [alone(model, prompt, i) for i, prompt in enumerate(2 * PROMPTS)]
 
@@ -44,10 +45,10 @@ def test_generate_many(model):
 
 def test_requests_from_several_threads(model):
     found = {}
-    with model.scheduler(3, **CACHE) as scheduler:
+    with model.scheduler(3, **CACHE) as several:
 
         def ask(number):
-            found[number] = "".join(scheduler.submit(PROMPTS[number], **options(number)))
+            found[number] = "".join(several.submit(PROMPTS[number], **options(number)))
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(PROMPTS))]
         for thread in threads:
@@ -59,22 +60,33 @@ def test_requests_from_several_threads(model):
 
 def test_a_long_prompt_holds_up_nobody(model):
     """While it is read, others get a token with every piece of it."""
-    with model.scheduler(2, kv="q4", ctx=2048) as scheduler:
-        first = scheduler.submit("a", **options(1, 300))
+    with model.scheduler(2, kv="q4", ctx=2048) as several:
+        first = several.submit("a", **options(1, 300))
         pieces = iter(first)
         next(pieces)
-        long = scheduler.submit("fox " * 600, **options(2, 1))
+        long = several.submit("fox " * 600, **options(2, 1))
         before = first.stats.answer_tokens
         long.result(WAIT)
         assert first.stats.answer_tokens - before >= 5 or first.done
         first.cancel()
 
 
+@pytest.mark.parametrize("piece", [8, 40, 5000])
+def test_pieces_of_a_prompt_of_any_length(model, monkeypatch, piece):
+    monkeypatch.setattr(scheduler._Piece, "tokens", piece)
+    with model.scheduler(2, kv="q4", ctx=2048) as several:
+        first = several.submit("a", ignore_eos=True, seed=1, raw=True)
+        next(iter(first))
+        found = several.submit("fox " * 300, **options(2)).result(WAIT)
+        first.cancel()
+    assert found.text == "".join(model.session(kv="q4", ctx=2048).stream("fox " * 300, **options(2)))
+
+
 def test_cancelled_requests_end_and_leave_the_others_alone(model):
-    with model.scheduler(2, **CACHE) as scheduler:
-        endless = scheduler.submit("a", ignore_eos=True, seed=1, raw=True)
-        other = scheduler.submit("Why?", **options(3))
-        waiting = scheduler.submit("b", **options(4))
+    with model.scheduler(2, **CACHE) as several:
+        endless = several.submit("a", ignore_eos=True, seed=1, raw=True)
+        other = several.submit("Why?", **options(3))
+        waiting = several.submit("b", **options(4))
         waiting.cancel()
         first = next(iter(endless))
         endless.cancel()
@@ -82,32 +94,32 @@ def test_cancelled_requests_end_and_leave_the_others_alone(model):
         assert result.finish_reason == "cancelled" and result.text.startswith(first)
         assert other.result(WAIT).text == alone(model, "Why?", 3)
         assert waiting.result(WAIT).text == ""
-        assert scheduler.submit("b", **options(4)).result(WAIT).text == alone(model, "b", 4)
+        assert several.submit("b", **options(4)).result(WAIT).text == alone(model, "b", 4)
 
 
 def test_time_limit(model):
-    with model.scheduler(1, **CACHE) as scheduler:
-        endless = scheduler.submit("a", time_limit=0.2, ignore_eos=True, raw=True)
+    with model.scheduler(1, **CACHE) as several:
+        endless = several.submit("a", time_limit=0.2, ignore_eos=True, raw=True)
         with pytest.raises(KvrunError, match="time limit"):
             endless.result(WAIT)
-        assert scheduler.submit("b", **options(4)).result(WAIT).text == alone(model, "b", 4)
+        assert several.submit("b", **options(4)).result(WAIT).text == alone(model, "b", 4)
 
 
 def test_a_limit_on_waiting(model):
-    with model.scheduler(1, max_waiting=1, **CACHE) as scheduler:
-        running = scheduler.submit("a", ignore_eos=True, raw=True)
+    with model.scheduler(1, max_waiting=1, **CACHE) as several:
+        running = several.submit("a", ignore_eos=True, raw=True)
         next(iter(running))
-        waiting = scheduler.submit("b", **options(4))
+        waiting = several.submit("b", **options(4))
         with pytest.raises(SchedulerFullError):
-            scheduler.submit("c", **options(5))
+            several.submit("c", **options(5))
         running.cancel()
         assert waiting.result(WAIT).text == alone(model, "b", 4)
 
 
 def test_a_request_that_fails_leaves_the_others_alone(model):
-    with model.scheduler(3, **CACHE) as scheduler:
-        good = scheduler.submit("Why?", **options(3))
-        bad = [scheduler.submit("", raw=True), scheduler.submit("a", temperature=-1), scheduler.submit([10**9])]
+    with model.scheduler(3, **CACHE) as several:
+        good = several.submit("Why?", **options(3))
+        bad = [several.submit("", raw=True), several.submit("a", temperature=-1), several.submit([10**9])]
         for request in bad:
             with pytest.raises(OptionError):
                 request.result(WAIT)
@@ -129,9 +141,9 @@ def test_a_step_that_fails_for_one(model, monkeypatch):
                 raise MemoryError
             return step(engine, items)
 
-    with model.scheduler(3, **CACHE) as scheduler:
+    with model.scheduler(3, **CACHE) as several:
         monkeypatch.setattr(model, "engine", Failing())
-        requests = [scheduler.submit(prompt, **options(i)) for i, prompt in enumerate(("a", "fox " * 70, "Why?"))]
+        requests = [several.submit(prompt, **options(i)) for i, prompt in enumerate(("a", "fox " * 70, "Why?"))]
         with pytest.raises(KvrunError, match="memory"):
             requests[1].result(WAIT)
         texts = [requests[i].result(WAIT).text for i in (0, 2)]
@@ -140,13 +152,13 @@ def test_a_step_that_fails_for_one(model, monkeypatch):
 
 
 def test_leaving_with_an_exception_cancels(model):
-    with pytest.raises(ZeroDivisionError), model.scheduler(1, **CACHE) as scheduler:
-        request = scheduler.submit("a", ignore_eos=True, raw=True)
+    with pytest.raises(ZeroDivisionError), model.scheduler(1, **CACHE) as several:
+        request = several.submit("a", ignore_eos=True, raw=True)
         time.sleep(0.05)
         raise ZeroDivisionError
     assert request.done
     with pytest.raises(OptionError, match="closed"):
-        scheduler.submit("a")
+        several.submit("a")
 
 
 def test_options(model):
