@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -634,6 +633,24 @@ class Session:
         return (1, True) if written else (min(most, largest, self.chunk or largest), False)
 
 
+class _Gathered:
+    """A text that grows piece by piece. (A StringIO may be closed before the answer that has been given up.)"""
+
+    MOST = 4096  # pieces, before they are put together
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def add(self, piece: str) -> None:
+        self._pieces.append(piece)
+        if len(self._pieces) > self.MOST:
+            self._pieces = [self.text]
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+
 class _Answer:
     """The text of one answer: what was shown, and what the cache holds, special tokens included.
 
@@ -648,7 +665,7 @@ class _Answer:
         self._exact = tokenizer.stream(skip_special=False, start=False) if chat else None
         self._stops, self._escape = stops, escape
         # Only a conversation needs its text again; an endless plain text must not fill the memory.
-        self._shown, self._text, self._run = io.StringIO(), io.StringIO(), io.StringIO()
+        self._shown, self._text, self._run = _Gathered(), _Gathered(), _Gathered()
         self.n_tokens = 0
 
     @property
@@ -659,7 +676,7 @@ class _Answer:
         special = self._tokenizer.is_special(token)
         name = self._tokenizer.token_bytes(token).decode("utf-8", "replace") if special else ""
         if self._exact:
-            self._run.write(self._exact.push(token).removesuffix(name))
+            self._run.add(self._exact.push(token).removesuffix(name))
             if special:
                 self._end_run(name)
         if special and token not in self._shown_tokens:
@@ -678,18 +695,18 @@ class _Answer:
 
     def _show(self, piece: str) -> str:
         if self._exact:
-            self._shown.write(piece)
+            self._shown.add(piece)
         return piece
 
     def _end_run(self, special: str) -> None:
         """Ordinary text ends, and a special token follows, or nothing."""
         if self._escape:
-            self._text.write(self._escape(self._run.getvalue()) + special)
-        self._run = io.StringIO()
+            self._text.add(self._escape(self._run.text) + special)
+        self._run = _Gathered()
 
     def texts(self) -> tuple[str, str]:
         """(shown, in the cache and escaped)"""
         if self._exact:
-            self._run.write(self._exact.finish())
+            self._run.add(self._exact.finish())
             self._end_run("")
-        return self._shown.getvalue(), self._text.getvalue()
+        return self._shown.text, self._text.text
