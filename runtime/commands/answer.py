@@ -12,27 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.commands.arguments import (
     Parser,
+    add_answer_options,
     add_cache_options,
     add_device_options,
     add_load_option,
     add_option,
+    any_text,
     argument_text,
     default_model,
     given,
+    joined,
     load_options,
     read_text,
+    refuse_empty,
+    standard_input,
+    stream_options,
 )
 from kvrun.commands.output import Output
 from kvrun.commands.signals import finishing
 from kvrun.errors import OptionError
 from kvrun.model import Model, load
-from kvrun.options import AnswerKeywords, CacheKeywords, SamplingKeywords, StreamKeywords, declared
+from kvrun.options import AnswerKeywords, CacheKeywords, declared
 from kvrun.version import __version__
 
 if TYPE_CHECKING:
     from kvrun.session import Session
 
-# Their value may be any text, also one that begins with a dash.
 _TEXT_OPTIONS = {
     "-p": "--prompt",
     "--prompt": "--prompt",
@@ -42,13 +47,14 @@ _TEXT_OPTIONS = {
     "--stop": "--stop",
     "--session": "--session",
 }
-_MARK = "\0"  # put before such a value, since argparse drops one that is just "--"
 
 _DESCRIPTION = """\
 Run a language model: one answer with -p or -f, otherwise a chat.
 
   kvrun MODEL -p "prompt"       one answer on standard output, statistics on standard error
   kvrun MODEL                   chat until end of input (Ctrl-D); Ctrl-C stops an answer
+  kvrun batch MODEL PROMPTS.jsonl -o ANSWERS.jsonl
+                                many prompts, several at once
   kvrun convert CHECKPOINT -o MODEL
                                 make a model file from a Hugging Face folder or a .gguf file
   kvrun inspect MODEL           what is in a model file
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"kvrun {__version__}")
     add("-q", "--quiet", action="store_true", help="no statistics")
     _add_prompt_options(parser)
-    _add_answer_options(parser)
+    add_answer_options(parser)
     add_cache_options(parser)
     memory = parser.add_argument_group("memory and device")
     add_load_option(memory, "mmap")
@@ -96,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt")
     add = group.add_argument
-    text: dict[str, Any] = {"metavar": "TEXT", "type": _text}
+    text: dict[str, Any] = {"metavar": "TEXT", "type": any_text}
     file = {**text, "metavar": "FILE"}
     add("-p", "--prompt", **text, help="answer this prompt; - reads it from standard input")
     add("-f", "--file", **file, help="answer the prompt in this file, less a line break at its end")
@@ -107,20 +113,9 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add("--session", **file, help="go on from the session in this file if it is there; save it there at the end")
 
 
-def _add_answer_options(parser: argparse.ArgumentParser) -> None:
-    note = "Defaults of sampling in parentheses, where the model file has none of its own."
-    group = parser.add_argument_group("answer", note)
-    options = declared(AnswerKeywords)
-    add_option(group, options["max_tokens"])
-    add_option(group, options["stop"], metavar="TEXT", type=_text, action="append")
-    add_option(group, options["ignore_eos"])
-    for option in declared(SamplingKeywords).values():
-        add_option(group, option)
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    args = parser.parse_args(_joined(arguments))
+    args = parser.parse_args(joined(arguments, _TEXT_OPTIONS))
     if args.prompt is not None and args.file is not None:
         parser.error("-p and -f: only one of them can be the prompt")
     if args.think is False and args.raw:
@@ -130,32 +125,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _joined(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments with `-p TEXT` written as `--prompt=TEXT`, so that argparse takes any text for it."""
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--":
-            yield argument
-            yield from rest
-            return
-        if argument in _TEXT_OPTIONS:
-            value = next(rest, None)
-            yield argument if value is None else f"{_TEXT_OPTIONS[argument]}={_MARK}{value}"
-        else:
-            yield argument
-
-
-def _text(argument: str) -> str:
-    return argument.removeprefix(_MARK)
-
-
 # --- prompts --------------------------------------------------------------------------------------
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
     """The prompt to answer, None for a chat. KvrunError if it is empty or no UTF-8."""
     if args.prompt == "-" or args.file == "-":
-        text = read_text(_standard_input(), "the prompt on standard input")
+        text = read_text(standard_input(), "the prompt on standard input")
     elif args.file is not None:
         with open(args.file, "rb") as file:
             text = read_text(file, f"the prompt in {args.file}")
@@ -165,15 +141,8 @@ def _prompt(args: argparse.Namespace) -> str | None:
         return None
     if args.prompt in ("-", None):
         text = text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
-    if not text.strip() and not (args.raw and text):
-        raise OptionError("the prompt is empty")
+    refuse_empty(text, args.raw)
     return text
-
-
-def _standard_input() -> Any:
-    if sys.stdin is None:
-        raise OptionError("standard input is closed")
-    return sys.stdin.buffer
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -232,12 +201,8 @@ class Answers:
         if self._system is not None and self.plain:
             raise OptionError("--system: the model has no chat template")
         if args.think is False:
-            if template is None:
-                raise OptionError("--no-think: the model has no chat template")
-            if not template.without_thinking:
-                raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
-        self._options = given(args, StreamKeywords)
-        self._options["stop"] = [argument_text(stop, "the stop string") for stop in args.stop or ()]
+            check_no_think(session.model)
+        self._options = stream_options(args)
         self._out = Output(sys.stdout)
 
     def __call__(self, prompt: str) -> bool:
@@ -291,6 +256,14 @@ class Answers:
         if stats.evicted_tokens:
             parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
         print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)
+
+
+def check_no_think(model: Model) -> None:
+    """OptionError if the model cannot be told not to think."""
+    if model.chat is None:
+        raise OptionError("--no-think: the model has no chat template")
+    if not model.chat.without_thinking:
+        raise OptionError("--no-think: the model's chat template has no switch for it (enable_thinking)")
 
 
 def _note(text: str) -> None:

@@ -6,11 +6,21 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 from kvrun.errors import OptionError
-from kvrun.options import CacheKeywords, LoadKeywords, Option, declared, number, shown
+from kvrun.options import (
+    AnswerKeywords,
+    CacheKeywords,
+    LoadKeywords,
+    Option,
+    SamplingKeywords,
+    StreamKeywords,
+    declared,
+    number,
+    shown,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,6 +118,26 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add_load_option(group, "threads")
 
 
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Where an answer ends, and how its tokens are chosen. `--stop` is an `any_text`."""
+    note = "Defaults of sampling in parentheses, where the model file has none of its own."
+    group = parser.add_argument_group("answer", note)
+    options = declared(AnswerKeywords)
+    add_option(group, options["max_tokens"])
+    add_option(group, options["stop"], metavar="TEXT", type=any_text, action="append")
+    add_option(group, options["ignore_eos"])
+    for option in declared(SamplingKeywords).values():
+        add_option(group, option)
+
+
+def stream_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As `Session.stream` takes them. OptionError for a stop string that is not UTF-8."""
+    return {
+        **given(args, StreamKeywords),
+        "stop": [argument_text(stop, "the stop string") for stop in args.stop or ()],
+    }
+
+
 def add_load_option(parser: Any, name: str) -> None:
     """An option of `load` by its name."""
     add_option(parser, declared(LoadKeywords)[name])
@@ -124,6 +154,33 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     limit = args.device_memory
     limit = None if limit is None else int(1e9 * number("device-memory", limit, low=0, high=1_000_000, above=True))
     return {**given(args, LoadKeywords), "device_memory": limit}
+
+
+# --- options whose value may be any text ------------------------------------------------------------
+
+
+_MARK = "\0"  # put before such a value, since argparse drops one that is just "--"
+
+
+def joined(arguments: Iterable[str], options: Mapping[str, str]) -> Iterator[str]:
+    """The arguments with `-p TEXT` written as `--prompt=TEXT`, so that argparse takes any text for it, also one that
+    begins with a dash. `options`: those that are, and their long names; their type must be `any_text`."""
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            yield argument
+            yield from rest
+            return
+        if argument in options:
+            value = next(rest, None)
+            yield argument if value is None else f"{options[argument]}={_MARK}{value}"
+        else:
+            yield argument
+
+
+def any_text(argument: str) -> str:
+    """The type of such an option."""
+    return argument.removeprefix(_MARK)
 
 
 # --- text -------------------------------------------------------------------------------------------
@@ -155,6 +212,19 @@ def read_text(file: BinaryIO, what: str) -> str:
     if len(data) > LONGEST_TEXT:
         raise OptionError(f"{what} is longer than {LONGEST_TEXT >> 20} MiB")
     return utf8(data, what)
+
+
+def refuse_empty(prompt: str, raw: bool) -> None:
+    """OptionError for a prompt without text; plain text to go on from may be white space."""
+    if not prompt.strip() and not (raw and prompt):
+        raise OptionError("the prompt is empty")
+
+
+def standard_input() -> Any:
+    """The bytes of standard input. OptionError if it is closed."""
+    if sys.stdin is None:
+        raise OptionError("standard input is closed")
+    return sys.stdin.buffer
 
 
 # --- the default model ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ANSWER = "kvrun.commands.answer"
 COMMANDS = {
+    "batch": "kvrun.commands.batch",
     "bench": "kvrun.commands.bench",
     "convert": "kvrun.convert.cli",
     "inspect": "kvrun.commands.inspect",

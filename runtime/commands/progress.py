@@ -4,6 +4,7 @@ which the system may not give."""
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -47,6 +48,37 @@ def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, advance=done, refresh=True)
+
+
+@contextmanager
+def answered(count: Callable[[], int | None]) -> Iterator[Callable[[int, str], None] | None]:
+    """A bar of lines on standard error: the function that is yielded takes how many are done, and a word on them.
+    `count` says how many there are, None if that is not known. None where standard error is no terminal."""
+    if not _on_terminal(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("lines, {task.description}"), TimeElapsedColumn())
+    # Standard output is for the answers: redirected, they would be shown above the bar, on standard error.
+    with Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bar:
+        task, drawn = bar.add_task("", total=count()), 0.0
+
+        def show(done: int, what: str) -> None:
+            nonlocal drawn
+            if time.monotonic() - drawn > 0.1:
+                drawn = time.monotonic()
+                bar.update(task, completed=done, description=what, refresh=True)
+
+        yield show
 
 
 @contextmanager

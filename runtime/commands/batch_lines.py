@@ -1,0 +1,87 @@
+"""Lines of `kvrun batch`: what each asks for, and the records that its answer or its error becomes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from kvrun.commands.arguments import LONGEST_TEXT, utf8
+from kvrun.errors import OptionError
+from kvrun.options import StreamKeywords, declared, shown
+
+if TYPE_CHECKING:
+    from kvrun.scheduler import GenerationResult
+    from kvrun.session import Stats
+
+Key = str | int | tuple[str, int]
+"""What tells lines apart: custom_id, or ("line", number)."""
+
+
+class Line:
+    """A plain line: a prompt or messages, with options of `Session.stream` beside it. `number` counts from 1."""
+
+    def __init__(self, number: int, entry: dict[str, Any]) -> None:
+        self.number, self.entry = number, entry
+        self._given_id = entry.get("custom_id")
+        usable = isinstance(self._given_id, (str, int)) and not isinstance(self._given_id, bool)
+        self.custom_id: str | int | None = self._given_id if usable else None
+
+    @property
+    def key(self) -> Key:
+        return ("line", self.number) if self.custom_id is None else self.custom_id
+
+    def request(self) -> tuple[str | list[Any], dict[str, Any]]:
+        """The prompt and the options that are given. OptionError for what cannot be answered, as far as that can be
+        said without a model."""
+        if self.custom_id is None and self._given_id is not None:
+            raise OptionError(f"custom_id: must be text or a whole number, not {shown(self._given_id)}")
+        return self._request()
+
+    def _request(self) -> tuple[str | list[Any], dict[str, Any]]:
+        known = declared(StreamKeywords)
+        options = {name: value for name, value in self.entry.items() if name in known}
+        for name in self.entry:
+            if name not in known and name not in ("prompt", "messages", "custom_id"):
+                raise OptionError(f"{shown(name)} is not an option; there is {', '.join(known)}")
+        prompt, messages = self.entry.get("prompt"), self.entry.get("messages")
+        if (prompt is None) == (messages is None):
+            raise OptionError("a line needs a prompt or messages" + ("" if prompt is None else ", and not both"))
+        return (conversation(messages) if prompt is None else prompt), options
+
+    def answer(self, result: GenerationResult) -> dict[str, Any]:
+        record = {"text": result.text, "finish_reason": result.finish_reason, "usage": usage(result.stats)}
+        return {**self._name(), **record}
+
+    def error(self, message: str) -> dict[str, Any]:
+        return {**self._name(), "error": {"message": message}}
+
+    def _name(self) -> dict[str, Any]:
+        return {"line": self.number} if self.custom_id is None else {"custom_id": self.custom_id}
+
+
+def read_line(data: bytes, number: int) -> Line:
+    """A line that is not blank. OptionError if it is no JSON object."""
+    if len(data) > LONGEST_TEXT:
+        raise OptionError(f"the line is longer than {LONGEST_TEXT >> 20} MiB")
+    text = utf8(data, "the line")
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise OptionError(f"the line is not JSON: {what}") from None
+    if not isinstance(entry, dict):
+        raise OptionError(f"the line is not a JSON object, but {shown(entry)}")
+    return Line(number, entry)
+
+
+def conversation(messages: Any) -> list[Any]:
+    """The messages if they are a list of objects, which a list of token ids is not. OptionError otherwise."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise OptionError("messages: must be a list of objects with role and content")
+    return messages
+
+
+def usage(stats: Stats) -> dict[str, int]:
+    """Tokens as OpenAI counts them."""
+    prompt, answer = stats.prompt_tokens, stats.answer_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

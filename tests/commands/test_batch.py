@@ -1,0 +1,337 @@
+"""The command `kvrun batch`: every line gets the answer that it would have alone, or its error."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+import kvrun
+from kvrun.commands import batch_files
+from kvrun.commands import main as cli
+from support.commands import KVRUN, Terminal, command, refused
+
+STEADY = ["-n", "12", "--seed", "3", "--ignore-eos"]
+WAIT = 60
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    """Tiny, with a chat template; its answers are nonsense."""
+    return str(converted("grouped-tied"))
+
+
+@pytest.fixture(scope="module")
+def plain(converted):
+    """Tiny, without a chat template."""
+    return str(converted("wide"))
+
+
+class Folder:
+    """Where prompts and answers are."""
+
+    def __init__(self, folder):
+        self.prompts, self.answers = str(folder / "in.jsonl"), str(folder / "out.jsonl")
+
+    def write(self, *lines):
+        with open(self.prompts, "wb") as file:
+            for line in lines:
+                file.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
+
+    def records(self):
+        with open(self.answers, "rb") as file:
+            data = file.read()
+        assert not data or data.endswith(b"\n")
+        return [json.loads(line) for line in data.splitlines()]
+
+    def run(self, capsys, model, *arguments):
+        """(exit status, records, standard error)"""
+        status = cli.main(["batch", model, self.prompts, "-o", self.answers, *arguments])
+        captured = capsys.readouterr()
+        assert not captured.out
+        return status, self.records(), captured.err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def texts(records):
+    return {record.get("custom_id", record.get("line")): record["text"] for record in records}
+
+
+def messages_of(records):
+    return {record.get("custom_id", record.get("line")): record["error"]["message"] for record in records}
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["1", "4"])
+def test_answers_are_those_of_the_command_alone(model, folder, parallel, capsys):
+    prompts = ["The cat", "word " * 200, "Straße 🚀", "a\n", "  b", "Why?"]
+    options = [*STEADY, "--temperature", "1.2", "--kv", "q4", "--ctx", "200"]
+    expected = {}
+    for number, prompt in enumerate(prompts, 1):
+        assert cli.main([model, "-q", "-p", prompt, *options]) == 0
+        expected[number] = capsys.readouterr().out.removesuffix("\n")
+    folder.write(*({"prompt": prompt} for prompt in prompts))
+    status, records, _err = folder.run(capsys, model, "--parallel", parallel, *options)
+    assert status == 0
+    assert {number: text.removesuffix("\n") for number, text in texts(records).items()} == expected
+
+
+def test_a_line_has_options_of_its_own(model, folder, capsys):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    lines = {
+        "a": ({"prompt": "The cat"}, {"max_tokens": 5, "seed": 9}),
+        "b": ({"messages": messages}, {"temperature": 0, "top_k": None}),
+        "c": ({"prompt": "The cat"}, {"raw": True, "stop": ["e", "x"]}),
+        "d": ({"prompt": [5, 6, 7]}, {"ignore_eos": False}),
+    }
+    folder.write(*({"custom_id": name, **asked, **options} for name, (asked, options) in lines.items()))
+    status, records, _err = folder.run(capsys, model, *STEADY)
+    loaded, usual = kvrun.load(model), {"max_tokens": 12, "seed": 3, "ignore_eos": True}
+    assert status == 0
+    assert texts(records) == {
+        name: loaded.generate(asked.get("prompt", messages), **{**usual, **options})
+        for name, (asked, options) in lines.items()
+    }
+
+
+def test_a_record(model, folder, capsys):
+    session = kvrun.load(model).session()
+    text = "".join(session.stream("The cat", max_tokens=12, seed=3, ignore_eos=True))
+    n, stop = session.stats.prompt_tokens, text[len(text) // 2]
+    folder.write({"prompt": "The cat"}, b"", {"custom_id": 7, "prompt": "The cat", "stop": stop})
+    status, records, err = folder.run(capsys, model, "--in-order", *STEADY)
+    assert status == 0
+    assert records[0] == {
+        "line": 1,
+        "text": text,
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": n, "completion_tokens": 12, "total_tokens": n + 12},
+    }
+    assert list(records[1]) == ["custom_id", "text", "finish_reason", "usage"]
+    assert records[1]["custom_id"] == 7 and records[1]["finish_reason"] == "stop"
+    assert records[1]["text"] == text[: text.index(stop)]
+    tokens = 12 + records[1]["usage"]["completion_tokens"]
+    assert re.fullmatch(
+        rf"\[2 answers, 0 errors; prompts {2 * n} tokens; answers {tokens} tokens, [\d.]+ tok/s\]\n", err
+    )
+
+
+def test_the_order(model, folder, capsys):
+    folder.write({"prompt": "a", "max_tokens": 1000}, b"{", *({"prompt": "b", "max_tokens": 2} for _ in range(20)))
+    assert folder.run(capsys, model, "--ignore-eos", "--parallel", "2")[1][-1]["line"] == 1
+    os.remove(folder.answers)
+    records = folder.run(capsys, model, "--ignore-eos", "--parallel", "2", "--in-order")[1]
+    assert [record["line"] for record in records] == list(range(1, 23))
+
+
+def test_a_model_without_a_template(plain, folder, capsys):
+    folder.write({"prompt": "The cat"}, {"messages": [{"role": "user", "content": "a"}]})
+    status, records, _err = folder.run(capsys, plain, "-q", "--in-order", *STEADY)
+    assert status == 1 and "no chat template" in records[1]["error"]["message"]
+    assert records[0]["text"] == kvrun.load(plain).generate("The cat", max_tokens=12, seed=3, ignore_eos=True)
+
+
+# --- what is wrong with a line --------------------------------------------------------------------
+
+
+BAD = {
+    b"{": "not JSON",
+    b"[1]": "not a JSON object",
+    b"5": "not a JSON object",
+    b'{"prompt": "\xff"}': "not UTF-8",
+    b"[" * 100_000: "not JSON",
+    b'{"prompt": ' + b"1" * 5000 + b"}": "not JSON",
+    b"{}": "needs a prompt or messages",
+    b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}': "not both",
+    b'{"prompt": ""}': "the prompt is empty",
+    b'{"prompt": " "}': "the prompt is empty",
+    b'{"prompt": "", "raw": true}': "the prompt is empty",
+    b'{"prompt": []}': "the prompt is empty",
+    b'{"prompt": 5}': "must be text",
+    b'{"prompt": {"a": 1}}': "must be text",
+    b'{"prompt": [1000000]}': "token id",
+    b'{"prompt": ["a"]}': "token id",
+    b'{"prompt": "\\ud800"}': "",
+    b'{"messages": []}': "messages",
+    b'{"messages": "a"}': "messages",
+    b'{"messages": [5]}': "messages",
+    b'{"messages": [{"role": "user"}]}': "message 1 has no content",
+    b'{"messages": [{"role": "user", "content": {"a": 1}}]}': "message 1 has no content",
+    b'{"messages": [{"role": "user", "content": [5]}]}': "message 1",
+    b'{"prompt": "a", "temprature": 1}': "'temprature' is not an option",
+    b'{"prompt": "a", "temperature": "hot"}': "temperature: must be a number",
+    b'{"prompt": "a", "temperature": NaN}': "temperature: must be a finite number",
+    b'{"prompt": "a", "stop": {}}': "stop",
+    b'{"prompt": "a", "raw": 1}': "raw",
+    b'{"prompt": "a", "max_tokens": 1.5}': "max_tokens",
+    b'{"prompt": "a", "custom_id": [1]}': "custom_id",
+    b'{"prompt": "a", "custom_id": true}': "custom_id",
+    b'{"prompt": "a", "think": false}': "think",
+}
+
+
+def test_a_bad_line_is_an_error_of_its_own(model, folder, capsys):
+    lines = [line for bad in BAD for line in (bad, b'{"prompt": "a"}')]
+    folder.write(*lines)
+    status, records, err = folder.run(capsys, model, "--in-order", "-n", "2", "--seed", "1")
+    assert status == 1
+    assert err.endswith(f"\nkvrun: {len(BAD)} of {2 * len(BAD)} lines have errors\n") and err.count("\n") == 2
+    assert [record["line"] for record in records] == list(range(1, 2 * len(BAD) + 1))
+    assert all("text" in record for record in records[1::2])
+    for (line, word), record in zip(BAD.items(), records[::2]):
+        assert list(record) == ["line", "error"] and word in record["error"]["message"], (line[:80], record)
+
+
+def test_two_lines_with_one_custom_id(model, folder, capsys):
+    folder.write(*({"custom_id": "a", "prompt": prompt} for prompt in "ab"), {"custom_id": "b", "prompt": "c"})
+    status, records, _err = folder.run(capsys, model, "--in-order", *STEADY)
+    assert status == 1 and [record["custom_id"] for record in records] == ["a", "a", "b"]
+    assert records[1]["error"] == {"message": "line 2 has the custom_id of line 1"}
+
+
+def test_a_prompt_that_is_longer_than_the_model_can_read(family, folder, capsys):
+    folder.write({"prompt": "word " * 3000, "raw": True}, {"prompt": "a", "raw": True})
+    status, records, _err = folder.run(capsys, str(family("gpt2")), "--in-order", "-n", "2", "--seed", "1")
+    assert status == 1 and "positions" in records[0]["error"]["message"] and "text" in records[1]
+
+
+def test_a_prompt_that_is_longer_than_the_cache(model, folder, capsys):
+    folder.write({"prompt": "word " * 300})
+    status, _records, err = folder.run(capsys, model, "-q", "--ctx", "140", *STEADY)
+    assert status == 0 and err.startswith("kvrun: 1 prompt has more tokens than the cache keeps")
+
+
+def test_a_line_without_end(model, folder, capsys, monkeypatch):
+    monkeypatch.setattr(batch_files, "LONGEST_TEXT", 100_000)
+    monkeypatch.setattr("kvrun.commands.batch_lines.LONGEST_TEXT", 100_000)
+    folder.write(b'{"prompt": "' + b"a" * 200_000 + b'"}', {"prompt": "a"})
+    status, records, _err = folder.run(capsys, model, "--in-order", *STEADY)
+    assert status == 1 and "longer than" in records[0]["error"]["message"] and "text" in records[1]
+
+
+# --- input and output -----------------------------------------------------------------------------
+
+
+def test_standard_input_and_output(model):
+    lines = b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b"}'
+    status, out, err = command("batch", model, "-", *STEADY, stdin=lines)
+    loaded = kvrun.load(model)
+    assert status == 0 and err.startswith("[2 answers")
+    assert texts(map(json.loads, out.splitlines())) == {
+        number: loaded.generate(prompt, max_tokens=12, seed=3, ignore_eos=True)
+        for number, prompt in ((1, "a"), (3, "b"))
+    }
+    assert command("batch", model, "-", "-q", stdin=b"") == (0, b"", "")
+
+
+def test_the_default_model(model, folder, tmp_path):
+    os.makedirs(tmp_path / "kvrun")
+    os.symlink(model, tmp_path / "kvrun" / "smollm2-135m-instruct.bin")
+    folder.write({"prompt": "a"})
+    for arguments in ([folder.prompts, "-o", folder.answers], ["-o", folder.answers, folder.prompts]):
+        assert command("batch", *arguments, "-q", *STEADY, env={"XDG_CACHE_HOME": str(tmp_path)}) == (0, b"", "")
+        assert folder.records()[0]["line"] == 1
+
+
+def test_input_that_is_still_being_written(model):
+    """An answer comes while the next line has not been written, and only a few lines are taken ahead."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    with subprocess.Popen([*KVRUN, "batch", model, "-", "-q", *STEADY], **pipes) as process:
+        for number in (1, 2, 3):
+            process.stdin.write(b'{"prompt": ')
+            process.stdin.write(b'"a"}\n')
+            assert json.loads(process.stdout.readline())["line"] == number
+        process.stdin.close()
+        assert process.wait(WAIT) == 0
+
+
+def test_input_is_read_as_it_is_needed(model):
+    line = b'{"prompt": "a"%s}\n' % (b" " * 65_536)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    with subprocess.Popen([*KVRUN, "batch", model, "-", "-q", "--parallel", "1", "--ignore-eos"], **pipes) as process:
+        os.set_blocking(process.stdin.fileno(), False)
+        data = memoryview(100 * line)
+        for _ in range(100):
+            try:
+                data = data[os.write(process.stdin.fileno(), data) :]
+            except BlockingIOError:
+                time.sleep(0.02)
+        assert 80 * len(line) < len(data) < 99 * len(line)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT) == 128 + signal.SIGTERM
+
+
+def test_what_cannot_be_read_or_written(model, folder, tmp_path, capsys):
+    def called(*arguments):
+        status = cli.main(["batch", *map(str, arguments)])
+        return (status, *capsys.readouterr())
+
+    folder.write({"prompt": "a"})
+    refused(called(model, tmp_path / "none", "-o", folder.answers), "none: No such file")
+    refused(called(model, tmp_path, "-o", folder.answers), "Is a directory")
+    refused(called(tmp_path / "none.bin", folder.prompts, "-o", folder.answers), "none.bin")
+    refused(called(model, folder.prompts, "-o", tmp_path), "it is a folder")
+    refused(called(model, folder.prompts, "-o", tmp_path / "none" / "out"), "there is no folder")
+    refused(called(model, folder.prompts, "-o", folder.prompts), "is the file of the prompts")
+    refused(called(model, folder.prompts, "-o", folder.answers, "--temperature", "-1"), "temperature")
+    refused(called(model, folder.prompts, "-o", folder.answers, "--no-think"), "--no-think")
+    refused(called(model, folder.prompts, "-o", folder.answers, "--parallel", "0"), "parallel")
+    refused(called(model, folder.prompts, "-o", folder.answers, "--kv", "q5"), "kv")
+    refused(called(model, folder.prompts, "x", "-o", folder.answers), "unrecognized", status=2)
+    refused(called("-o", folder.answers), "IN.jsonl", status=2)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_standard_output_that_is_full(model, folder):
+    folder.write({"prompt": "a"})
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*KVRUN, "batch", model, folder.prompts, *STEADY], stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"kvrun: standard output: No space left on device\n")
+
+
+def test_a_record_that_does_not_fit_leaves_nothing(folder, monkeypatch):
+    file = batch_files.RecordFile(folder.answers)
+    file.write({"line": 1})
+    write = os.write
+
+    def full(fd, data):
+        if len(data) < 100:
+            raise OSError(28, "No space left on device")
+        return write(fd, data[:100])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(kvrun.KvrunError, match=r"out.jsonl: cannot write: No space left on device"):
+        file.write({"line": 2, "text": "a" * 150})
+    file.close()
+    assert folder.records() == [{"line": 1}]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_whole_lines(model, folder, number):
+    folder.write(*({"prompt": "a", "max_tokens": 5 if i % 2 else -1} for i in range(40)))
+    arguments = ["batch", model, folder.prompts, "--ignore-eos", "--parallel", "30"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    with subprocess.Popen([*KVRUN, *arguments], **pipes) as process:
+        first = process.stdout.readline()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=WAIT)
+        assert (process.returncode, err) == (128 + number, b"")
+    assert all("text" in json.loads(line) for line in (first + out).split(b"\n")[:-1])
+
+
+def test_progress_on_a_terminal(model, folder):
+    folder.write(*({"prompt": "a", "max_tokens": 200} for _ in range(20)), b"{")
+    terminal = Terminal("batch", model, folder.prompts, "-o", folder.answers, "--ignore-eos", "--parallel", "2")
+    terminal.read(r"\d+/21\S* lines, [\d.]+ tok/s")
+    terminal.read(r"\[20 answers, 1 error; .*1 of 21 lines have errors")
+    assert terminal.status() == 1
+    assert len(folder.records()) == 21
