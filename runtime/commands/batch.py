@@ -51,7 +51,8 @@ Answer the prompts of a file, several at once, each as it would be alone.
 
 Each line of IN.jsonl is a JSON object, {"prompt": "text"} or {"messages": [...]}, with options such as
 max_tokens, temperature or seed beside it and, if it is to have a name, custom_id. Options of the command
-are for lines that have none of their own. - reads standard input, also while it is still written.
+are for lines that have none of their own. Or it is a line of OpenAI's batch format, for chat completions
+or completions. - reads standard input, also while it is still written.
 
 Answers are written as they end, one JSON object a line; what is wrong with a line becomes its error there."""
 
@@ -262,7 +263,7 @@ class Batch:
         self.prompt_tokens += result.stats.prompt_tokens
         self.answer_tokens += result.stats.answer_tokens
         self.too_long += result.stats.prompt_overflow > 0
-        return one.line.answer(result)
+        return one.line.answer(result, self._scheduler.model.description.name)
 
     def _speed(self) -> float:
         """Tokens of answers a second, those under way included."""

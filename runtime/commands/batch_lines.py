@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import uuid
 from typing import TYPE_CHECKING, Any
 
+from kvrun.commands import openai_forms
 from kvrun.commands.arguments import LONGEST_TEXT, utf8
 from kvrun.errors import OptionError
 from kvrun.options import StreamKeywords, declared, shown
 
 if TYPE_CHECKING:
     from kvrun.scheduler import GenerationResult
-    from kvrun.session import Stats
 
 Key = str | int | tuple[str, int]
 """What tells lines apart: custom_id, or ("line", number)."""
@@ -46,10 +47,11 @@ class Line:
         prompt, messages = self.entry.get("prompt"), self.entry.get("messages")
         if (prompt is None) == (messages is None):
             raise OptionError("a line needs a prompt or messages" + ("" if prompt is None else ", and not both"))
-        return (conversation(messages) if prompt is None else prompt), options
+        return (openai_forms.conversation(messages) if prompt is None else prompt), options
 
-    def answer(self, result: GenerationResult) -> dict[str, Any]:
-        record = {"text": result.text, "finish_reason": result.finish_reason, "usage": usage(result.stats)}
+    def answer(self, result: GenerationResult, model: str) -> dict[str, Any]:
+        """The record of an answer by the model of this name."""
+        record = {"text": result.text, "finish_reason": result.finish_reason, "usage": openai_forms.usage(result.stats)}
         return {**self._name(), **record}
 
     def error(self, message: str) -> dict[str, Any]:
@@ -57,6 +59,31 @@ class Line:
 
     def _name(self) -> dict[str, Any]:
         return {"line": self.number} if self.custom_id is None else {"custom_id": self.custom_id}
+
+
+class OpenAILine(Line):
+    """A line of OpenAI's batch format: `custom_id`, `method`, `url` and `body`."""
+
+    def _request(self) -> tuple[str | list[Any], dict[str, Any]]:
+        if self.entry.get("method", "POST") != "POST":
+            raise OptionError(f"method: must be POST, not {shown(self.entry['method'])}")
+        url = self.entry.get("url")
+        if url not in openai_forms.URLS:
+            raise OptionError(f"url: must be {' or '.join(openai_forms.URLS)}, not {shown(url)}")
+        return openai_forms.request(url, self.entry.get("body"))
+
+    def answer(self, result: GenerationResult, model: str) -> dict[str, Any]:
+        asked = self.entry["body"].get("model")
+        name = asked if isinstance(asked, str) else model
+        return self._record(200, openai_forms.response(self.entry["url"], name, result))
+
+    def error(self, message: str) -> dict[str, Any]:
+        return self._record(400, openai_forms.error(message))
+
+    def _record(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
+        response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
+        name = {"custom_id": self.custom_id, **self._name()}
+        return {"id": f"batch_req_{uuid.uuid4().hex}", **name, "response": response, "error": None}
 
 
 def read_line(data: bytes, number: int) -> Line:
@@ -71,17 +98,4 @@ def read_line(data: bytes, number: int) -> Line:
         raise OptionError(f"the line is not JSON: {what}") from None
     if not isinstance(entry, dict):
         raise OptionError(f"the line is not a JSON object, but {shown(entry)}")
-    return Line(number, entry)
-
-
-def conversation(messages: Any) -> list[Any]:
-    """The messages if they are a list of objects, which a list of token ids is not. OptionError otherwise."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise OptionError("messages: must be a list of objects with role and content")
-    return messages
-
-
-def usage(stats: Stats) -> dict[str, int]:
-    """Tokens as OpenAI counts them."""
-    prompt, answer = stats.prompt_tokens, stats.answer_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return OpenAILine(number, entry) if "url" in entry or "body" in entry else Line(number, entry)

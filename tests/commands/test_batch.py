@@ -218,6 +218,138 @@ def test_a_line_without_end(model, folder, capsys, monkeypatch):
     assert status == 1 and "longer than" in records[0]["error"]["message"] and "text" in records[1]
 
 
+# --- OpenAI's form --------------------------------------------------------------------------------
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+
+
+def asked(name, url, **body):
+    return {"custom_id": name, "method": "POST", "url": url, "body": {"model": "some", "user": "me", **body}}
+
+
+def bodies(records):
+    """custom_id: body of the response, of records that are as they should be."""
+    found = {}
+    for record in records:
+        assert list(record) == ["id", "custom_id", "response", "error"] and record["error"] is None
+        assert record["id"].startswith("batch_req_") and record["response"]["request_id"]
+        body = record["response"]["body"]
+        assert record["response"]["status_code"] == (400 if "error" in body else 200)
+        found[record["custom_id"]] = body
+    return found
+
+
+def test_chat_completions(model, folder, capsys):
+    options = {"max_tokens": 7, "seed": 5, "temperature": 1.5, "top_p": 0.5, "top_k": 7, "ignore_eos": True}
+    folder.write(
+        asked("a", CHAT, messages=MESSAGES, **options),
+        asked(
+            "b", CHAT, messages=MESSAGES, max_completion_tokens=3, **options, n=1, stream=False, tools=None, raw=True
+        ),
+        asked("c", CHAT, messages=MESSAGES, stop="e", response_format={"type": "text"}, presence_penalty=0),
+    )
+    status, records, _err = folder.run(capsys, model, *STEADY)
+    found, session = bodies(records), kvrun.load(model).session()
+    text = "".join(session.stream(MESSAGES, **options))
+    n = session.stats.prompt_tokens
+    assert status == 0
+    body = found["a"]
+    assert body.pop("id").startswith("chatcmpl-") and abs(body.pop("created") - time.time()) < 60
+    assert body == {
+        "object": "chat.completion",
+        "model": "some",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "logprobs": None,
+                "finish_reason": "length",
+            }
+        ],
+        "usage": {"prompt_tokens": n, "completion_tokens": 7, "total_tokens": n + 7},
+    }
+    loaded, usual = kvrun.load(model), {"max_tokens": 12, "seed": 3, "ignore_eos": True}
+    texts = {name: body["choices"][0]["message"]["content"] for name, body in found.items()}
+    assert texts["b"] == loaded.generate(MESSAGES, **{**options, "max_tokens": 3})
+    assert texts["c"] == loaded.generate(MESSAGES, **usual, stop="e")
+
+
+def test_text_completions(model, folder, capsys):
+    prompts = {"a": "The cat", "b": ["The cat"], "c": [5, 6, 7], "d": [[5, 6, 7]], "e": " "}
+    folder.write(*(asked(name, TEXT, prompt=prompt) for name, prompt in prompts.items()))
+    status, records, _err = folder.run(capsys, model, *STEADY)
+    loaded, usual = kvrun.load(model), {"max_tokens": 12, "seed": 3, "ignore_eos": True, "raw": True}
+    plain = {"a": "The cat", "b": "The cat", "c": [5, 6, 7], "d": [5, 6, 7], "e": " "}
+    found = bodies(records)
+    assert status == 0
+    assert {name: body["choices"][0]["text"] for name, body in found.items()} == {
+        name: loaded.generate(prompt, **usual) for name, prompt in plain.items()
+    }
+    body = found["a"]
+    assert body["id"].startswith("cmpl-") and body["object"] == "text_completion"
+    assert list(body["choices"][0]) == ["index", "text", "logprobs", "finish_reason"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"n": 2},
+        {"stream": True},
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "required"},
+        {"functions": [{}]},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True},
+        {"logprobs": 0},
+        {"top_logprobs": 3},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"logit_bias": {"5": 100}},
+        {"modalities": ["text", "audio"]},
+        {"best_of": 3},
+        {"echo": True},
+        {"suffix": "b"},
+        {"temperature": "hot"},
+        {"max_tokens": "many"},
+        {"messages": [], "prompt": []},
+        {"messages": "a", "prompt": ["a", "b"]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}], "prompt": [{"role": "user"}]},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_what_is_asked_for_and_cannot_be_done(model, folder, capsys, field):
+    body = {"messages": MESSAGES, "prompt": "a", **field}
+    folder.write(asked("a", CHAT, **body), asked("b", TEXT, **body))
+    status, records, err = folder.run(capsys, model, "-q", *STEADY)
+    assert (status, err) == (1, "kvrun: 2 of 2 lines have errors\n")
+    for body in bodies(records).values():
+        assert body["error"].pop("message")
+        assert body == {"error": {"type": "invalid_request_error", "param": None, "code": None}}
+
+
+def test_lines_that_are_not_quite_of_that_form(model, folder, capsys):
+    good = {"url": CHAT, "body": {"messages": MESSAGES}}
+    folder.write(
+        good,
+        {**good, "method": "GET"},
+        {**good, "url": "/v1/embeddings"},
+        {**good, "url": [CHAT]},
+        {"url": CHAT},
+        {"body": {"messages": MESSAGES}},
+        {"custom_id": "a", "url": CHAT, "body": 5},
+        {"custom_id": [], "url": CHAT, "body": {"messages": MESSAGES}},
+    )
+    status, records, _err = folder.run(capsys, model, "--in-order", *STEADY)
+    assert status == 1 and [record["response"]["status_code"] for record in records] == [200] + [400] * 7
+    assert [(record["custom_id"], record.get("line")) for record in records] == [
+        *((None, number) for number in range(1, 7)),
+        ("a", None),
+        (None, 8),
+    ]
+    assert records[0]["response"]["body"]["model"] == kvrun.load(model).description.name
+
+
 # --- input and output -----------------------------------------------------------------------------
 
 
