@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,7 +54,8 @@ max_tokens, temperature or seed beside it and, if it is to have a name, custom_i
 are for lines that have none of their own. Or it is a line of OpenAI's batch format, for chat completions
 or completions. - reads standard input, also while it is still written.
 
-Answers are written as they end, one JSON object a line; what is wrong with a line becomes its error there."""
+Answers are written as they end, one JSON object a line; what is wrong with a line becomes its error there.
+Of a file that is there already, lines that have answers in it are passed over, and new ones are added."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
             nullcontext(StandardOutput()) if path is None else closing(RecordFile(path)) as out,
         ):
             _refuse_same(fd, out)
-            batch = Batch(scheduler, lines, out, defaults, in_order=args.in_order)
+            before = out.answered() if isinstance(out, RecordFile) else set()
+            batch = Batch(scheduler, lines, out, defaults, before, in_order=args.in_order)
             shown = not args.quiet and (path is not None or not sys.stdout.isatty())
             with answered(lambda: _count(fd)) if shown else nullcontext() as show:
                 batch.run(show)
@@ -171,21 +173,32 @@ class _Pending:
 class Batch:
     """Lines on their way through a scheduler, and the counts of those that are through.
 
-    `defaults`: options of `Session.stream` for lines that have none of their own. `too_long`: prompts that did not fit
-    into the cache.
+    `defaults`: options of `Session.stream` for lines that have none of their own. `answered`: lines that have their
+    answers already, and are passed over. `too_long`: prompts that did not fit into the cache.
     """
 
     def __init__(
-        self, scheduler: Scheduler, lines: Lines, out: Output, defaults: dict[str, Any], in_order: bool = False
+        self,
+        scheduler: Scheduler,
+        lines: Lines,
+        out: Output,
+        defaults: dict[str, Any],
+        answered: Container[Key] = (),
+        in_order: bool = False,
     ) -> None:
         self._scheduler, self._lines, self._out = scheduler, lines, out
-        self._defaults, self._in_order = defaults, in_order
+        self._defaults, self._answered, self._in_order = defaults, answered, in_order
         self._pending: list[_Pending] = []
         self._lines_of: dict[Key, int] = {}
-        self.answers = self.errors = self.blank = 0
+        self.answers = self.errors = self.answered_before = self.blank = 0
         self.prompt_tokens = self.answer_tokens = self.too_long = 0
         self._began = time.monotonic()
         self.seconds = 0.0
+
+    @property
+    def n_lines(self) -> int:
+        """Lines that are through, but for blank ones."""
+        return self.answers + self.errors + self.answered_before
 
     def run(self, show: Callable[[int, str], None] | None = None) -> None:
         """Until all lines have their records. `show` is told how many lines are done, and how fast it goes.
@@ -197,7 +210,7 @@ class Batch:
             while not self._lines.ended or self._pending:
                 self._go_on()
                 if show is not None:
-                    show(self.answers + self.errors + self.blank, f"{self._speed():.1f} tok/s")
+                    show(self.n_lines + self.blank, f"{self._speed():.1f} tok/s")
         except BaseException:
             for one in self._pending:
                 one.cancel()
@@ -227,14 +240,17 @@ class Batch:
         line = Line(number, {})
         try:
             line = read_line(data, number)
-            self._pending.append(_Pending(line, self._submitted(line)))
+            first = self._lines_of.setdefault(line.key, number)
+            if first != number:
+                raise OptionError(f"line {number} has the custom_id of line {first}")
+            if line.key in self._answered:
+                self.answered_before += 1
+            else:
+                self._pending.append(_Pending(line, self._submitted(line)))
         except KvrunError as error:
             self._pending.append(_Pending(line, error))
 
     def _submitted(self, line: Line) -> Request:
-        first = self._lines_of.setdefault(line.key, line.number)
-        if first != line.number:
-            raise OptionError(f"line {line.number} has the custom_id of line {first}")
         prompt, own = line.request()
         options = {**self._defaults, **{name: value for name, value in own.items() if value is not None}}
         if isinstance(prompt, str):
@@ -280,15 +296,15 @@ def _report(batch: Batch, quiet: bool) -> int:
             file=sys.stderr,
         )
     if not quiet:
+        before = f", {batch.answered_before:,} answered before" if batch.answered_before else ""
         parts = [
-            f"{_counted(batch.answers, 'answer')}, {_counted(batch.errors, 'error')}",
+            f"{_counted(batch.answers, 'answer')}, {_counted(batch.errors, 'error')}{before}",
             f"prompts {batch.prompt_tokens:,} tokens",
             f"answers {batch.answer_tokens:,} tokens, {batch.answer_tokens / max(1e-9, batch.seconds):.1f} tok/s",
         ]
         print("[" + "; ".join(parts) + "]", file=sys.stderr)
     if batch.errors:
-        lines = batch.answers + batch.errors
-        print(f"kvrun: {batch.errors:,} of {_counted(lines, 'line')} have errors", file=sys.stderr)
+        print(f"kvrun: {batch.errors:,} of {_counted(batch.n_lines, 'line')} have errors", file=sys.stderr)
     return 1 if batch.errors else 0
 
 

@@ -9,9 +9,10 @@ import sys
 from typing import Any
 
 from kvrun.commands.arguments import LONGEST_TEXT
+from kvrun.commands.batch_lines import Key, answered_key
 from kvrun.commands.signals import finishing
 from kvrun.errors import KvrunError, OptionError
-from kvrun.files.safe_file import check_output
+from kvrun.files.safe_file import check_output, lock
 
 
 class Lines:
@@ -77,7 +78,8 @@ class StandardOutput:
 
 
 class RecordFile:
-    """Records at the end of a file, each on the disk's side of the program as soon as it is written."""
+    """Records at the end of a file, which nobody else may write to meanwhile. A record is the system's to keep as soon
+    as it is written: whatever becomes of the process, it is there."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -86,6 +88,37 @@ class RecordFile:
             self.fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise self._failed(error) from None
+        if lock(self.fd) is False:
+            self.close()
+            raise KvrunError(f"{path}: cannot write: another process does")
+
+    def answered(self) -> set[Key]:
+        """The lines that the file has answers for. A last record of which only a part is there, since the process or
+        the machine was stopped, is cut off. KvrunError, with nothing changed, if it holds anything but records."""
+        found: set[Key] = set()
+        end = 0
+        with open(self.fd, "rb", closefd=False) as file:
+            for number, data in enumerate(file, 1):
+                whole = data.endswith(b"\n")
+                try:
+                    key = answered_key(data) if data.strip() else None
+                except (OptionError, ValueError) as error:
+                    if whole or isinstance(error, OptionError) or not data.startswith(b"{"):
+                        raise self._no_record(number) from None
+                    os.ftruncate(self.fd, end)
+                    break
+                if key is not None:
+                    found.add(key)
+                if not whole:
+                    os.write(self.fd, b"\n")
+                end += len(data)
+        return found
+
+    def _no_record(self, number: int) -> KvrunError:
+        return KvrunError(
+            f"{self.path}: line {number} is no record of kvrun batch, which would be added to; give the answers "
+            "another file"
+        )
 
     def close(self) -> None:
         os.close(self.fd)

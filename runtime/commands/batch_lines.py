@@ -24,8 +24,7 @@ class Line:
     def __init__(self, number: int, entry: dict[str, Any]) -> None:
         self.number, self.entry = number, entry
         self._given_id = entry.get("custom_id")
-        usable = isinstance(self._given_id, (str, int)) and not isinstance(self._given_id, bool)
-        self.custom_id: str | int | None = self._given_id if usable else None
+        self.custom_id = _usable(self._given_id)
 
     @property
     def key(self) -> Key:
@@ -99,3 +98,27 @@ def read_line(data: bytes, number: int) -> Line:
     if not isinstance(entry, dict):
         raise OptionError(f"the line is not a JSON object, but {shown(entry)}")
     return OpenAILine(number, entry) if "url" in entry or "body" in entry else Line(number, entry)
+
+
+def answered_key(data: bytes) -> Key | None:
+    """Which line a record answers; None if it is an error. OptionError for what is no record, ValueError for what is no
+    JSON, such as a part of a record."""
+    try:
+        record = json.loads(data)
+    except RecursionError:
+        record = None
+    if not isinstance(record, dict) or not {"text", "error"} & record.keys():
+        raise OptionError("not a record")
+    key: Key | None = _usable(record.get("custom_id"))
+    if key is None:
+        if not isinstance(record.get("line"), int):
+            raise OptionError("not a record")
+        key = ("line", record["line"])
+    response = record.get("response")
+    answered = "text" in record or (isinstance(response, dict) and response.get("status_code") == 200)
+    return key if answered else None
+
+
+def _usable(custom_id: Any) -> str | int | None:
+    """A custom_id if it can be one."""
+    return custom_id if isinstance(custom_id, (str, int)) and not isinstance(custom_id, bool) else None

@@ -126,7 +126,7 @@ class SafeFile:
             self._temporary = _temporary_name(self._target)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             fd = os.open(self._temporary, flags, mode)
-            if _lock(fd) is False or not os.fstat(fd).st_nlink:  # taken for left behind by another in that moment
+            if lock(fd) is False or not os.fstat(fd).st_nlink:  # taken for left behind by another in that moment
                 os.close(fd)
                 self._forget_name()
                 fd = None
@@ -203,7 +203,7 @@ def _open_unnamed(target: str, mode: int) -> int | None:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(trial)
-        _lock(fds[1])
+        lock(fds[1])
         return fds.pop()
     except OSError:  # what is really wrong is met, and said, when a file is created by name
         return None
@@ -261,13 +261,13 @@ def _remove_if_left(path: str, ours: bool) -> None:
         try:
             info = os.fstat(fd)
             mine = stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
-            if mine and (ours or time.time() - info.st_mtime > _SURELY_LEFT) and _lock(fd):
+            if mine and (ours or time.time() - info.st_mtime > _SURELY_LEFT) and lock(fd):
                 os.unlink(path)
         finally:
             os.close(fd)
 
 
-def _lock(fd: int) -> bool | None:
+def lock(fd: int) -> bool | None:
     """Hold a file until it is closed; False if another process does, None where there are no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

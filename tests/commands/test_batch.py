@@ -350,6 +350,90 @@ def test_lines_that_are_not_quite_of_that_form(model, folder, capsys):
     assert records[0]["response"]["body"]["model"] == kvrun.load(model).description.name
 
 
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_going_on_where_it_was(model, folder, capsys):
+    lines = [{"custom_id": "a", "prompt": "a"}, {"prompt": "b"}, {"custom_id": 3, "prompt": ""}, asked("d", CHAT)]
+    folder.write(*lines)
+    assert folder.run(capsys, model, *STEADY)[0] == 1
+    before = folder.records()
+    lines[2]["prompt"], lines[3] = "c", asked("d", CHAT, messages=MESSAGES)
+    folder.write(*lines, {"custom_id": "e", "prompt": "e"}, {"custom_id": "a", "prompt": "a"})
+    status, records, err = folder.run(capsys, model, *STEADY)
+    assert status == 1 and "[3 answers, 1 error, 2 answered before; " in err and "1 of 6 lines" in err
+    assert records[:4] == before
+    assert sorted(map(str, messages_of(records[4:5]))) == ["a"]
+    assert {record.get("custom_id") for record in records[5:]} == {3, "d", "e"}
+    assert not any("error" in record and record["error"] for record in records[5:])
+    folder.write(*lines)
+    status, after, err = folder.run(capsys, model, *STEADY)
+    assert status == 0 and after == records and "[0 answers, 0 errors, 4 answered before; " in err
+
+
+@pytest.mark.parametrize("openai", [False, True])
+def test_a_torn_record_is_made_again(model, folder, capsys, openai):
+    names = "abcd"
+    folder.write(*(asked(i, TEXT, prompt=i) if openai else {"custom_id": i, "prompt": i} for i in names))
+    assert folder.run(capsys, model, "--in-order", *STEADY)[0] == 0
+    with open(folder.answers, "rb") as file:
+        whole = file.read()
+    last = whole[:-1].rindex(b"\n") + 1
+    for size in (last + 1, (last + len(whole)) // 2, len(whole) - 2, len(whole) - 1):
+        os.truncate(folder.answers, size)
+        status, records, err = folder.run(capsys, model, *STEADY)
+        assert status == 0 and [record["custom_id"] for record in records] == list(names)
+        assert f"[{int(size < len(whole) - 1)} answer" in err
+        with open(folder.answers, "rb") as file:
+            assert file.read(last) == whole[:last]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a text\n",
+        b"a text",
+        b'{"custom_id": "a", "prompt": "a"}',
+        b'{"a": 1}\n',
+        b'{"custom_id": [], "text": "a"}\n',
+        b'{"line": 1, "text": "a"}\n\0\0\0\n{"line": 2',
+        b"[" * 100_000,
+        b"\xff\xfe\n",
+    ],
+    ids=lambda content: content[:10].decode("latin-1"),
+)
+def test_a_file_that_holds_something_else_is_left_alone(model, folder, capsys, content):
+    folder.write({"prompt": "a"})
+    with open(folder.answers, "wb") as file:
+        file.write(content)
+    status = cli.main(["batch", model, folder.prompts, "-o", folder.answers, *STEADY])
+    refused((status, *capsys.readouterr()), "out.jsonl: line ", "is no record of kvrun batch")
+    with open(folder.answers, "rb") as file:
+        assert file.read() == content
+
+
+def test_one_process_at_a_time(model, folder, capsys):
+    folder.write({"prompt": "a"})
+    other = batch_files.RecordFile(folder.answers)
+    status = cli.main(["batch", model, folder.prompts, "-o", folder.answers, *STEADY])
+    other.close()
+    refused((status, *capsys.readouterr()), "out.jsonl: cannot write: another process does")
+    assert folder.run(capsys, model, *STEADY)[0] == 0
+
+
+def test_going_on_after_a_kill(model, folder, capsys):
+    folder.write(*({"prompt": "a", "max_tokens": 5 if i % 2 else 50_000} for i in range(20)))
+    with subprocess.Popen([*KVRUN, "batch", model, folder.prompts, "-o", folder.answers, "--ignore-eos"]) as process:
+        end = time.monotonic() + WAIT
+        while not os.path.exists(folder.answers) or not os.path.getsize(folder.answers):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.kill()
+    folder.write(*({"prompt": "a", "max_tokens": 5} for i in range(20)))
+    status, records, _err = folder.run(capsys, model, "--ignore-eos")
+    assert status == 0 and sorted(record["line"] for record in records) == list(range(1, 21))
+
+
 # --- input and output -----------------------------------------------------------------------------
 
 
