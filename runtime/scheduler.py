@@ -180,7 +180,7 @@ class Scheduler:
         self._running: list[_Running] = []
         self._piece = _Piece()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._cancelling = False
         self._thread = threading.Thread(target=self._run, name="kvrun scheduler", daemon=True)
         self._thread.start()
 
@@ -205,10 +205,7 @@ class Scheduler:
     def close(self, cancel: bool = False) -> None:
         """Wait for all requests, or cancel them, and end the thread."""
         with self._changed:
-            self._closing = True
-            if cancel:
-                for request in (*self._waiting, *(one.request for one in self._running)):
-                    request.cancel()
+            self._closing, self._cancelling = True, self._cancelling or cancel
             self._changed.notify_all()
         self._thread.join()
 
@@ -248,15 +245,20 @@ class Scheduler:
             news: list[Request] = []
             while self._waiting and len(self._running) + len(news) < self.parallel:
                 news.append(self._waiting.popleft())
-            for request in [waiting for waiting in self._waiting if waiting.given_up]:
+            for request in [waiting for waiting in self._waiting if self._given_up(waiting)]:
                 self._waiting.remove(request)
                 request.end()
         for request in news:
             self._start(request)
         return True
 
+    def _given_up(self, request: Request) -> bool:
+        if self._cancelling:
+            request.cancel()
+        return request.given_up
+
     def _start(self, request: Request) -> None:
-        if request.given_up:
+        if self._given_up(request):
             request.end()
             return
         session = self._idle.pop()
@@ -294,7 +296,7 @@ class Scheduler:
         one.request.end(error)
 
     def _drop_given_up(self) -> None:
-        for one in [one for one in self._running if one.request.given_up]:
+        for one in [one for one in self._running if self._given_up(one.request)]:
             one.stop()
             self._leave(one)
 

@@ -161,6 +161,14 @@ def test_leaving_with_an_exception_cancels(model):
         several.submit("a")
 
 
+def test_closing_cancels_whatever_state_a_request_is_in(model):
+    for _ in range(30):
+        several = model.scheduler(2, **CACHE)
+        requests = [several.submit("a", ignore_eos=True, raw=True) for _ in range(4)]
+        several.close(cancel=True)
+        assert all(request.done for request in requests)
+
+
 def test_options(model):
     for bad in ({"parallel": 0}, {"parallel": 1000}, {"max_waiting": -1}, {"ctx": 1}):
         with pytest.raises(OptionError):
