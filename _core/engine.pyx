@@ -205,7 +205,8 @@ cdef class Engine:
 
     def __dealloc__(self):
         cdef int64_t i
-        self.arenas = None      # before the layers: threads that are late read them
+        for arena in self.arenas or ():     # before the layers: threads that are late read them
+            arena.settle()
         if self.layers != NULL:
             for i in range(self.c.n_layers):
                 free(self.layers[i].experts)
