@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from .attention cimport Item, Items, Plan, Ropes, attend_step, combine, plan_buffers, plan_chunk, plan_queries
-from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_kernels, kv_matmul_fn)
+from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_matmul_fn)
 from .kernels import require_level
 from .memory import advise_huge, anonymous
 from .cache import sliding_windows
