@@ -5,6 +5,7 @@ from .cpus import max_threads
 from .engine import MAX_CHUNK, MAX_ROWS, MAX_THREADS, Engine
 from .kernels import TILE, isa, isa_available
 from .memory import MappedFile, advise_huge, anonymous, touch, trim
+from .pool import KVPool
 from .sampler import Sampler
 from .weights import WEIGHT_TYPES, WeightType, column_multiple, pack, pack_raw, packed_size, raw_size, unpack
 
@@ -18,6 +19,7 @@ __all__ = [
     "Engine",
     "Exclusive",
     "KVCache",
+    "KVPool",
     "MappedFile",
     "Sampler",
     "Snapshot",

@@ -19,8 +19,8 @@ ctypedef struct QueryBlock:
 # What the attention of one chunk needs, for every layer.
 ctypedef struct Plan:
     const kv_kernels* kern
-    const Cache* cache                           # the one held, as it was before the chunk: threads that are late
-    Cache held                                   # still look here when the cache has changed
+    const Cache* cache                           # the one held, as it was before the chunk, with references of its own:
+    Cache held                                   # threads that are late still look here when the cache has changed
     int64_t n, first, last_tile                  # new tokens, position of the first, tile of the last one
     int64_t packed_before, packed_after          # tiles packed when the chunk starts and when it is in
     int64_t evicted_before, n_shifts             # sinks are rotated for n_shifts numbers of evicted tiles

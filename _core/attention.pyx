@@ -12,7 +12,8 @@ from libc.string cimport memcpy
 from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
 from .team cimport kv_member, kv_team_commit, kv_team_repeat, kv_team_take
 from .cache cimport (CacheLayer, first_tile, ring_tile, sink_keys, sink_values, tile_bytes, tile_of, tiles_evicted,
-                     tiles_packed, window_bytes, window_tile)
+                     tile_in, tiles_packed, window_bytes, window_tile)
+from .pool cimport TileRef
 
 cdef extern from "<math.h>" nogil:
     float exp2f(float)
@@ -91,6 +92,12 @@ cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil:
     counts them."""
     cdef const Cache* c = p.cache
     cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads, tile = 0, window = 0
+    cdef TileRef* tiles = <TileRef*>_take(block, &used, c.n_refs * sizeof(TileRef))
+    cdef TileRef* after = <TileRef*>_take(block, &used, c.n_refs * sizeof(TileRef))
+    if block != NULL:
+        memcpy(tiles, c.tiles, c.n_refs * sizeof(TileRef))
+        memcpy(after, c.after, c.n_refs * sizeof(TileRef))
+        p.held.tiles, p.held.after = tiles, after
     for i in range(c.n_layers):
         tile, window = max(tile, tile_bytes(&c.layers[i])), max(window, window_bytes(&c.layers[i]))
     p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
@@ -311,7 +318,7 @@ cdef void _commit_head(const Plan* plan, int64_t layer, int64_t head) noexcept n
     cdef const CacheLayer* of = &c.layers[layer]
     cdef int64_t tile
     for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
-        memcpy(ring_tile(c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
+        memcpy(tile_in(c.after, c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
     for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
         memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes(of))
 

@@ -250,7 +250,7 @@ def fill(KVCache kv not None, n_tokens, seed=0):
             made[<size_t>of.k, <size_t>of.v] = _tiles(&kv.c, of.k, of.v, rng), _tiles(&kv.c, of.wk, of.wv, rng)
     sinks = rng.standard_normal(kv.c.n_sinks * kv.c.head_dim, np.float32)
     with kv.lock:
-        kv.c.n_tokens, kv.c.packed_ever = n_tokens, 0
+        kv.hold(n_tokens, 0)
         for layer in range(kv.c.n_layers):
             of = &kv.c.layers[layer]
             ring, window = made[<size_t>of.k, <size_t>of.v]

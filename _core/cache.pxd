@@ -1,19 +1,23 @@
 from libc.stdint cimport int64_t, uint8_t
 
 from .kernels cimport KV_TILE, kv_format
+from .pool cimport KVPool, TileRef
 
 # A layer of a cache: its formats, and where its parts are. For each KV head, one after the other:
 #   sink keys, before RoPE  float32 [head_dim][sink_lanes]
 #   sink values             float32 [n_sinks][head_pad]
 #   window                  n_window_tiles tiles of the window's formats; tile i is in slot i mod n_window_tiles
-#   ring                    n_slots tiles of the chosen formats; tile i is in slot i mod n_slots
+#   ring                    room for n_slots tiles of the chosen formats; tile i is in slot i mod n_slots
+# Which memory a slot has says a reference: usually that place in the cache's own block, but a tile that several caches
+# have is in one of theirs. Layers with rings of the same size, and all or none of them with a sliding window, have one
+# reference for a slot of all.
 # Tile i holds tokens n_sinks + 64 i to n_sinks + 64 i + 63. Everything starts on a 64-byte boundary.
 #
 # A layer with a sliding window has only the ring that its queries can see, which is exact at any length: a query at
 # position p sees the tokens after p - sight, the first ones like any other.
 ctypedef struct CacheLayer:
     int64_t sight               # newest tokens that a query sees, itself included; 0: all that the cache has left
-    int64_t n_slots
+    int64_t n_slots, ring_ref   # slots of its ring, and the first of their references
     int64_t start, head_bytes   # offset of its first head, and the size of each
     int64_t sink_v, windows, ring                           # offsets of the parts of a head
     int64_t k_bytes, v_bytes, window_k_bytes, window_v_bytes                # of a tile
@@ -31,7 +35,10 @@ ctypedef struct Cache:
     int64_t n_tokens
     int64_t packed_ever                                     # tiles packed before a truncation, 0 if no ring lost any
     CacheLayer* layers
-    uint8_t* base
+    uint8_t* base                                           # of its own block
+    int64_t n_rings, n_refs                                 # rings with references of their own, and those of all
+    TileRef* tiles                                          # [n_refs]
+    TileRef* after                                          # [n_refs] when the step at hand has packed its tiles
 
 
 cdef inline int64_t tile_bytes(const CacheLayer* layer) noexcept nogil:
@@ -62,10 +69,17 @@ cdef inline uint8_t* window_tile(const Cache* c, int64_t layer, int64_t head, in
     return head_at(c, layer, head) + of.windows + tile % c.n_window_tiles * window_bytes(of)
 
 
-cdef inline uint8_t* ring_tile(const Cache* c, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
-    """Keys of a ring tile; its values follow k_bytes later. Never called for a ring without slots."""
+cdef inline uint8_t* tile_in(const TileRef* tiles, const Cache* c, int64_t layer, int64_t head,
+                             int64_t tile) noexcept nogil:
+    """Keys of a ring tile, where the references lead; its values follow k_bytes later. Never called for a ring without
+    slots."""
     cdef const CacheLayer* of = &c.layers[layer]
-    return head_at(c, layer, head) + of.ring + tile % of.n_slots * tile_bytes(of)
+    cdef const TileRef* ref = &tiles[of.ring_ref + tile % of.n_slots]
+    return ref.base + of.start + head * of.head_bytes + of.ring + ref.at * tile_bytes(of)
+
+
+cdef inline uint8_t* ring_tile(const Cache* c, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
+    return tile_in(c.tiles, c, layer, head, tile)
 
 
 cdef inline int64_t tile_of(const Cache* c, int64_t position) noexcept nogil:
@@ -102,10 +116,28 @@ cdef class KVCache:
     cdef readonly str k, v
     cdef readonly tuple sliding_windows
     cdef readonly object description
-    cdef object memory, lock
+    cdef readonly KVPool pool
+    cdef int64_t block                     # its own in the pool
+    cdef object memory, lock               # of its own block
     cdef object pace                       # the engine's, for its steps with this cache
-    cdef list late                         # calls in which late threads may still read it
+    cdef tuple late                        # calls in which late threads may still read it
     cdef int64_t huge                      # bytes from the start on that have been given huge pages
+    cdef const int64_t[:, ::1] rings       # [n_rings, 4]: slots, the first reference, bytes of a tile,
+                                           # whether its layers have a sliding window
+    cdef bint reserved                     # whether c.after is another than c.tiles
+    cdef int reserve(self, int64_t n) except -1
+    cdef int unreserve(self) except -1
+    cdef int append(self, int64_t n) except -1
+    cdef int read_by(self, arena) except -1
+    cdef int _settle(self) except -1
+    cdef int _drop(self, TileRef* ref, int64_t ring) except -1
+    cdef int hold(self, int64_t n_tokens, int64_t packed_ever, bint all_rings=*) except -1
+    cdef int _lay_out_rings(self) except -1
+    cdef int64_t _ring_of(self, int64_t ref) noexcept
+    cdef int _give_back(self) except -1
+    cdef int _own_run(self, int64_t ring, int64_t first, int64_t end) except -1
+    cdef int _drop_unused(self) except -1
+    cdef int64_t _own_bytes(self) noexcept
     cdef int _allocate(self) except -1
     cdef bint grown(self) except -1
     cdef int _all_huge(self, int64_t bytes) except -1

@@ -4,6 +4,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .pool import KVPool
+
 _Result = TypeVar("_Result")
 
 KV_FORMATS: dict[str, float]
@@ -54,7 +56,10 @@ class KVCache:
         sinks: int = 4,
         window: int = 64,
         prefault: bool = False,
+        pool: KVPool | None = None,
     ) -> None: ...
+    @property
+    def pool(self) -> KVPool: ...
     @property
     def ctx(self) -> int: ...
     @property

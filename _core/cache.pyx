@@ -7,6 +7,7 @@ truncating, copying, saving and loading move whole tiles and keep no records.
 import threading
 from collections import Counter
 
+from libc.stdint cimport int32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from .kernels cimport KV_FORMAT_F16, KV_FORMAT_F32, KV_MAX_HEAD_DIM, KV_TILE, kernels, kv_head_pad
 from .kernels cimport KV_FORMATS as N_FORMATS
-from .memory import advise_huge, anonymous, collapse, touch
+from .pool cimport KVPool, TileRef, references
+from .memory import advise_huge, collapse, release, touch
 from .pace import Pace
 
 
@@ -116,12 +118,13 @@ def kv_bytes(description, k="f16", v="f16", ctx=2048, sinks=4, window=64):
 
 cdef enum Direction:
     SAVE   # from the cache to a buffer
-    LOAD   # from a buffer to the cache
-    COPY   # from the cache to the memory of another one with the same options
+    LOAD   # from a buffer to the cache, where nobody else has the tiles
+    COPY   # from the cache to the block of another one with the same options
 
 cdef enum Share:
     WHOLE      # sinks and all tiles
     CHANGING   # the tiles that later tokens may replace or round
+    OWN        # sinks and window
 
 cdef int64_t MAX_TOKENS = <int64_t>1 << 60   # far from any overflow
 
@@ -131,19 +134,24 @@ ctypedef struct Tiles:
     int64_t first, packed, end
 
 
-cdef Tiles _tiles(const Cache* c, int64_t layer) noexcept nogil:
+cdef Tiles _tiles_with(const Cache* c, int64_t n_slots) noexcept nogil:
+    """With a ring of so many slots."""
     cdef Tiles t
     cdef int64_t packed = tiles_packed(c, c.n_tokens)
-    t.first = tiles_evicted(c, c.layers[layer].n_slots, packed)
+    t.first = tiles_evicted(c, n_slots, packed)
     t.packed = max(packed, t.first)
     t.end = tile_of(c, c.n_tokens - 1) + 1
     return t
 
 
+cdef Tiles _tiles(const Cache* c, int64_t layer) noexcept nogil:
+    return _tiles_with(c, c.layers[layer].n_slots)
+
+
 cdef Tiles _tiles_of(const Cache* c, int64_t layer, Share share) noexcept nogil:
     """Of the tiles in use those of a share. A ring without sight keeps its tiles, another one replaces them."""
     cdef Tiles t = _tiles(c, layer)
-    if share == CHANGING and not c.layers[layer].sight:
+    if share == OWN or (share == CHANGING and not c.layers[layer].sight):
         t.first = t.packed
     return t
 
@@ -155,7 +163,7 @@ cdef int64_t _state_bytes(const Cache* c, Share share) noexcept nogil:
     for layer in range(c.n_layers):
         t, of = _tiles_of(c, layer, share), &c.layers[layer]
         bytes += (t.packed - t.first) * tile_bytes(of) + (t.end - t.packed) * window_bytes(of)
-        bytes += of.windows if share == WHOLE else 0
+        bytes += of.windows if share != CHANGING else 0
     return bytes * c.n_kv_heads
 
 
@@ -185,7 +193,7 @@ cdef bint _is_as_it_was(const Cache* c, int64_t n) noexcept nogil:
         evicted = _tiles(c, layer).first
         if unpacks and not _keeps_values(&c.layers[layer]):
             return False
-        if c.layers[layer].sight and not _can_keep(c, layer, n, evicted):
+        if not _can_keep(c, layer, n, evicted):
             return False
         if not c.layers[layer].sight and evicted != lost:
             return False
@@ -222,7 +230,7 @@ cdef void _move_parts(const Cache* c, uint8_t* other, Direction direction, Share
     for layer in range(c.n_layers):
         t, of = _tiles_of(c, layer, share), &c.layers[layer]
         for head in range(c.n_kv_heads):
-            if share == WHOLE:
+            if share != CHANGING:
                 other = _move(c, head_at(c, layer, head), of.windows, other, direction)
             for tile in range(t.first, t.packed):
                 other = _move(c, ring_tile(c, layer, head, tile), tile_bytes(of), other, direction)
@@ -282,6 +290,10 @@ class Exclusive:
             return function(*args, **options)
 
 
+cdef inline bint _same(const TileRef* a, const TileRef* b) noexcept:
+    return a.base == b.base and a.at == b.at
+
+
 cdef class Snapshot:
     """What later tokens replace or round of a cache with `n_tokens`, for `KVCache.rewind`: the tiles of the window, and
     the rings of layers with a sliding window, as uint8 [n] `data`."""
@@ -301,11 +313,15 @@ cdef class KVCache:
     engine: anything with a ``description``. k, v: formats of the ring's keys and values (``KV_FORMATS``).
     ctx: tokens that stay visible at least (the newest ctx - sinks, and the first `sinks`). window: newest tokens
     kept unquantised, at least. A layer with a sliding window that ends before those has a ring for this window only.
-    prefault: have all memory present from the start. Raises ValueError for options that make no cache, MemoryError when
-    it does not fit into the memory there is. Every method raises RuntimeError while another thread is in one.
+    prefault: have all memory present from the start. pool: of caches with the same options, which it can have tiles in
+    common with (see `copy`); None: one of its own. Raises ValueError for options that make no cache, or are not those of
+    the pool, MemoryError when it does not fit into the memory there is, or the pool is full. Every method raises
+    RuntimeError while another thread is in one.
     """
 
-    def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64, prefault=False):
+    def __cinit__(self, engine, k="f16", v="f16", ctx=2048, sinks=4, window=64, prefault=False, KVPool pool=None):
+        self.block = -1
+        self.pool = KVPool() if pool is None else pool
         _lay_out(&self.c, engine.description, ctx, sinks, window)
         self.k, self.v, self.ctx = k, v, ctx
         self.description = engine.description
@@ -316,25 +332,30 @@ cdef class KVCache:
         self.nbytes = size
         self._lay_out_layers()
         self.lock = Exclusive(RuntimeError, "this cache is in use by another thread")
-        self.pace, self.late = Pace(), []
+        self.pace, self.late = Pace(), ()
         self._allocate()
         if prefault:
             self._all_huge(self.nbytes)
             touch(self.memory)
 
     def __dealloc__(self):
-        for call in self.late or ():
-            call.settle()
+        if self.block >= 0:
+            self._settle()
+            self.c.n_tokens = self.c.packed_ever = 0
+            self._drop_unused()
+            if self.pool.disown(self.block):
+                self._give_back()
         free(self.c.layers)
+        free(self.c.tiles)
+        free(self.c.after)
 
     cdef int _allocate(self) except -1:
         """Small pages, so that a short text takes what it uses of every head and no more. Large heads, of which the
         first huge page would be the most that a short text needs, have huge ones from the second on."""
-        cdef uint8_t[::1] memory
         cdef int64_t layer, head, at
-        self.memory = anonymous(max(self.nbytes, <int64_t>1))
-        memory = self.memory
-        self.c.base = &memory[0]
+        self.block = self.pool.own()
+        self.memory = <object>self.pool.blocks[self.block].memory
+        self.c.base = self.pool.blocks[self.block].base
         for layer in range(self.c.n_layers):
             if self.c.layers[layer].head_bytes <= SMALL_HEAD:
                 continue
@@ -346,7 +367,7 @@ cdef class KVCache:
     cdef bint grown(self) except -1:
         """After tokens have come: huge pages, which hardware prefetches far into, once it pays. False if there are none
         to be made."""
-        if self.huge >= self.nbytes or _state_bytes(&self.c, WHOLE) < self.nbytes // HUGE_SHARE:
+        if self.huge >= self.nbytes or self._own_bytes() < self.nbytes // HUGE_SHARE:
             return False
         self._all_huge(HUGE_AT_ONCE)
         return True
@@ -375,6 +396,167 @@ cdef class KVCache:
             at += c.n_kv_heads * layer.head_bytes
             c.layers[i], c.min_slots = layer, min(c.min_slots, layer.n_slots)
             c.n_sliding += layer.sight > 0
+        return self._lay_out_rings()
+
+    cdef int _lay_out_rings(self) except -1:
+        """One reference for a slot of all layers whose rings have as many of them, and are written alike."""
+        cdef Cache* c = &self.c
+        cdef CacheLayer* of
+        cdef int64_t i, own = 0
+        kinds = sorted({(int(c.layers[i].n_slots), c.layers[i].sight > 0) for i in range(c.n_layers)
+                        if c.layers[i].n_slots})
+        rings = np.zeros((len(kinds), 4), np.int64)
+        for ring, (slots, sight) in zip(rings, kinds):
+            ring[:] = slots, c.n_refs, 0, sight
+            for i in range(c.n_layers):
+                of = &c.layers[i]
+                if (of.n_slots, of.sight > 0) == (slots, sight):
+                    of.ring_ref = c.n_refs
+                    ring[2] += c.n_kv_heads * tile_bytes(of)
+            c.n_refs += slots
+        for i in range(c.n_layers):
+            own += c.n_kv_heads * c.layers[i].ring
+        self.rings, c.n_rings = rings, len(kinds)
+        c.tiles = <TileRef*>calloc(max(c.n_refs, <int64_t>1), sizeof(TileRef))
+        c.after = <TileRef*>calloc(max(c.n_refs, <int64_t>1), sizeof(TileRef))
+        if c.tiles == NULL or c.after == NULL:
+            raise MemoryError
+        return self.pool.open(self.nbytes, own, rings)
+
+    # Tiles, of which others may have some ----------------------------------------------------------------------------
+
+    cdef int reserve(self, int64_t n) except -1:
+        """Before n more tokens: room for the tiles that they pack, as `c.after` says. `append` or `unreserve` follows.
+        Raises MemoryError, with nothing changed. A tile that others have stays as it is, until `append` where it was."""
+        cdef Cache* c = &self.c
+        cdef int64_t packed = tiles_packed(c, c.n_tokens), end = tiles_packed(c, c.n_tokens + n), i, tile, slots, first
+        cdef TileRef* ref
+        if packed == end:
+            return 0
+        memcpy(c.after, c.tiles, c.n_refs * sizeof(TileRef))
+        self.reserved = True
+        try:
+            for i in range(c.n_rings):
+                slots, first = self.rings[i, 0], self.rings[i, 1]
+                for tile in range(max(packed, end - slots), end):
+                    ref = &c.after[first + tile % slots]
+                    if ref.base == NULL or references(self.pool, ref, first)[0] > 1:
+                        self.pool.acquire(self.block, first, slots, tile % slots, ref)
+        except MemoryError:
+            self.unreserve()
+            raise
+        return 0
+
+    cdef int unreserve(self) except -1:
+        """Gives back what `reserve` has taken."""
+        cdef int64_t i
+        for i in range(self.c.n_refs if self.reserved else 0):
+            if not _same(&self.c.tiles[i], &self.c.after[i]):
+                self._drop(&self.c.after[i], self._ring_of(i))
+        self.reserved = False
+        return 0
+
+    cdef int append(self, int64_t n) except -1:
+        """After a step in which n tokens have come."""
+        cdef int64_t i
+        self.c.n_tokens += n
+        for i in range(self.c.n_refs if self.reserved else 0):
+            if not _same(&self.c.tiles[i], &self.c.after[i]):
+                self._drop(&self.c.tiles[i], self._ring_of(i))
+                self.c.tiles[i] = self.c.after[i]
+        self.reserved = False
+        return 0
+
+    cdef int read_by(self, arena) except -1:
+        """Remembers a call in which late threads may be."""
+        if self.late or arena.busy():
+            self.late = tuple([call for call in {*self.late, arena} if call.busy()])
+        return 0
+
+    cdef int _settle(self) except -1:
+        """Waits until no late thread reads it."""
+        for call in self.late or ():
+            call.settle()
+        self.late = ()
+        return 0
+
+    cdef int _drop(self, TileRef* ref, int64_t ring) except -1:
+        """Gives a tile back. Only its own block stays in any case, whatever late threads read."""
+        if self.late and ref.base != NULL and ref.base != self.c.base:
+            self._settle()
+        self.pool.drop(ref, ring)
+        return 0
+
+    cdef int64_t _ring_of(self, int64_t ref) noexcept:
+        """The first reference of the ring that one is of."""
+        cdef int64_t i = self.c.n_rings - 1
+        while self.rings[i, 1] > ref:
+            i -= 1
+        return self.rings[i, 1]
+
+    cdef int hold(self, int64_t n_tokens, int64_t packed_ever, bint all_rings=True) except -1:
+        """Has these numbers, and in every slot that is in use a tile that nobody else has, to be written: in all rings,
+        or those of layers with a sliding window."""
+        cdef Tiles t
+        cdef int64_t ring
+        self.c.n_tokens, self.c.packed_ever = n_tokens, packed_ever
+        self._drop_unused()
+        for ring in range(self.c.n_rings):
+            if all_rings or self.rings[ring, 3]:
+                t = _tiles_with(&self.c, self.rings[ring, 0])
+                self._own_run(ring, t.first, t.packed)
+        return 0
+
+    cdef int _own_run(self, int64_t ring, int64_t first, int64_t end) except -1:
+        """For tiles [first, end) of a ring."""
+        cdef int64_t tile, slots = self.rings[ring, 0], start = self.rings[ring, 1]
+        cdef TileRef* ref
+        cdef TileRef fresh
+        for tile in range(first, end):
+            ref = &self.c.tiles[start + tile % slots]
+            if ref.base == NULL or references(self.pool, ref, start)[0] > 1:
+                self.pool.acquire(self.block, start, slots, tile % slots, &fresh)
+                self._drop(ref, start)
+                ref[0] = fresh
+        return 0
+
+    cdef int _drop_unused(self) except -1:
+        """Gives back tiles in slots that are not in use."""
+        cdef Tiles t
+        cdef int64_t i, tile, slots
+        for i in range(self.c.n_rings):
+            slots = self.rings[i, 0]
+            t = _tiles_with(&self.c, slots)
+            for tile in range(t.packed, t.first + slots):
+                self._drop(&self.c.tiles[self.rings[i, 1] + tile % slots], self.rings[i, 1])
+        return 0
+
+    cdef int64_t _own_bytes(self) noexcept:
+        """Bytes in use of its own block, by this cache."""
+        cdef int64_t ring, i, tiles, bytes = _state_bytes(&self.c, OWN)
+        for ring in range(self.c.n_rings):
+            tiles = 0
+            for i in range(self.rings[ring, 1], self.rings[ring, 1] + self.rings[ring, 0]):
+                tiles += self.c.tiles[i].base == self.c.base
+            bytes += tiles * self.rings[ring, 2]
+        return bytes
+
+    cdef int _give_back(self) except -1:
+        """The pages of its block that hold no tile of others, when it is gone."""
+        cdef const Cache* c = &self.c
+        cdef const CacheLayer* of
+        cdef const int32_t* counts = self.pool.blocks[self.block].references
+        cdef int64_t layer, head, at, slot, start, end
+        for layer in range(c.n_layers):
+            of = &c.layers[layer]
+            for head in range(c.n_kv_heads):
+                at, start, end = of.start + head * of.head_bytes, 0, of.ring
+                for slot in range(of.n_slots):
+                    if counts[of.ring_ref + slot]:
+                        release(self.memory, at + start, end - start)
+                        start = of.ring + (slot + 1) * tile_bytes(of)
+                    end = of.ring + (slot + 1) * tile_bytes(of)
+                release(self.memory, at + start, end - start)
         return 0
 
     @property
@@ -431,7 +613,7 @@ cdef class KVCache:
         if not (0 <= n_tokens <= MAX_TOKENS and 0 <= packed_ever <= MAX_TOKENS):
             raise ValueError(f"a cache cannot have {n_tokens} tokens, and {packed_ever} tiles packed before")
         with self.lock:
-            self.c.n_tokens, self.c.packed_ever = n_tokens, packed_ever
+            self.hold(n_tokens, packed_ever)
 
     def parts(self, keep=None, changing=False):
         """int64 [m, 2]: offsets and sizes of what is in use, or of what `truncate(keep)` reads and writes, or with
@@ -463,6 +645,7 @@ cdef class KVCache:
         """Forgets every token."""
         with self.lock:
             self.c.n_tokens = self.c.packed_ever = 0
+            self._drop_unused()
 
     def truncate(self, n):
         """Keeps the first n tokens, 0 <= n <= n_tokens.
@@ -497,6 +680,7 @@ cdef class KVCache:
                         _back_to_window(c, layer, head, tile, &scratch[0])
         packed = max(packed, c.packed_ever)
         c.n_tokens, c.packed_ever = n, packed if n > c.n_sinks and packed > c.min_slots else 0
+        self._drop_unused()
         _clear_gap(c)
         return 0
 
@@ -553,7 +737,7 @@ cdef class KVCache:
                 return False
             if not _is_as_it_was(&then, n):  # made after a truncation, of rings that had lost what n tokens see
                 return False
-            c.n_tokens, c.packed_ever = then.n_tokens, then.packed_ever
+            self.hold(then.n_tokens, then.packed_ever, False)
             if data.shape[0]:
                 with nogil:
                     _move_parts(c, <uint8_t*>&data[0], LOAD, CHANGING)
@@ -566,14 +750,22 @@ cdef class KVCache:
         return tiles_evicted(&self.c, self.c.n_slots, tiles_packed(&self.c, self.c.n_tokens))
 
     def copy(self):
-        """Another cache with the same options and tokens, which shares nothing with this one. Raises MemoryError."""
+        """Another cache with the same options and tokens, in the same pool. The tiles of the rings, which do not change
+        any more, are both's; each has a window of its own. Raises MemoryError."""
         cdef KVCache other
+        cdef Tiles t
+        cdef int64_t i, tile, slots, first
         with self.lock:
-            other = KVCache(self, self.k, self.v, self.ctx, self.c.n_sinks, self.c.window)
+            other = KVCache(self, self.k, self.v, self.ctx, self.c.n_sinks, self.c.window, False, self.pool)
             other.c.n_tokens, other.c.packed_ever = self.c.n_tokens, self.c.packed_ever
+            for i in range(self.c.n_rings):
+                slots, first = self.rings[i, 0], self.rings[i, 1]
+                t = _tiles_with(&self.c, slots)
+                for tile in range(t.first, t.packed):
+                    other.c.tiles[first + tile % slots] = self.c.tiles[first + tile % slots]
+                    references(self.pool, &self.c.tiles[first + tile % slots], first)[0] += 1
             with nogil:
-                _move_parts(&self.c, other.c.base, COPY, WHOLE)
-        other.grown()
+                _move_parts(&self.c, other.c.base, COPY, OWN)
         return other
 
     def state(self):
@@ -605,7 +797,7 @@ cdef class KVCache:
             raise ValueError(f"the state has {data.shape[0]} bytes; that of {n_tokens} tokens in this cache has "
                              f"{_state_bytes(&c, WHOLE)}")
         with self.lock:
-            self.c.n_tokens, self.c.packed_ever = c.n_tokens, c.packed_ever
+            self.hold(c.n_tokens, c.packed_ever)
             if data.shape[0]:
                 with nogil:
                     _move_parts(&self.c, <uint8_t*>&data[0], LOAD, WHOLE)

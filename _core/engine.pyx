@@ -421,6 +421,8 @@ cdef class Engine:
             self._count_rows(call, parts)
             pace = part.kv.pace if call.rows == 1 and most > 1 else None
             threads = most if pace is None else pace.threads(most)
+            for part in parts:
+                part.kv.reserve(len(part.ids))
             arena.count()
             self._buffers(arena, call, order, threads)
             arena.allocate()
@@ -438,15 +440,15 @@ cdef class Engine:
                 use = kv_team_run(arena.team, threads, forward, call)
                 if settle:
                     kv_team_settle(arena.team)
-            late = arena.busy()
             for part in parts:
-                part.kv.c.n_tokens += len(part.ids)
-                if late or part.kv.late:
-                    part.kv.late = [other for other in {*part.kv.late, arena} if other.busy()]
+                part.kv.read_by(arena)
+                part.kv.append(len(part.ids))
             if pace is not None:
                 pace.took(use.threads, most, use.seconds, use.waiting)
             results = self._results(parts, order, logits, hidden)
         finally:
+            for part in parts:
+                part.kv.unreserve()
             self.arenas.append(arena)
         for part in parts:
             part.kv.grown()

@@ -99,6 +99,13 @@ def collapse(memory, start, size):
         pass
 
 
+def release(memory, start, size):
+    """Gives whole pages in a part of `anonymous` memory back to the system; they are zero when they are used again."""
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end and hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
 def trim():
     """Gives memory that was freed back to the system at once, where the C library keeps it."""
     release_freed()

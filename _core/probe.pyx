@@ -265,14 +265,16 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
                 const kv_kernels* kern):
     cdef Chunk chunk
     cdef Ropes ropes
-    cdef Cache cache = kv.c
+    cdef Cache cache
     cdef CacheLayer layer = _at_level(&kv.c.layers[0], kern)
-    cdef int64_t n = k.shape[0], n_heads = (k if q is None else q).shape[1] // cache.head_dim
+    cdef int64_t n = k.shape[0], n_heads = (k if q is None else q).shape[1] // kv.c.head_dim
     cdef uint8_t[::1] block
     cdef const float[:, ::1] queries
     cdef float[:, ::1] out
     cdef float[::1] own
     cdef kv_team* team
+    kv.reserve(k.shape[0])
+    cache = kv.c
     cache.layers = &layer
     memset(&chunk, 0, sizeof(Chunk))
     chunk.k, chunk.v = &k[0, 0], &v[0, 0]
@@ -299,5 +301,5 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     with nogil:
         kv_team_run(team, threads, _chunk, &chunk)
         kv_team_free(team)
-    kv.c.n_tokens += n
+    kv.append(n)
     return result

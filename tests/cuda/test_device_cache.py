@@ -33,7 +33,10 @@ def pair(engine, k, v, options, n_tokens, seed=0):
 
 
 def put(gpu, cpu):
-    gpu.device.write(gpu.memory.ptr, cpu.bytes)
+    """What a cache holds, of which some may lie in other caches' memory."""
+    whole = _core.KVCache(gpu.engine, cpu.k, cpu.v, cpu.ctx, cpu.n_sinks, cpu.window)
+    whole.load_state(cpu.n_tokens, cpu.lost, cpu.state())
+    gpu.device.write(gpu.memory.ptr, whole.bytes)
     gpu.host.count(cpu.n_tokens, cpu.packed_ever)
 
 
