@@ -5,169 +5,22 @@ on the way are staged beside the ring until every query of the chunk is done, si
 copy of them, or the ring tile they will replace.
 """
 
-from libc.math cimport INFINITY, M_LOG2E, cos, sin
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy
 
-from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_prefetch
+from .kernels cimport KV_FORMAT_F32, KV_TILE, kv_format, kv_kernels, kv_prefetch
 from .team cimport kv_member, kv_team_commit, kv_team_repeat, kv_team_take
-from .cache cimport (CacheLayer, first_tile, ring_tile, sink_keys, sink_values, tile_bytes, tile_of, tiles_evicted,
-                     tile_in, tiles_packed, window_bytes, window_tile)
-from .pool cimport TileRef
+from .cache cimport (Cache, CacheLayer, first_tile, sink_keys, sink_values, tile_bytes, tile_in, tile_of, tiles_evicted,
+                     window_bytes, window_tile)
+from .plan cimport (GRAB, MAX_ITEMS, MAX_MEMBERS, Group, Groups, Item, Member, Plan, QueryBlock, block_rows, group_rows,
+                    n_spans, oldest_tile, output_rows, packed_tile, rope_of, span_length, tile_at, unpacked_tile)
 
 cdef extern from "<math.h>" nogil:
     float exp2f(float)
 
 cdef enum:
-    BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
-    SPLIT_TOKENS = 16     # of a text that is written, longer chunks have enough queries to share out; in shorter ones
-                          # tiles are split into spans:
-    GRAB = 8              # spans that a thread takes at a time, at most
-    SPAN_LEAST = 4        # of at least so many tiles, that a few of a short text keep every thread busy,
-    SPAN_MOST = 64        # and at most so many, once there are
-    SPANS = 8             # so many spans; whatever the number of threads, which is not to change results
-
-
-# Plan ---------------------------------------------------------------------------------------------------------------
-
-cdef inline int64_t _queries_per_block(int64_t group) noexcept nogil:
-    return BLOCK_ROWS // group if group < BLOCK_ROWS else 1
-
-
-cdef inline int64_t _rows(int64_t group) noexcept nogil:
-    return _queries_per_block(group) * group
-
-
-cdef inline int64_t _first(const Plan* plan, int64_t layer) noexcept nogil:
-    """The oldest tile that the chunk sees in a layer."""
-    return first_tile(plan.cache, layer, plan.first, tiles_packed(plan.cache, plan.first + 1))
-
-
-cdef inline int64_t _spans(const Plan* plan, int64_t layer) noexcept nogil:
-    """Spans that the tiles of a layer are split into: as its queries see, not as the cache has."""
-    cdef int64_t tiles = plan.last_tile - _first(plan, layer) + 1
-    if not plan.split:
-        return 1
-    return max(max((tiles + SPAN_MOST - 1) // SPAN_MOST, <int64_t>1), min(tiles // SPAN_LEAST, <int64_t>SPANS))
-
-
-cdef inline int64_t _rope(const Plan* plan, int64_t layer) noexcept nogil:
-    """The number of a layer's rotary embedding."""
-    return plan.ropes.of_layer[layer] if plan.ropes.of_layer != NULL else 0
-
-
-cdef void plan_chunk(Plan* p, const kv_kernels* kern, const Cache* c, const Ropes* ropes, int64_t first, int64_t n,
-                     int64_t n_heads, float scale, float soft_cap, bint written) noexcept nogil:
-    """Counts what a chunk of n tokens from position `first` on needs; no buffer is placed. soft_cap: 0 for none.
-    written: of a text that is being written. One that is read is not split into spans, whose sums round otherwise than
-    one sum does, so that no result depends on the chunks it comes in."""
-    cdef int64_t layer
-    p.kern, p.held, p.ropes = kern, c[0], ropes[0]
-    p.cache = &p.held
-    p.soft_cap = <float>(soft_cap * M_LOG2E)
-    p.split = written and n <= SPLIT_TOKENS
-    p.n, p.first, p.last_tile = n, first, tile_of(c, first + n - 1)
-    p.packed_before, p.packed_after = tiles_packed(c, first), tiles_packed(c, first + n)
-    p.evicted_before = tiles_evicted(c, c.n_slots, tiles_packed(c, first + 1))
-    p.n_shifts = tiles_evicted(c, c.n_slots, p.packed_after) - p.evicted_before + 1
-    p.n_heads, p.group, p.scale = n_heads, n_heads // c.n_kv_heads, <float>(scale * M_LOG2E)
-    p.block_tokens = _queries_per_block(p.group)
-    p.n_spans = 1
-    for layer in range(c.n_layers):
-        p.n_spans = max(p.n_spans, _spans(p, layer))
-    p.max_tiles = p.last_tile - p.packed_before + 1
-    # of a thread: a tile while it is packed; or outputs, rotated queries, scores, two counts
-    p.scratch_floats = max(KV_TILE * c.head_pad, _rows(p.group) * (GRAB * (c.head_pad + 2) + c.head_dim + KV_TILE + 2))
-    p.scratch_floats = (p.scratch_floats + 15) // 16 * 16
-
-
-cdef inline void* _take(uint8_t* block, int64_t* used, int64_t bytes) noexcept nogil:
-    cdef int64_t at = used[0]
-    used[0] += (bytes + 63) // 64 * 64
-    return NULL if block == NULL else block + at
-
-
-cdef int64_t plan_buffers(Plan* p, uint8_t* block) noexcept nogil:
-    """Places the buffers in a block on a 64-byte boundary, which needs as many bytes as are returned; NULL: only
-    counts them."""
-    cdef const Cache* c = p.cache
-    cdef int64_t used = 0, half = c.head_dim // 2, outputs = p.n_spans * p.n * p.n_heads, tile = 0, window = 0
-    cdef TileRef* tiles = <TileRef*>_take(block, &used, c.n_refs * sizeof(TileRef))
-    cdef TileRef* after = <TileRef*>_take(block, &used, c.n_refs * sizeof(TileRef))
-    if block != NULL:
-        memcpy(tiles, c.tiles, c.n_refs * sizeof(TileRef))
-        memcpy(after, c.after, c.n_refs * sizeof(TileRef))
-        p.held.tiles, p.held.after = tiles, after
-    for i in range(c.n_layers):
-        tile, window = max(tile, tile_bytes(&c.layers[i])), max(window, window_bytes(&c.layers[i]))
-    p.blocks = <QueryBlock*>_take(block, &used, p.n * sizeof(QueryBlock))
-    p.cos = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
-    p.sin = <float*>_take(block, &used, 4 * p.ropes.n * p.n * half)
-    p.sink_cos = <float*>_take(block, &used, 4 * p.ropes.n * (p.n_shifts + 1) * c.n_sinks * half)
-    p.sink_sin = <float*>_take(block, &used, 4 * p.ropes.n * (p.n_shifts + 1) * c.n_sinks * half)
-    p.sinks = <float*>_take(block, &used, 4 * c.n_kv_heads * p.n_shifts * c.head_dim * c.sink_lanes)
-    p.staged_windows = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * window)
-    p.staged_tiles = <uint8_t*>_take(block, &used, c.n_kv_heads * p.max_tiles * tile)
-    p.acc = <float*>_take(block, &used, 4 * outputs * c.head_pad)
-    p.top = <float*>_take(block, &used, 4 * outputs)
-    p.total = <float*>_take(block, &used, 4 * outputs)
-    return used
-
-
-cdef void plan_queries(Plan* p) noexcept nogil:
-    """Query blocks, and the angles of the new tokens and of the sinks, in float64."""
-    cdef const Cache* c = p.cache
-    cdef int64_t t = 0, s, j, packed, shift, half = c.head_dim // 2, rope
-    cdef QueryBlock* block
-    p.n_blocks = 0
-    while t < p.n:
-        packed = tiles_packed(c, p.first + t + 1)
-        block = &p.blocks[p.n_blocks]
-        block.start, block.packed, block.end = t, packed, t + 1
-        while (block.end < p.n and block.end - t < p.block_tokens
-               and tiles_packed(c, p.first + block.end + 1) == packed):
-            block.end += 1
-        t = block.end
-        p.n_blocks += 1
-    for rope in range(p.ropes.n):
-        for t in range(p.n):
-            _angles(p, rope, p.first + t, half, p.cos + (rope * p.n + t) * half, p.sin + (rope * p.n + t) * half)
-        for s in range(p.n_shifts + (c.n_sliding > 0)):
-            shift = KV_TILE * (p.evicted_before + s) if s < p.n_shifts else 0
-            for j in range(c.n_sinks):
-                t = ((rope * (p.n_shifts + 1) + s) * c.n_sinks + j) * half
-                _angles(p, rope, j + shift, half, p.sink_cos + t, p.sink_sin + t)
-
-
-cdef void _angles(const Plan* p, int64_t rope, int64_t position, int64_t half, float* cosines,
-                  float* sines) noexcept nogil:
-    cdef int64_t i
-    cdef double angle, amplitude
-    for i in range(half):
-        angle = position * p.ropes.inv_freq[rope * half + i]
-        amplitude = p.ropes.amplitude[rope * half + i] if p.ropes.amplitude != NULL else 1
-        cosines[i] = <float>(amplitude * cos(angle))
-        sines[i] = <float>(amplitude * sin(angle))
-
-
-# Where a tile is while a chunk is under way -------------------------------------------------------------------------
-
-cdef inline uint8_t* _unpacked(const Plan* plan, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
-    """Window tile, in the window or, when the chunk reaches beyond it, staged."""
-    cdef const Cache* c = plan.cache
-    cdef int64_t beyond = tile - plan.packed_before - c.n_window_tiles
-    if beyond < 0:
-        return window_tile(c, layer, head, tile)
-    return plan.staged_windows + (head * plan.max_tiles + beyond) * window_bytes(&c.layers[layer])
-
-
-cdef inline uint8_t* _packed(const Plan* plan, int64_t layer, int64_t head, int64_t tile) noexcept nogil:
-    """Tile in the ring, or staged when this chunk packs it."""
-    cdef const Cache* c = plan.cache
-    cdef int64_t fresh = tile - plan.packed_before
-    if fresh < 0:
-        return ring_tile(c, layer, head, tile)
-    return plan.staged_tiles + (head * plan.max_tiles + fresh) * tile_bytes(&c.layers[layer])
+    FEW_TOKENS = 16       # of which a thread appends all that goes to a head together
 
 
 # Append -------------------------------------------------------------------------------------------------------------
@@ -200,21 +53,31 @@ cdef void _append_sinks(const Added* added, int64_t head) noexcept nogil:
             plan.kern.hadamard(values + (plan.first + t) * c.head_pad, c.head_dim)
     if not of.sight:
         for s in range(plan.n_shifts):
-            _rotate_sinks(plan, _rope(plan, added.layer), s, keys, out + s * set)
+            _rotate_sinks(plan, rope_of(plan, added.layer), s, keys, out + s * set)
     elif plan.first - of.sight + 1 < c.n_sinks:
-        _rotate_sinks(plan, _rope(plan, added.layer), plan.n_shifts, keys, out)
+        _rotate_sinks(plan, rope_of(plan, added.layer), plan.n_shifts, keys, out)
 
 
 cdef void _rotate_sinks(const Plan* plan, int64_t rope, int64_t place, const float* keys, float* out) noexcept nogil:
     cdef const Cache* c = plan.cache
-    cdef int64_t i, j, at, half = c.head_dim // 2, lanes = c.sink_lanes
-    cdef float a, b
+    cdef int64_t i, start, half = c.head_dim // 2, lanes = c.sink_lanes
+    cdef int64_t at = (rope * (plan.n_shifts + 1) + place) * half * lanes
     for i in range(half):
-        for j in range(min(c.n_sinks, plan.first + plan.n)):
-            at = ((rope * (plan.n_shifts + 1) + place) * c.n_sinks + j) * half + i
-            a, b = keys[i * lanes + j], keys[(i + half) * lanes + j]
-            out[i * lanes + j] = a * plan.sink_cos[at] - b * plan.sink_sin[at]
-            out[(i + half) * lanes + j] = b * plan.sink_cos[at] + a * plan.sink_sin[at]
+        for start in range(i * lanes, (i + 1) * lanes, 16):
+            _rotate(keys + start, keys + half * lanes + start, plan.sink_cos + at + start, plan.sink_sin + at + start,
+                    out + start, out + half * lanes + start)
+
+
+cdef inline void _rotate(const float* a, const float* b, const float* cosines, const float* sines, float* x,
+                         float* y) noexcept nogil:
+    """16 pairs of channels (a, b); lanes without a sink have angles, too, which nobody looks at."""
+    cdef float turned[32]
+    cdef int j
+    for j in range(16):
+        turned[j] = a[j] * cosines[j] - b[j] * sines[j]
+        turned[16 + j] = b[j] * cosines[j] + a[j] * sines[j]
+    memcpy(x, turned, 16 * sizeof(float))
+    memcpy(y, turned + 16, 16 * sizeof(float))
 
 
 cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* scratch) noexcept nogil:
@@ -223,8 +86,8 @@ cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* sc
     cdef const Cache* c = plan.cache
     cdef const CacheLayer* of = &c.layers[added.layer]
     cdef int64_t start = c.n_sinks + tile * KV_TILE, half = c.head_dim // 2, position, t, at
-    cdef int64_t angles = _rope(plan, added.layer) * plan.n * half
-    cdef uint8_t* window = _unpacked(plan, added.layer, head, tile)
+    cdef int64_t angles = rope_of(plan, added.layer) * plan.n * half
+    cdef uint8_t* window = unpacked_tile(plan, added.layer, head, tile)
     cdef uint8_t* packed
     for position in range(max(start, plan.first), min(start + KV_TILE, plan.first + plan.n)):
         t = position - plan.first
@@ -236,7 +99,7 @@ cdef void _append_tile(const Added* added, int64_t head, int64_t tile, float* sc
             plan.kern.hadamard(scratch, c.head_dim)
         of.wv.put_v(window + of.window_k_bytes, c.head_dim, position - start, scratch)
     if tile < plan.packed_after and of.n_slots:
-        packed = _packed(plan, added.layer, head, tile)
+        packed = packed_tile(plan, added.layer, head, tile)
         of.wk.unpack_k(window, c.head_dim, scratch)
         of.k.pack_k(scratch, c.head_dim, packed)
         of.wv.unpack_v(window + of.window_k_bytes, c.head_dim, scratch)
@@ -256,14 +119,14 @@ cdef inline int64_t _find(const int64_t* start, int64_t n, int64_t unit) noexcep
 cdef inline int64_t _appended(const Plan* plan) noexcept nogil:
     """Units of work of an append: of each KV head its sinks and each tile that gets tokens or is packed; of a few tokens
     all together."""
-    cdef int64_t parts = 1 if plan.n <= SPLIT_TOKENS else plan.last_tile - plan.packed_before + 2
+    cdef int64_t parts = 1 if plan.n <= FEW_TOKENS else plan.last_tile - plan.packed_before + 2
     return plan.cache.n_kv_heads * parts
 
 
 cdef void _append_unit(const Added* added, int64_t unit, float* scratch) noexcept nogil:
     cdef const Plan* plan = added.plan
     cdef int64_t parts = plan.last_tile - plan.packed_before + 2, i
-    cdef int64_t together = parts if plan.n <= SPLIT_TOKENS else 1
+    cdef int64_t together = parts if plan.n <= FEW_TOKENS else 1
     for i in range(unit * together, (unit + 1) * together):
         if i % parts == 0:
             _append_sinks(added, i // parts)
@@ -318,209 +181,289 @@ cdef void _commit_head(const Plan* plan, int64_t layer, int64_t head) noexcept n
     cdef const CacheLayer* of = &c.layers[layer]
     cdef int64_t tile
     for tile in range(max(plan.packed_before, plan.packed_after - of.n_slots), plan.packed_after):
-        memcpy(tile_in(c.after, c, layer, head, tile), _packed(plan, layer, head, tile), tile_bytes(of))
+        memcpy(tile_in(c.after, c, layer, head, tile), packed_tile(plan, layer, head, tile), tile_bytes(of))
     for tile in range(max(plan.packed_after, plan.packed_before + c.n_window_tiles), plan.last_tile + 1):
-        memcpy(window_tile(c, layer, head, tile), _unpacked(plan, layer, head, tile), window_bytes(of))
+        memcpy(window_tile(c, layer, head, tile), unpacked_tile(plan, layer, head, tile), window_bytes(of))
 
 
 # Attend -------------------------------------------------------------------------------------------------------------
 
-# One work item: the rows (queries of a block times heads of a group) of one KV head, over one span of tiles.
-ctypedef struct Rows:
+# What a block of queries sees of the tiles that a work item goes through.
+ctypedef struct Part:
     const Plan* plan
-    int64_t n, layer, head, sight
     const QueryBlock* block
+    int64_t row, n             # its rows, queries times heads of a group, of those of the work item
+    int64_t first, last        # tiles, of the span
     int64_t at                 # in the plan's outputs
-    float* q                   # [n][head_dim], rotated and scaled
-    float* scores              # [n][64]
-    int32_t* visible           # [n] of the tile at hand, each row sees tokens [hidden, visible), none if visible <= 0
-    int32_t* hidden            # [n] 0 without a sliding window
+
+# One work item: the rows of one KV head, of one or several sequences, over one span of tiles.
+ctypedef struct Rows:
+    int64_t layer, head, n_parts
+    Part part[MAX_MEMBERS]
+    float* q                   # [rows][head_dim], rotated and scaled
+    float* scores              # [rows][64]
+    int32_t* visible           # [rows] of the tile at hand, each row sees tokens [hidden, visible), none if visible <= 0
+    int32_t* hidden            # [rows] 0 without a sliding window
     float* top
     float* total
-    float* acc                 # [n][head_pad]
+    float* acc                 # [rows][head_pad]
+
+# Parts [start, end) of a work item, whose rows [row, row + n) see the same tile.
+ctypedef struct Run:
+    const Rows* rows
+    const Plan* plan           # of the first, in what all have in common
+    int64_t start, end, row, n, sight
 
 
-cdef inline int64_t _see(Rows* rows, int64_t start, int64_t tokens) noexcept nogil:
+cdef inline Run _run_of(const Rows* rows, int64_t start, int64_t end) noexcept nogil:
+    cdef Run run
+    run.rows, run.plan, run.start, run.end = rows, rows.part[start].plan, start, end
+    run.row = rows.part[start].row
+    run.n = rows.part[end - 1].row + rows.part[end - 1].n - run.row
+    run.sight = run.plan.cache.layers[rows.layer].sight
+    return run
+
+
+cdef inline int64_t _see(const Run* run, int64_t start, int64_t tokens) noexcept nogil:
     """Counts, for every row, what it sees of the tokens from position `start` on: those that are not in its future, nor
     before its sliding window. Returns how far the row that sees the most of them does."""
-    cdef int64_t t, h, r = 0, seen, hidden, most = 0
-    for t in range(rows.block.start, rows.block.end):
-        seen = rows.plan.first + t + 1 - start
-        hidden = max(seen - rows.sight, <int64_t>0) if rows.sight else 0
-        seen = min(seen, tokens) if hidden < tokens else 0
-        most = max(most, seen)
-        for h in range(rows.plan.group):
-            rows.visible[r] = <int32_t>seen
-            rows.hidden[r] = <int32_t>min(hidden, tokens)
-            r += 1
+    cdef int64_t p, t, h, r = run.row, seen, hidden, most = 0
+    cdef const Part* part
+    for p in range(run.start, run.end):
+        part = &run.rows.part[p]
+        for t in range(part.block.start, part.block.end):
+            seen = part.plan.first + t + 1 - start
+            hidden = max(seen - run.sight, <int64_t>0) if run.sight else 0
+            seen = min(seen, tokens) if hidden < tokens else 0
+            most = max(most, seen)
+            for h in range(part.plan.group):
+                run.rows.visible[r] = <int32_t>seen
+                run.rows.hidden[r] = <int32_t>min(hidden, tokens)
+                r += 1
     return most
 
 
-cdef inline void _fill_hidden(Rows* rows, float value) noexcept nogil:
+cdef inline void _fill_hidden(const Run* run, float value) noexcept nogil:
     cdef int64_t r, i
-    for r in range(rows.n):
-        for i in range(rows.hidden[r]):
-            rows.scores[r * KV_TILE + i] = value
+    for r in range(run.row, run.row + run.n):
+        for i in range(run.rows.hidden[r]):
+            run.rows.scores[r * KV_TILE + i] = value
 
 
-cdef inline void _weigh(Rows* rows) noexcept nogil:
+cdef inline void _weigh(const Run* run) noexcept nogil:
     """From scores to softmax weights: none for what a row does not see."""
-    cdef const kv_kernels* kern = rows.plan.kern
-    if rows.plan.soft_cap > 0:
-        kern.soft_cap(rows.scores, rows.n * KV_TILE, rows.plan.soft_cap)
-    if rows.sight:
-        _fill_hidden(rows, -INFINITY)
-    kern.softmax_step(rows.scores, rows.visible, rows.n, rows.plan.cache.head_pad, rows.top, rows.total, rows.acc)
-    if rows.sight:
-        _fill_hidden(rows, 0)  # their exponentials, 1e-38, have not changed the sum, which is at least 1
+    cdef const kv_kernels* kern = run.plan.kern
+    cdef const Rows* rows = run.rows
+    cdef int64_t r = run.row, width = run.plan.cache.head_pad
+    if run.plan.soft_cap > 0:
+        kern.soft_cap(rows.scores + r * KV_TILE, run.n * KV_TILE, run.plan.soft_cap)
+    if run.sight:
+        _fill_hidden(run, -INFINITY)
+    kern.softmax_step(rows.scores + r * KV_TILE, rows.visible + r, run.n, width, rows.top + r, rows.total + r,
+                      rows.acc + r * width)
+    if run.sight:
+        _fill_hidden(run, 0)  # their exponentials, 1e-38, have not changed the sum, which is at least 1
 
 
-cdef void _attend_sinks(Rows* rows) noexcept nogil:
-    cdef const Plan* plan = rows.plan
+cdef inline void _gather(const Run* run, const kv_format* k, const kv_format* v, const void* keys, int64_t stride,
+                         const void* values, int64_t start, int64_t lanes, int64_t tokens) noexcept nogil:
+    """Scores, weights and weighted values of a tile whose tokens are those from position `start` on."""
+    cdef const Cache* c = run.plan.cache
+    cdef int64_t r = run.row
+    tokens = _see(run, start, tokens)   # beyond them lies what an earlier text left
+    if tokens <= 0:
+        return
+    k.k_dot(keys, stride, c.head_dim, run.rows.q + r * c.head_dim, c.head_dim, run.n,
+            min(lanes, (tokens + 15) // 16 * 16), run.rows.scores + r * KV_TILE)
+    _weigh(run)
+    v.v_accumulate(values, c.head_dim, run.rows.scores + r * KV_TILE, run.n, tokens, run.rows.acc + r * c.head_pad)
+
+
+cdef void _attend_sinks(const Rows* rows, int64_t p) noexcept nogil:
+    """Of one part: its sinks are where its own text has them."""
+    cdef const Part* part = &rows.part[p]
+    cdef const Plan* plan = part.plan
     cdef const Cache* c = plan.cache
     cdef const kv_format* f32 = &plan.kern.format[KV_FORMAT_F32]
-    cdef int64_t place = 0, start = 0, lanes, tokens
+    cdef int64_t place = 0, start = 0, lanes
     cdef const float* keys
     cdef const float* values = sink_values(c, rows.layer, rows.head)
-    if not rows.sight:
-        place = tiles_evicted(c, c.n_slots, rows.block.packed) - plan.evicted_before
+    cdef Run run = _run_of(rows, p, p + 1)
+    if not run.sight:
+        place = tiles_evicted(c, c.n_slots, part.block.packed) - plan.evicted_before
     keys = plan.sinks + (rows.head * plan.n_shifts + place) * c.head_dim * c.sink_lanes
     while start < c.n_sinks:
-        lanes, tokens = min(c.sink_lanes - start, <int64_t>KV_TILE), min(c.n_sinks - start, <int64_t>KV_TILE)
-        tokens = _see(rows, start, tokens)  # beyond them lies what an earlier text left
-        if tokens > 0:
-            f32.k_dot(keys + start, c.sink_lanes, c.head_dim, rows.q, c.head_dim, rows.n, lanes, rows.scores)
-            _weigh(rows)
-            f32.v_accumulate(values + start * c.head_pad, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
+        lanes = min(c.sink_lanes - start, <int64_t>KV_TILE)
+        _gather(&run, f32, f32, keys + start, c.sink_lanes, values + start * c.head_pad, start, lanes,
+                min(c.n_sinks - start, <int64_t>KV_TILE))
         start += KV_TILE
 
 
-cdef inline const uint8_t* _tile_at(const Rows* rows, int64_t tile) noexcept nogil:
-    if tile < rows.block.packed:
-        return _packed(rows.plan, rows.layer, rows.head, tile)
-    return _unpacked(rows.plan, rows.layer, rows.head, tile)
+cdef void _attend_tile(const Run* run, int64_t tile, const uint8_t* data) noexcept nogil:
+    cdef const Cache* c = run.plan.cache
+    cdef const CacheLayer* of = &c.layers[run.rows.layer]
+    cdef bint packed = tile < run.rows.part[run.start].block.packed
+    _gather(run, of.k if packed else of.wk, of.v if packed else of.wv, data, KV_TILE,
+            data + (of.k_bytes if packed else of.window_k_bytes), c.n_sinks + tile * KV_TILE, KV_TILE, KV_TILE)
 
 
-cdef void _attend_tile(Rows* rows, int64_t tile) noexcept nogil:
-    cdef const Cache* c = rows.plan.cache
-    cdef const CacheLayer* of = &c.layers[rows.layer]
-    cdef bint packed = tile < rows.block.packed
-    cdef const kv_format* k = of.k if packed else of.wk
-    cdef const kv_format* v = of.v if packed else of.wv
-    cdef int64_t start = c.n_sinks + tile * KV_TILE, k_bytes = of.k_bytes if packed else of.window_k_bytes, tokens
-    cdef const uint8_t* data = _tile_at(rows, tile)
-    tokens = _see(rows, start, KV_TILE)
-    k.k_dot(data, KV_TILE, c.head_dim, rows.q, c.head_dim, rows.n, (tokens + 15) // 16 * 16, rows.scores)
-    _weigh(rows)
-    v.v_accumulate(data + k_bytes, c.head_dim, rows.scores, rows.n, tokens, rows.acc)
+cdef inline bint _has(const Part* part, int64_t tile) noexcept nogil:
+    return part.first <= tile <= part.last
 
 
-cdef void _prepare_rows(Rows* rows, const float* q, int64_t ld) noexcept nogil:
-    """Rotates and scales the queries; starts the softmax."""
-    cdef const Plan* plan = rows.plan
+cdef inline const uint8_t* _data(const Rows* rows, int64_t p, int64_t tile) noexcept nogil:
+    return tile_at(rows.part[p].plan, rows.part[p].block, rows.layer, rows.head, tile)
+
+
+cdef void _attend_everyone(const Rows* rows, int64_t tile) noexcept nogil:
+    """A tile number: together for neighbouring parts that have the same tile."""
+    cdef int64_t start = 0, end
+    cdef const uint8_t* data
+    cdef Run run
+    while start < rows.n_parts:
+        end = start + 1
+        if _has(&rows.part[start], tile):
+            data = _data(rows, start, tile)
+            while end < rows.n_parts and _has(&rows.part[end], tile) and _data(rows, end, tile) == data:
+                end += 1
+            run = _run_of(rows, start, end)
+            _attend_tile(&run, tile, data)
+        start = end
+
+
+cdef void _prepare(const Rows* rows, int64_t p, const float* q, int64_t ld) noexcept nogil:
+    """Rotates and scales the queries of a part; starts their softmax. q: of the part's item."""
+    cdef const Part* part = &rows.part[p]
+    cdef const Plan* plan = part.plan
     cdef const Cache* c = plan.cache
-    cdef int64_t r, t, i, half = c.head_dim // 2, at
-    for r in range(rows.n):
-        t = rows.block.start + r // plan.group
-        at = (_rope(plan, rows.layer) * plan.n + t) * half
-        plan.kern.rope(q + t * ld + (rows.head * plan.group + r % plan.group) * c.head_dim, plan.cos + at,
+    cdef int64_t i, t, r, half = c.head_dim // 2, at
+    for i in range(part.n):
+        t, r = part.block.start + i // plan.group, part.row + i
+        at = (rope_of(plan, rows.layer) * plan.n + t) * half
+        plan.kern.rope(q + t * ld + (rows.head * plan.group + i % plan.group) * c.head_dim, plan.cos + at,
                        plan.sin + at, c.head_dim, plan.scale, rows.q + r * c.head_dim)
         rows.top[r] = -INFINITY
         rows.total[r] = 0
-        for i in range(c.head_pad):
-            rows.acc[r * c.head_pad + i] = 0
+    for i in range(part.row * c.head_pad, (part.row + part.n) * c.head_pad):
+        rows.acc[i] = 0
 
 
-cdef Rows _rows_of(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span, float* scratch,
-                   int64_t i) noexcept nogil:
-    """The i-th of a grab: only its outputs have a place of their own."""
+cdef void _place(Rows* rows, const Plan* plan, float* scratch, int64_t at) noexcept nogil:
+    """Where the rows are in a thread's scratch; their outputs are row `at` and those after it."""
     cdef const Cache* c = plan.cache
-    cdef Rows rows
-    rows.plan, rows.layer, rows.head, rows.block = plan, layer, head, &plan.blocks[block]
-    rows.sight = c.layers[layer].sight
-    rows.n = (rows.block.end - rows.block.start) * plan.group
-    rows.at = ((span * c.n_kv_heads + head) * plan.n + rows.block.start) * plan.group
-    rows.acc = scratch + i * _rows(plan.group) * c.head_pad
-    rows.q = scratch + GRAB * _rows(plan.group) * c.head_pad
-    rows.scores = rows.q + _rows(plan.group) * c.head_dim
-    rows.visible = <int32_t*>(rows.scores + _rows(plan.group) * KV_TILE)
-    rows.hidden = rows.visible + _rows(plan.group)
-    rows.top = <float*>(rows.hidden + _rows(plan.group)) + i * _rows(plan.group)
-    rows.total = rows.top + GRAB * _rows(plan.group)
-    return rows
+    rows.acc = scratch + at * c.head_pad
+    rows.q = scratch + output_rows(plan) * c.head_pad
+    rows.scores = rows.q + group_rows(plan) * c.head_dim
+    rows.visible = <int32_t*>(rows.scores + group_rows(plan) * KV_TILE)
+    rows.hidden = rows.visible + group_rows(plan)
+    rows.top = <float*>(rows.hidden + group_rows(plan)) + at
+    rows.total = rows.top + output_rows(plan)
+    rows.n_parts = 0
 
 
-cdef Rows _attend(const Plan* plan, int64_t layer, int64_t head, int64_t block, int64_t span, const float* q,
-                  int64_t ld, float* scratch, int64_t i) noexcept nogil:
-    """One work item, the i-th of a grab: what a block of queries gathers from a span of a head's tiles."""
-    cdef const Cache* c = plan.cache
-    cdef Rows rows = _rows_of(plan, layer, head, block, span, scratch, i)
-    cdef int64_t tile, first, last, start = _first(plan, layer), spans = _spans(plan, layer)
-    cdef int64_t tiles = plan.last_tile - start + 1
-    first = first_tile(c, layer, plan.first + rows.block.start, rows.block.packed)
-    last = tile_of(c, plan.first + rows.block.end - 1)
-    first = max(first, start + span * tiles // spans)
-    last = min(last, start + (span + 1) * tiles // spans - 1)
-    if first <= last:
-        kv_prefetch(_tile_at(&rows, first), tile_bytes(&c.layers[layer]))
-    _prepare_rows(&rows, q, ld)
-    if span == 0 and c.n_sinks:
-        _attend_sinks(&rows)
+cdef void _add_part(Rows* rows, const Plan* plan, int64_t block, int64_t span, int64_t first, int64_t last) noexcept nogil:
+    """A block of queries, over the tiles that it sees from `first` to `last`: the plan's span of this number."""
+    cdef Part* part = &rows.part[rows.n_parts]
+    cdef const QueryBlock* queries = &plan.blocks[block]
+    part.plan, part.block = plan, queries
+    part.row = rows.part[rows.n_parts - 1].row + rows.part[rows.n_parts - 1].n if rows.n_parts else 0
+    part.n = (queries.end - queries.start) * plan.group
+    part.first = max(first, first_tile(plan.cache, rows.layer, plan.first + queries.start, queries.packed))
+    part.last = min(last, tile_of(plan.cache, plan.first + queries.end - 1))
+    part.at = ((span * plan.cache.n_kv_heads + rows.head) * plan.n + queries.start) * plan.group
+    rows.n_parts += 1
+
+
+cdef void _attend_rows(const Rows* rows) noexcept nogil:
+    """What all rows gather from their tiles, and those that begin there from the sinks."""
+    cdef int64_t p, tile, first = rows.part[0].first, last = rows.part[0].last
+    cdef const Part* part
+    for p in range(rows.n_parts):
+        part = &rows.part[p]
+        first, last = min(first, part.first), max(last, part.last)
+        if part.at < part.plan.cache.n_kv_heads * part.plan.n * part.plan.group and part.plan.cache.n_sinks:
+            _attend_sinks(rows, p)
     for tile in range(first, last + 1):
-        _attend_tile(&rows, tile)
-    return rows
+        _attend_everyone(rows, tile)
 
 
-cdef void _hand_over(const Plan* plan, const Rows* rows) noexcept nogil:
+cdef void _attend_group(Rows* rows, const Items* items, const Group* group, const float* q, int64_t ld) noexcept nogil:
+    """All members of a group over its span. q: of all items."""
+    cdef int64_t m = group.first, p = 0, tiles = group.length
+    cdef const Item* item
+    cdef const Plan* plan
+    while m >= 0:
+        item = &items.item[items.members[m].item]
+        plan = &item.plan
+        _add_part(rows, plan, items.members[m].block, group.span - oldest_tile(plan, rows.layer) // tiles,
+                  group.span * tiles, (group.span + 1) * tiles - 1)
+        if p == 0 and _has(&rows.part[0], rows.part[0].first):
+            kv_prefetch(_data(rows, 0, rows.part[0].first), tile_bytes(&plan.cache.layers[rows.layer]))
+        _prepare(rows, p, q + item.row * ld, ld)
+        m, p = items.members[m].next, p + 1
+    _attend_rows(rows)
+
+
+cdef void _attend_block(Rows* rows, const Item* item, int64_t unit, const float* q, int64_t ld) noexcept nogil:
+    """A block of queries of a text that is read, over all tiles; the last blocks, which see most, first."""
+    cdef const Plan* plan = &item.plan
+    unit = plan.cache.n_kv_heads * plan.n_blocks - 1 - unit
+    rows.head = unit % plan.cache.n_kv_heads
+    _add_part(rows, plan, unit // plan.cache.n_kv_heads, 0, 0, plan.last_tile)
+    _prepare(rows, 0, q + item.row * ld, ld)
+    _attend_rows(rows)
+
+
+cdef void _hand_over(const Rows* rows) noexcept nogil:
     """From a thread's own memory to where `combine` finds it."""
-    memcpy(plan.top + rows.at, rows.top, rows.n * sizeof(float))
-    memcpy(plan.total + rows.at, rows.total, rows.n * sizeof(float))
-    memcpy(plan.acc + rows.at * plan.cache.head_pad, rows.acc, rows.n * plan.cache.head_pad * sizeof(float))
-
-
-cdef inline int64_t _attended(const Plan* plan, int64_t layer) noexcept nogil:
-    """Units of work of attention: each KV head, query block and span of tiles."""
-    return plan.cache.n_kv_heads * plan.n_blocks * _spans(plan, layer)
-
-
-cdef Rows _attend_unit(const Plan* plan, int64_t layer, int64_t unit, const float* q, int64_t ld, float* scratch,
-                       int64_t i) noexcept nogil:
-    cdef int64_t spans = _spans(plan, layer), blocks = plan.n_blocks, heads = plan.cache.n_kv_heads, rest
-    if plan.split:
-        rest = unit % (blocks * spans)
-        return _attend(plan, layer, unit // (blocks * spans), rest // spans, rest % spans, q, ld, scratch, i)
-    rest = heads * blocks - 1 - unit  # the last blocks see most: first
-    return _attend(plan, layer, rest % heads, rest // heads, 0, q, ld, scratch, i)
+    cdef int64_t p, width
+    cdef const Part* part
+    for p in range(rows.n_parts):
+        part = &rows.part[p]
+        width = part.plan.cache.head_pad
+        memcpy(part.plan.top + part.at, rows.top + part.row, part.n * sizeof(float))
+        memcpy(part.plan.total + part.at, rows.total + part.row, part.n * sizeof(float))
+        memcpy(part.plan.acc + part.at * width, rows.acc + part.row * width, part.n * width * sizeof(float))
 
 
 cdef void attend_step(const Items* items, int64_t layer, const float* q, int64_t ld, kv_member* me) noexcept nogil:
     """A thread goes through neighbouring spans, so that memory is read in one go. q: [rows][n_heads * head_dim], before
-    RoPE."""
+    RoPE. Work items: each KV head and group of queries that go through a span together, then each KV head and block of
+    queries of what is read."""
     cdef int64_t start[MAX_ITEMS + 1]
-    cdef int64_t first = 0, end = 0, i, unit, grab = GRAB
+    cdef int64_t first = 0, end = 0, i, at, unit, most
+    cdef const Plan* plan = &items.item[0].plan
+    cdef const Groups* groups = &items.kinds[plan.cache.layers[layer].kind]
+    cdef int64_t heads = plan.cache.n_kv_heads, grab = min(<int64_t>GRAB, output_rows(plan) // max(groups.rows, <int64_t>1))
     cdef float* scratch = items.scratch + me.thread * items.scratch_floats
-    cdef const Item* item
     cdef Rows rows[GRAB]
-    start[0] = 0
+    most = max(groups.rows, block_rows(plan))
+    start[0] = heads * groups.n
     for i in range(items.n):
-        start[i + 1] = start[i] + _attended(&items.item[i].plan, layer)
-        if not items.item[i].plan.split:
-            grab = 1
+        plan = &items.item[i].plan
+        start[i + 1] = start[i] + (0 if plan.split else heads * plan.n_blocks)
+    if start[items.n] > start[0] or groups.rows > block_rows(plan):
+        grab = 1
     while kv_team_repeat(me, start[items.n], grab, &first, &end):
         for unit in range(first, end):
-            i = _find(start, items.n, unit)
-            item = &items.item[i]
-            rows[unit - first] = _attend_unit(&item.plan, layer, unit - start[i], q + item.row * ld, ld, scratch,
-                                              unit - first)
+            at = unit - first
+            rows[at].layer = layer
+            _place(&rows[at], plan, scratch, at * most)
+            if unit < start[0]:
+                rows[at].head = unit // groups.n
+                _attend_group(&rows[at], items, &groups.group[unit % groups.n], q, ld)
+            else:
+                i = _find(start, items.n, unit)
+                _attend_block(&rows[at], &items.item[i], unit - start[i], q, ld)
         if kv_team_commit(me):
             for i in range(end - first):
-                _hand_over(rows[i].plan, &rows[i])
+                _hand_over(&rows[i])
 
 
 cdef void combine(const Plan* plan, int64_t layer, int64_t token, float* out) noexcept nogil:
     """Attention output of one token in a layer from its spans' partial softmax: out [n_heads * head_dim]."""
     cdef const Cache* c = plan.cache
-    cdef int64_t h, span, at, i, spans = _spans(plan, layer)
+    cdef int64_t h, span, at, i, spans = n_spans(plan, layer)
     cdef float top, total, weight
     cdef float* to
     for h in range(plan.n_heads):

@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from .attention cimport Item, Items, Plan, Ropes, attend_step, combine, plan_buffers, plan_chunk, plan_queries
+from .attention cimport attend_step, combine
+from .plan cimport Item, Items, Plan, Ropes, items_buffers, most_members, plan_buffers, plan_chunk, plan_groups, plan_queries
 from .kernels cimport (KV_BLOCK, KV_PANEL, KV_TILE, kernels, kv_format, kv_input, kv_matmul_fn)
 from .kernels import require_level
 from .memory import advise_huge, anonymous
@@ -327,7 +328,7 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     cdef int64_t i, width = d.n_heads * d.head_dim
     cdef double[::1] inv_freq = rng.uniform(0, 2 * np.pi, c.head_dim // 2)
     cdef float[::1] q = rng.standard_normal(width, np.float32), out = np.zeros(threads * width, np.float32), sinks
-    cdef uint8_t[::1] block, scratch
+    cdef uint8_t[::1] block, groups, scratch
     memset(&step, 0, sizeof(Step))
     step.q, step.out = &q[0], &out[0]
     memset(&ropes, 0, sizeof(Ropes))
@@ -341,6 +342,9 @@ cdef _attention(d, int threads, KVCache kv, int64_t repeat, rng):
     step.items.item, step.items.n = &step.item, 1
     step.items.scratch, step.items.scratch_floats = <float*>&scratch[0], p.scratch_floats
     plan_queries(p)
+    groups = _aligned(items_buffers(&step.items, c.n_kinds, most_members(p), NULL))
+    items_buffers(&step.items, c.n_kinds, most_members(p), &groups[0])
+    plan_groups(&step.items)
     if c.n_sinks:                      # which an append would rotate
         sinks = rng.standard_normal(c.n_kv_heads * c.head_dim * c.sink_lanes, np.float32)
         memcpy(p.sinks, &sinks[0], sinks.nbytes)

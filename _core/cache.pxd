@@ -16,6 +16,7 @@ from .pool cimport KVPool, TileRef
 # A layer with a sliding window has only the ring that its queries can see, which is exact at any length: a query at
 # position p sees the tokens after p - sight, the first ones like any other.
 ctypedef struct CacheLayer:
+    int64_t kind                # number of the sliding window it was asked for among those of the model's layers
     int64_t sight               # newest tokens that a query sees, itself included; 0: all that the cache has left
     int64_t n_slots, ring_ref   # slots of its ring, and the first of their references
     int64_t start, head_bytes   # offset of its first head, and the size of each
@@ -36,6 +37,7 @@ ctypedef struct Cache:
     int64_t packed_ever                                     # tiles packed before a truncation, 0 if no ring lost any
     CacheLayer* layers
     uint8_t* base                                           # of its own block
+    int64_t n_kinds
     int64_t n_rings, n_refs                                 # rings with references of their own, and those of all
     TileRef* tiles                                          # [n_refs]
     TileRef* after                                          # [n_refs] when the step at hand has packed its tiles

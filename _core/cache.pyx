@@ -390,9 +390,11 @@ cdef class KVCache:
         if c.layers == NULL:
             raise MemoryError
         c.min_slots = MAX_TOKENS
+        kinds = list(dict.fromkeys(self.sliding_windows))
+        c.n_kinds = len(kinds)
         for i in range(c.n_layers):
             layer = _lay_out_layer(c, k, v, min(self.sliding_windows[i], MAX_TOKENS))
-            layer.start = at
+            layer.start, layer.kind = at, kinds.index(self.sliding_windows[i])
             at += c.n_kv_heads * layer.head_bytes
             c.layers[i], c.min_slots = layer, min(c.min_slots, layer.n_slots)
             c.n_sliding += layer.sight > 0

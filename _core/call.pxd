@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 
-from .attention cimport Items
+from .plan cimport Items
 from .kernels cimport KV_BLOCK, kv_input, kv_kernels
 from .model cimport Config, Layer, Matrix, Norm
 from .team cimport kv_member

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from .attention cimport MAX_ITEMS, Item, Ropes, plan_buffers, plan_chunk, plan_queries
+from .plan cimport MAX_ITEMS, Item, Ropes, items_buffers, most_members, plan_buffers, plan_chunk, plan_groups, plan_queries
 from .cache cimport KVCache
 from .call cimport ONE, OWN_FLOATS, TWO, Call, Codes, Inputs, RunState, Worker
 from .experts cimport mixture
@@ -323,7 +323,8 @@ cdef class Engine:
         weights take activations of 16 bits, as for text that is being written, instead of the 8 that do for reading;
         None: when there is one token. wants: the logits of the "last" token, of "all" or "none", or the "hidden" states
         of all, normed as for the head. Returns for each item, in order, what it wants: float32 [vocab_size],
-        [n, vocab_size], None, or [n, hidden_size].
+        [n, vocab_size], None, or [n, hidden_size]; those of several items are parts of one array, which lives as long
+        as any of them.
 
         What a sequence gets is the same to the bit whatever runs beside it. Every token sees the cache as it would if
         they were fed one by one; of tokens that are read (`decoding` False), results are the same however they are cut.
@@ -485,34 +486,31 @@ cdef class Engine:
                     call.wanted[next_wanted[at]] = <int32_t>(row + t)
                     next_wanted[at] += 1
             row, i = row + n, i + 1
+        plan_groups(&call.items)
         return 0
 
     cdef list _results(self, list parts, list order, logits, hidden):
         """What each item wants, from the rows of all, which are in the order that `_plan` gives them."""
         cdef _Part part
         cdef dict results = {}
-        cdef int64_t row = 0, coarse = 0, fine = 0, n
+        cdef int64_t row = 0, coarse = 0, fine = 0, n, n_wanted, vocab = self.c.vocab_size
         for part in parts:
             if part.wants == "all" and not part.fine:
                 fine += len(part.ids)
         for part in order:
             n = len(part.ids)
             if part.wants == "hidden":
-                results[part] = hidden if n == len(hidden) else hidden[row:row + n].copy()
+                results[part] = hidden[row:row + n]
             elif part.wants == "all" and not part.fine:
-                results[part] = self._cut(logits, coarse, n)
+                results[part] = logits[coarse : coarse + n, :vocab]
                 coarse += n
             elif part.wants != "none":
-                result = self._cut(logits, fine, 1 if part.wants == "last" else n)
+                n_wanted = 1 if part.wants == "last" else n
+                result = logits[fine : fine + n_wanted, :vocab]
                 results[part] = result[0] if part.wants == "last" else result
-                fine += len(result)
+                fine += n_wanted
             row += n
         return [results.get(part) for part in parts]
-
-    def _cut(self, logits, first, n):
-        """Rows of logits without what pads them; a copy of those of several items, so that one does not keep all."""
-        part = logits[first : first + n, : self.c.vocab_size]
-        return part if n == len(logits) else part.copy()
 
     cdef int _buffers(self, _Arena arena, Call* call, list order, int threads) except -1:
         cdef RunState* run = &call.run
@@ -540,7 +538,7 @@ cdef class Engine:
         cdef Item counted
         cdef Ropes ropes
         cdef _Part part
-        cdef int64_t i = 0, row = 0, n
+        cdef int64_t i = 0, row = 0, members = 0, kinds = (<_Part>order[0]).kv.c.n_kinds, n
         call.items.item = <Item*>arena.take(len(order) * sizeof(Item))
         for part in order:
             n = len(part.ids)
@@ -549,10 +547,13 @@ cdef class Engine:
             self._rope(part.kv.ctx, &ropes)
             plan_chunk(&item.plan, call.kern, &part.kv.c, &ropes, part.kv.c.n_tokens, n, self.c.n_heads,
                        self.c.attention_scale, self.c.attention_softcap, part.written)
-            item.row = row
+            item.row, item.plan.shares = row, part.kv.pool.n_caches > 1
+            members += most_members(&item.plan)
             plan_buffers(&item.plan, <uint8_t*>arena.take(plan_buffers(&item.plan, NULL)))
             call.items.scratch_floats = max(call.items.scratch_floats, item.plan.scratch_floats)
             row, i = row + n, i + 1
+        items_buffers(&call.items, kinds, members,
+                      <uint8_t*>arena.take(items_buffers(&call.items, kinds, members, NULL)))
         call.items.scratch = <float*>arena.take(4 * threads * call.items.scratch_floats)
         return 0
 

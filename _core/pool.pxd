@@ -18,6 +18,7 @@ ctypedef struct Block:
 
 cdef class KVPool:
     cdef readonly object most
+    cdef readonly int64_t n_caches          # that are in it
     cdef Block* blocks
     cdef int64_t n_blocks, n_tiles          # and the tiles of a block
     cdef int64_t block_bytes, own_bytes     # of a block, and of its cache's own part

@@ -39,12 +39,6 @@ cdef class KVPool:
         free(self.blocks)
 
     @property
-    def n_caches(self):
-        """Caches that are in it."""
-        cdef int64_t i
-        return sum([1 for i in range(self.n_blocks) if self.blocks[i].owned])
-
-    @property
     def nbytes(self):
         """Bytes of its blocks, whose pages take memory as they are used: room for every cache in it, and for those that
         have left tiles to others."""
@@ -78,10 +72,11 @@ cdef class KVPool:
             raise MemoryError(f"the pool has room for {self.most} caches, and as many are in it")
         for i in range(self.n_blocks):
             if self.blocks[i].base != NULL and not self.blocks[i].owned:
-                self.blocks[i].owned = True
-                return i
-        i = self._new_block()
+                break
+        else:
+            i = self._new_block()
         self.blocks[i].owned = True
+        self.n_caches += 1
         return i
 
     cdef int64_t _new_block(self) except -1:
@@ -110,6 +105,7 @@ cdef class KVPool:
     cdef bint disown(self, int64_t block) noexcept:
         """A cache leaves its block, whose tiles others may still have. Whether they do."""
         self.blocks[block].owned = False
+        self.n_caches -= 1
         return not self._left(block)
 
     cdef bint _left(self, int64_t block) noexcept:

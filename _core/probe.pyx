@@ -9,8 +9,8 @@ from libc.string cimport memset
 
 import numpy as np
 
-from .attention cimport (Item, Items, Plan, Ropes, append_step, attend_step, combine, commit_needed, commit_step, plan_buffers,
-                         plan_chunk, plan_queries)
+from .attention cimport append_step, attend_step, combine, commit_needed, commit_step
+from .plan cimport Item, Items, Plan, Ropes, items_buffers, most_members, plan_buffers, plan_chunk, plan_groups, plan_queries
 from .kernels cimport (KV_BLOCK, KV_FORMATS, KV_GELU, KV_GELU_TANH, KV_PANEL, KV_SILU, KV_TILE, kernels, kernels_of,
                        kv_format, kv_head_pad, kv_input, kv_kernels, kv_weight_of)
 from .cache cimport Cache, CacheLayer, KVCache
@@ -268,7 +268,7 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     cdef Cache cache
     cdef CacheLayer layer = _at_level(&kv.c.layers[0], kern)
     cdef int64_t n = k.shape[0], n_heads = (k if q is None else q).shape[1] // kv.c.head_dim
-    cdef uint8_t[::1] block
+    cdef uint8_t[::1] block, groups
     cdef const float[:, ::1] queries
     cdef float[:, ::1] out
     cdef float[::1] own
@@ -289,6 +289,11 @@ cdef _attention(KVCache kv, q, const float[:, ::1] k, const float[:, ::1] v, con
     scratch = np.empty(threads * chunk.item.plan.scratch_floats, np.float32)
     own = scratch
     chunk.items.item, chunk.items.n = &chunk.item, 1
+    n_members = most_members(&chunk.item.plan)
+    spare = np.empty(items_buffers(&chunk.items, 1, n_members, NULL) + 64, np.uint8)
+    groups = spare[-spare.ctypes.data % 64:]
+    items_buffers(&chunk.items, 1, n_members, &groups[0])
+    plan_groups(&chunk.items)
     chunk.items.scratch, chunk.items.scratch_floats = &own[0], chunk.item.plan.scratch_floats
     result = None
     if q is not None:

@@ -3,9 +3,10 @@
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
-from .attention cimport Item, append_step, attend_step, combine, commit_needed, commit_step
+from .attention cimport append_step, attend_step, combine, commit_needed, commit_step
 from .call cimport (ONE, OWN_FLOATS, TWO, Call, Inputs, RunState, Worker, input_row, inputs_at, quantize_row)
 from .kernels cimport KV_PANEL, kv_copy_rows, kv_kernels, kv_prefetch, kv_unpack_row
+from .plan cimport Item
 from .model cimport Config, Layer, Matrix, Norm, Segment, first_of_mlp, whole_panels
 from .team cimport kv_team_commit, kv_team_late, kv_team_repeat, kv_team_share, kv_team_take
 

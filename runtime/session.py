@@ -480,6 +480,8 @@ class Session:
                 answer = _Answer(self.model.tokenizer, stops, None if chat is None else self._template().escape)
                 yield from self._decode(answer, values, limit, stop_ids)
         finally:
+            if self._logits is not None:  # of an array that other texts' may be in
+                self._logits = self._logits[0], self._logits[1].copy()
             if chat is not None:
                 self._remember(chat, answer, limit, begun)
 

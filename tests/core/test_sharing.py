@@ -66,6 +66,10 @@ class Twins:
         return other
 
 
+OPERATIONS = {"step": 12, "fork": 3, "close": 2, "truncate": 2, "snapshot": 2, "rewind": 2}
+OPERATIONS |= {"reset": 0.3, "load": 0.5, "new": 0.5}
+
+
 class World:
     """Caches in one pool, and what is done with them at random."""
 
@@ -140,13 +144,9 @@ class World:
             cache.load_state(other.shared.n_tokens, other.shared.lost, other.alone.state())
         twins.snapshots = []
 
-    OPERATIONS = {
-        "step": 12, "fork": 3, "close": 2, "truncate": 2, "snapshot": 2, "rewind": 2, "reset": 0.3, "load": 0.5, "new": 0.5,
-    }  # fmt: skip
-
     def run(self, n):
-        names, weights = list(self.OPERATIONS), np.array([*self.OPERATIONS.values()])
-        for name in self.rng.choice(names, n, p=weights / weights.sum()):
+        weights = np.array([*OPERATIONS.values()])
+        for name in self.rng.choice(list(OPERATIONS), n, p=weights / weights.sum()):
             if not self.caches:
                 self.new()
             getattr(self, name)()
@@ -179,7 +179,7 @@ def test_a_fork_costs_a_window(wide):
     options = {"k": "q4", "v": "q4", "ctx": 2000, "sinks": 4, "window": 64}
     kv = _core.KVCache(wide, **options)
     own = kv.pool.bytes_in_use  # sinks and window
-    for start in range(0, 1000, 500):
+    for _ in range(2):
         wide.forward(tokens(500), kv, "none")
     packed = (1000 - 4 - 64) // 64
     tile, rest = divmod(kv.pool.bytes_in_use - own, packed)
