@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ def sliding_windows(description: _Shape) -> tuple[int, ...]: ...
 def kv_bytes(
     description: _Shape, k: str = "f16", v: str = "f16", ctx: int = 2048, sinks: int = 4, window: int = 64
 ) -> int: ...
+def bytes_held(caches: Iterable[KVCache]) -> int: ...
 
 class Exclusive:
     def __init__(self, error: type[Exception], message: str) -> None: ...

@@ -114,6 +114,23 @@ def kv_bytes(description, k="f16", v="f16", ctx=2048, sinks=4, window=64):
     return total
 
 
+def bytes_held(caches):
+    """Bytes of the sinks and windows of these ``KVCache``s, and of the tiles that any of them has, each once."""
+    cdef KVCache kv
+    cdef const TileRef* ref
+    cdef int64_t ring, i
+    cdef dict tiles = {}
+    total = 0
+    for kv in caches:
+        total += int(kv.pool.own_bytes)
+        for ring in range(kv.c.n_rings):
+            for i in range(kv.rings[ring, 1], kv.rings[ring, 1] + kv.rings[ring, 0]):
+                ref = &kv.c.tiles[i]
+                if ref.base != NULL:
+                    tiles[<size_t>ref.base, ring, ref.at] = int(kv.rings[ring, 2])
+    return total + sum(tiles.values())
+
+
 # Parts in use -------------------------------------------------------------------------------------------------------
 
 cdef enum Direction:

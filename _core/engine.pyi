@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, overload
 
 import numpy as np
@@ -51,6 +51,7 @@ class Engine:
         window: int = 64,
         prefault: bool = False,
     ) -> KVCache: ...
+    def bytes_held(self, caches: Iterable[KVCache]) -> int: ...
     @overload
     def forward(
         self, tokens: _Tokens, kv: KVCache, logits: Literal["last", "all"] = "last", decoding: bool | None = None

@@ -24,7 +24,7 @@ from .steps cimport (activate_mlp, add, attend, embed, hidden_states, logits, ma
 from .team cimport (KV_MAX_THREADS, kv_member, kv_team, kv_team_busy, kv_team_free, kv_team_keep, kv_team_new,
                     kv_team_release, kv_team_run, kv_team_settle, kv_team_use)
 from . import cpus
-from .cache import sliding_windows
+from .cache import bytes_held, sliding_windows
 from .kernels import require_level
 from .weights import packed_size, type_id
 
@@ -309,6 +309,10 @@ cdef class Engine:
     def new_cache(self, **options):
         """A cache for this engine; takes and raises what ``KVCache`` does."""
         return KVCache(self, **options)
+
+    def bytes_held(self, caches):
+        """Bytes of sinks, windows and tiles that these caches hold; a tile that several hold counts once."""
+        return bytes_held(caches)
 
     def forward(self, tokens, KVCache kv not None, logits="last", decoding=None):
         """A step of one sequence: returns float32 [vocab_size], [n, vocab_size], [n, hidden_size] or None. Takes and

@@ -7,7 +7,7 @@ own `new_cache` made, and those of other engines of its kind with the same model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
@@ -134,6 +134,10 @@ class Engine(Protocol[CacheT]):
     ) -> CacheT:
         """An empty cache. `prefault`: have its memory from the start. ValueError for options that make no cache,
         MemoryError (on a device OptionError) for one that is too large."""
+
+    def bytes_held(self, caches: Iterable[CacheT]) -> int:
+        """Bytes of sinks, window and tiles that these caches hold; a tile that several hold counts once. On a device,
+        where a cache has all of its memory from the start, of all that."""
 
     @overload
     def forward(

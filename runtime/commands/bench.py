@@ -100,6 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
         **several("parallel", **whole("parallel")),
         help=f"texts at once in the batch test ({_list(PARALLEL)})",
     )
+    add(
+        "--shared",
+        **several("shared", **whole("shared")),
+        help="tokens that those texts begin with in common, which are kept and read once for all (0)",
+    )
     add("--seconds", **real("seconds"), help=f"that each run of the contention test takes ({SECONDS:g})")
     add("--runs", **whole("runs"), help="runs of each (3, or fewer where they take long)")
     add_option(parser, declared(CacheKeywords)["sinks"])
@@ -148,12 +153,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _tests(args: argparse.Namespace) -> tuple[str, ...]:
     """In the order of TESTS, each once. A shape alone asks for attention, neighbours alone for contention."""
     contending = _given(args, "neighbours", "neighbour_kind", "seconds")
-    asked = ["batch"] * bool(args.parallel) + ["attention"] * bool(args.shape) + ["contention"] * bool(contending)
+    batching = _given(args, "parallel", "shared")
+    asked = ["batch"] * bool(batching) + ["attention"] * bool(args.shape) + ["contention"] * bool(contending)
     named = set(args.test or asked or DEFAULT_TESTS)
     if contending and not named & {"contention", "all"}:
         raise OptionError(f"{contending[0]}: only the contention test has neighbours; add --test contention")
-    if args.parallel and not named & {"batch", "all"}:
-        raise OptionError("parallel: only the batch test has several texts; add --test batch")
+    if batching and not named & {"batch", "all"}:
+        raise OptionError(f"{batching[0]}: only the batch test has several texts; add --test batch")
     if args.shape and not named & {"attention", "all"}:
         raise OptionError("shape: only the attention test takes another model's shape; add --test attention")
     if args.device not in (None, "cpu"):
@@ -187,7 +193,10 @@ def _plan(args: argparse.Namespace, tests: tuple[str, ...], context_length: int)
         sizes=sizes,
         contention=_contention(args, formats, limit),
         parallel=_numbers("parallel", args.parallel, 1, MAX_PARALLEL) or PARALLEL,
+        shared=_numbers("shared", args.shared, 0, limit) or (0,),
     )
+    if "batch" in tests and not plan.batches:
+        raise OptionError(f"shared: no text has more tokens in common than its depth; add --depth {min(plan.shared)}")
     if "attention" in tests and not plan.attention_depths:
         raise OptionError("depth: the attention test needs tokens in the cache; add a depth above 0")
     return plan
@@ -274,7 +283,7 @@ _READ = ["ms", "MB a token", "GB/s", "of memory", "cache MB"]
 _HEADINGS = {
     "prefill": ["prompt", "cache", "tok/s", "ms a token", "cache MB"],
     "decode": ["depth", "cache", "tok/s", *_READ],
-    "batch": ["texts", "depth", "cache", "tok/s", "times one", "cache MB"],
+    "batch": ["texts", "depth", "in common", "cache", "tok/s", "times one", "cache MB", "held"],
     "attention": ["shape", "depth", "cache", "steps/s", *_READ],
     "cache": ["tokens", "with: s", "tok/s", "without: s", "tok/s", "times faster", "same tokens"],
     "contention": ["neighbours", "depth", "cache", "tok/s", "of alone", "fair", "of fair share", "longest step, ms"],
@@ -318,8 +327,9 @@ def _speed_line(row: dict[str, Any]) -> list[str]:
 
 def _batch_line(row: dict[str, Any]) -> list[str]:
     speed, times = row["tokens_per_second"], row["times_one"]
-    cells = [f"{speed:.1f}", "-" if times is None else f"{times:.2f}", f"{row['kv_bytes'] / 1e6:.1f}"]
-    return [str(row["parallel"]), str(row["depth"]), row["kv"], *cells]
+    cells = [f"{speed:.1f}", "-" if times is None else f"{times:.2f}"]
+    cells += [f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_held")]
+    return [str(row["parallel"]), str(row["depth"]), str(row["shared"]), row["kv"], *cells]
 
 
 def _cache_line(row: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -68,6 +68,10 @@ class CudaEngine:
     def new_cache(self, **options: Any) -> CudaKVCache:
         """A cache for this engine, in the device's memory; takes what `_core.KVCache` does."""
         return CudaKVCache(self, **options)
+
+    def bytes_held(self, caches: Iterable[CudaKVCache]) -> int:
+        """Bytes of these caches, each of which has all of its memory from the start."""
+        return sum(kv.nbytes for kv in caches)
 
     def new_buffers(self, kv: CudaKVCache) -> Buffers:
         """What calls with a cache need besides it. abi.DeviceMemoryError."""

@@ -88,7 +88,7 @@ class Contention:
 class Plan:
     """What to measure. `formats`: "q4" or, K before V, "q4/q2". `sizes`: sinks and window, where given.
     `patience`: seconds after which no further run of the same kind is begun. `contention`: of the test of that name.
-    `parallel`: numbers of texts of the batch test."""
+    `parallel`: numbers of texts of the batch test; `shared`: tokens that they begin with in common."""
 
     tests: tuple[str, ...]
     depths: tuple[int, ...]
@@ -101,6 +101,7 @@ class Plan:
     sizes: dict[str, int | None]
     contention: Contention
     parallel: tuple[int, ...] = (1,)
+    shared: tuple[int, ...] = (0,)
 
     def cache(self, name: str, tokens: int, context_length: int) -> CacheOptions:
         """A cache that has room for so many tokens and a few more."""
@@ -116,6 +117,11 @@ class Plan:
         return [depth for depth in self.depths if depth > 0]
 
     @property
+    def batches(self) -> list[tuple[int, int]]:
+        """(depth, tokens in common) of the batch test: no more in common than there are."""
+        return [(depth, shared) for depth in self.depths for shared in self.shared if shared <= depth]
+
+    @property
     def steps(self) -> int:
         """Measured runs in all, for a progress bar."""
         each = len(self.formats) * self.runs
@@ -123,7 +129,7 @@ class Plan:
         counts = {
             "prefill": len(self.prefills) * each,
             "decode": len(self.depths) * each,
-            "batch": len(self.depths) * each * len(self.parallel),
+            "batch": len(self.batches) * each * len(self.parallel),
             "attention": shapes * len(self.attention_depths) * each,
             "cache": self.max_tokens,
             "contention": self._contention_steps,
@@ -231,29 +237,30 @@ class Bench:
 
     def _batch(self) -> Iterator[dict[str, Any]]:
         """Several texts of the same depth, a token of each in every step; all numbers of them in turn."""
-        for depth in self.plan.depths:
+        for depth, shared in self.plan.batches:
             for name in self.plan.formats:
                 caches = self._copies(name, depth, max(self.plan.parallel))
                 samples: dict[int, list[Sample]] = {n: [] for n in self.plan.parallel}
+                held: dict[int, int] = {}
                 start = time.perf_counter()
                 for turn in range(self.plan.runs):
                     if turn and time.perf_counter() - start > self.plan.patience:
                         break
                     for n in self.plan.parallel:
                         self._progress(f"{n} texts at depth {depth}, {name} cache")
-                        samples[n].append(Sample(self._batch_run(caches[:n], depth), None))
+                        seconds, held[n] = self._batch_run(caches[:n], depth, shared)
+                        samples[n].append(Sample(seconds, None))
                 for n in self.plan.parallel:
                     size = sum(kv.nbytes for kv in caches[:n])
-                    row = self._row("batch", name, caches[0], depth, samples[n], None, parallel=n, shared=0)
+                    row = self._row("batch", name, caches[0], depth, samples[n], None, parallel=n, shared=shared)
                     one = statistics.median(s.seconds for s in samples[1]) if 1 in samples else None
                     times = None if one is None else one * row["tokens_per_second"]
-                    yield {**row, "kv_bytes": size, "times_one": times}
+                    yield {**row, "kv_bytes": size, "kv_bytes_held": held[n], "times_one": times}
 
-    def _batch_run(self, caches: list[Cache], depth: int) -> float:
-        """Seconds a token of each of the texts, over some steps from a depth on."""
+    def _batch_run(self, caches: list[Cache], depth: int, shared: int) -> tuple[float, int]:
+        """Seconds a token of each of the texts, over some steps from a depth on, and the bytes that the caches hold."""
         tokens = self._tokens(ROOM * len(caches)).reshape(ROOM, len(caches))
-        for kv in caches:
-            self._machine.fill(kv, depth)
+        caches = self._begun(caches, depth, shared)
         steps, spent = 0, 0.0
         while steps < ROOM - 1 and (steps < 4 or spent < SAMPLE_SECONDS * 2):
             items = [(kv, tokens[steps, i : i + 1], True, "last") for i, kv in enumerate(caches)]
@@ -262,7 +269,22 @@ class Bench:
             if steps:  # the first wakes threads
                 spent += time.perf_counter() - start
             steps += 1
-        return spent / (steps - 1) / len(caches)
+        return spent / (steps - 1) / len(caches), self.engine.bytes_held(caches)
+
+    def _begun(self, caches: list[Cache], depth: int, shared: int) -> list[Cache]:
+        """Caches of texts of this depth: those given, or copies of the first one, each with tokens of its own after the
+        first `shared`."""
+        if not shared:
+            for kv in caches:
+                self._machine.fill(kv, depth)
+            return caches
+        self._machine.fill(caches[0], shared)
+        copies: list[Cache] = [caches[0].copy() for _ in caches]
+        for kv in copies:
+            rest = self._tokens(depth - shared)
+            for start in range(0, len(rest), self.engine.max_chunk):
+                self.engine.forward(rest[start : start + self.engine.max_chunk], kv, "none", decoding=False)
+        return copies
 
     def _copies(self, name: str, depth: int, n: int) -> list[Cache]:
         """As many caches; OptionError when the machine has no memory for them."""

@@ -33,7 +33,7 @@ KEYS = {
 MORE = {
     "prefill": {"tokens"},
     "decode": {"tokens"},
-    "batch": {"parallel", "shared", "times_one"},
+    "batch": {"parallel", "shared", "times_one", "kv_bytes_held"},
     "attention": {"shape", "layers", "measured_layers"},
     "cache": {"tokens", "seconds", "seconds_without", "ratio", "same_tokens"},
     "contention": {
@@ -142,6 +142,9 @@ def test_every_test(model, capsys):
         "--parallel",
         "1",
         "3",
+        "--shared",
+        "0",
+        "70",
     )
     rows = [
         (row["test"], row["kv"], row["depth"], row.get("tokens") if row["test"] in ("prefill", "cache") else None)
@@ -151,7 +154,7 @@ def test_every_test(model, capsys):
     assert rows == (
         [("prefill", kv, 0, n) for n in (5, 600) for kv in formats]
         + [("decode", kv, depth, None) for depth in (0, 70) for kv in formats]
-        + [("batch", kv, depth, None) for depth in (0, 70) for kv in formats for _ in (1, 3)]
+        + [("batch", kv, depth, None) for depth in (0, 70, 70) for kv in formats for _ in (1, 3)]
         + [("attention", kv, 70, None) for kv in formats]
         + [("cache", "f16", speed.PROMPT, n) for n in (16, 20)]
         + [("contention", kv, depth, None) for depth in (0, 70) for kv in formats for _ in (0, 1)]
@@ -160,7 +163,8 @@ def test_every_test(model, capsys):
     for row in found["results"]:
         assert row["runs"] == 1 + (row.get("neighbours") == 0)  # alone also at the end
         if row["test"] == "batch":
-            assert row["shared"] == 0 and (row["parallel"] > 1 or row["times_one"] == pytest.approx(1))
+            assert row["shared"] in (0, row["depth"]) and 0 < row["kv_bytes_held"] <= row["kv_bytes"]
+            assert row["parallel"] > 1 or row["times_one"] == pytest.approx(1)
         if row["test"] == "cache":
             assert row["ratio"] == pytest.approx(row["seconds_without"] / row["seconds"])
             assert row["same_tokens"] == row["tokens"]  # float weights: nothing is rounded to int8
@@ -402,6 +406,9 @@ def test_plot_that_cannot_be(model, capsys, tmp_path, monkeypatch):
         (["--test", "attention", "--neighbour-kind", "memory"], ["neighbour_kind", "--test contention"]),
         (["--test", "contention", "--device", "cuda"], ["device"]),
         (["--test", "decode", "--parallel", "2"], ["parallel", "--test batch"]),
+        (["--test", "decode", "--shared", "2"], ["shared", "--test batch"]),
+        (["--shared", "-1"], ["shared"]),
+        (["--shared", "99", "--depth", "0,98"], ["shared", "--depth 99"]),
         (["--parallel", "0"], ["parallel"]),
         (["--parallel", "257"], ["parallel"]),
     ],

@@ -186,6 +186,8 @@ def test_a_fork_costs_a_window(wide):
     assert rest == 0 and own + tile * -(-(2000 - 4 - 64) // 64) == kv.nbytes
     forks = [kv.copy() for _ in range(16)]
     assert kv.pool.bytes_in_use == 17 * own + packed * tile
+    assert wide.bytes_held([kv, *forks]) == kv.pool.bytes_in_use
+    assert wide.bytes_held(forks[:2]) == 2 * own + packed * tile
     for i, fork in enumerate(forks):
         wide.forward(tokens(64, i), fork, "none")
     assert kv.pool.bytes_in_use == 17 * own + (packed + 16) * tile
