@@ -7,8 +7,8 @@ import sys
 
 import peers
 import peers_gguf
+import peers_llama
 import peers_report
-import peers_worker
 import pytest
 from rich.console import Console
 
@@ -223,11 +223,11 @@ def test_parameters_are_found_by_their_defaults():
     words = [0] * 40
     words[:4], words[7:9], words[26:28] = [512, 2048, 512, 1], [4, 4], [1, 1]
     words[10:14] = [-1] * 4
-    at = peers_worker.opaque_offsets(struct.pack("<40i", *words))
+    at = peers_llama.opaque_offsets(struct.pack("<40i", *words))
     assert at == {"flash_attn_type": 52, "type_k": 104, "type_v": 108}
     words[30:32] = [1, 1]
     with pytest.raises(RuntimeError):
-        peers_worker.opaque_offsets(struct.pack("<40i", *words))
+        peers_llama.opaque_offsets(struct.pack("<40i", *words))
 
 
 def test_requantized_matrices_and_everything_else_the_same(tmp_path):
