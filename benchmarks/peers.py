@@ -11,6 +11,11 @@ sampling is part of nobody's time.
 
     prefill   a prompt into an empty cache
     decode    single tokens behind a real prompt of `depth` tokens, which are then taken back
+    batch     with --parallel, instead of both: so many texts, each `depth` tokens deep, a token of each in every step
+
+In a batch every runtime does what it has for that: kvrun a step of its engine, as `kvrun bench --test batch` does,
+llama.cpp and its fork a batch with a token of each sequence. Texts have nothing in common but what --shared says. What
+a batch predicts is compared with what each text alone does.
 
 Let nothing else run meanwhile: threads of the peers wait for one another actively, and on busy CPUs some take seconds
 for a token. Needs kvrun, with its `plot` extra for --plots.
@@ -62,6 +67,8 @@ PACKAGES = (
     Package("transformers f32", "transformers", ("transformers", "torch"), "transformers"),
 )
 FAMILIES = tuple(dict.fromkeys(package.family for package in PACKAGES))
+WITH_BATCHES = ("ik_llama.cpp", "llama.cpp")  # peers that can run several texts in one step here
+DEPTHS, PREFILLS, BATCH_DEPTHS = [0, 512, 2048, 7680], [512, 4096], [128, 512, 2048]
 
 _PROBE = """
 import importlib.metadata as metadata, importlib.util, json, sys
@@ -120,11 +127,13 @@ def locate(pythons: list[str], families: list[str]) -> tuple[list[tuple[Package,
 
 
 class Worker:
-    """The process of one runtime, `pid`. `caches`: {own name of a cache: its kind}."""
+    """The process of one runtime, `pid`. `caches`: {own name of a cache: its kind}; those in `of_several` differ from
+    others only when several texts are in them."""
 
     def __init__(self, name: str, command: list[str], log: Path, timeout: float) -> None:
         self.name, self.log, self.timeout = name, log, timeout
         self.caches: dict[str, str] = {}
+        self.of_several: set[str] = set()
         self.info: dict[str, Any] = {}
         # Crashes of ggml would otherwise start a debugger, which takes minutes.
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -201,7 +210,8 @@ def wanted(facts: dict[str, Any]) -> dict[str, Any]:
 @dataclass
 class Plan:
     """What to measure. A run that took longer than `patience` seconds is not repeated; a prompt expected to take
-    longer than `limit`, by the speed of a shorter one, is left out."""
+    longer than `limit`, by the speed of a shorter one, is left out. `parallel`: numbers of texts at once, to measure
+    which and nothing else; `shared`: tokens that all of them begin with."""
 
     kinds: list[str]
     depths: list[int]
@@ -210,6 +220,8 @@ class Plan:
     tokens: int
     patience: float
     limit: float
+    parallel: list[int] = field(default_factory=list)
+    shared: int = 0
 
 
 @dataclass
@@ -228,11 +240,12 @@ class Comparison:
         """Every worker opens the model, one after the other."""
         for worker in list(self.workers):
             self.say(f"loading: {worker.name}")
-            answer = self.ask(worker, "load", runtime=worker.name, caches=self.plan.kinds, **request)
+            several = bool(self.plan.parallel)
+            answer = self.ask(worker, "load", runtime=worker.name, caches=self.plan.kinds, several=several, **request)
             if answer is None:
                 self._drop(worker)
             else:
-                worker.caches = answer.pop("caches")
+                worker.caches, worker.of_several = answer.pop("caches"), set(answer.pop("of_several"))
                 worker.info.update(answer)
 
     def agree(self, folder: Path) -> None:
@@ -258,25 +271,32 @@ class Comparison:
     def run(self) -> None:
         for n in self.plan.prefills:
             self._test(f"prefill of {n}", {"test": "prefill", "depth": 0, "tokens": n}, "prefill", n=n)
+        length: dict[str, Any] = {"n": self.plan.tokens, "seconds": RUN_SECONDS}
         for depth in self.plan.depths:
-            row = {"test": "decode", "depth": depth, "tokens": None}
-            more = {"depth": depth, "n": self.plan.tokens, "seconds": RUN_SECONDS}
-            self._test(f"decode at depth {depth}", row, "decode", prepare=True, **more)
+            if not self.plan.parallel:
+                row = {"test": "decode", "depth": depth, "tokens": None}
+                self._test(f"decode at depth {depth}", row, "decode", prepare="prepare", **length)
+            for n in self.plan.parallel:
+                shared = self.plan.shared if n > 1 else 0
+                row = {"test": "batch", "depth": depth, "tokens": None, "parallel": n, "shared": shared}
+                self._test(f"texts: {n} at depth {depth}", row, "decode_together", "prepare_together", **length)
 
-    def _turns(self) -> list[tuple[Worker, str]]:
+    def _turns(self, texts: int = 1) -> list[tuple[Worker, str]]:
         """Caches of one kind, of all runtimes, stand together."""
         return [
             (worker, cache)
             for kind in self.plan.kinds
             for worker in self.workers
             for cache, own in worker.caches.items()
-            if own == kind
+            if own == kind and (texts > 1 or cache not in worker.of_several)
         ]
 
-    def _test(self, what: str, row: dict[str, Any], op: str, prepare: bool = False, **more: Any) -> None:
+    def _test(self, what: str, row: dict[str, Any], op: str, prepare: str | None = None, **more: Any) -> None:
         """One row of results for each cache, with every run in it."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
-        turns = self._turns()
+        texts = row.get("parallel", 1)
+        turns = self._turns(texts)
+        where = {key: row[key] for key in ("depth", "parallel") if key in row} if prepare else {}
         self.say(f"{what}: {len(turns)} caches, {self.plan.runs} runs in turn")
         for worker, cache in turns:
             head = {
@@ -286,19 +306,19 @@ class Comparison:
                 "kind": worker.caches.get(cache),
                 "runs": [],
             }
-            if self._too_long(worker, cache, row["depth"] or row["tokens"] or 0):
+            if self._too_long(worker, cache, texts * row["depth"] or row["tokens"] or 0):
                 continue
-            made = self._fill(worker, cache, row["depth"]) if prepare else {}
+            made = self._fill(worker, cache, row, prepare) if prepare else {}
             if made is not None:
                 rows[worker.name, cache] = {**head, **made}
         for turn in range(self.plan.runs):
             self._measure_bandwidth()
-            for worker, cache in self._turns():
+            for worker, cache in self._turns(texts):
                 found = rows.get((worker.name, cache))
                 if found is None or (turn and found["runs"][-1]["seconds"] > self.plan.patience):
                     continue
                 time.sleep(REST)
-                answer = self.ask(worker, op, cache, **more)
+                answer = self.ask(worker, op, cache, **where, **more)
                 if answer is None:
                     del rows[worker.name, cache]
                 else:
@@ -316,15 +336,21 @@ class Comparison:
         self._note(f"{worker.name}, {cache} cache: {tokens} tokens would take {tokens / speed:.0f} s or more; left out")
         return True
 
-    def _fill(self, worker: Worker, cache: str, depth: int) -> dict[str, Any] | None:
-        """What is known of a cache with a prompt of `depth` tokens in it, and room for those of a run."""
-        if depth:
+    def _fill(self, worker: Worker, cache: str, row: dict[str, Any], op: str) -> dict[str, Any] | None:
+        """What is known of a cache with the prompts of a row in it, and room for the tokens of a run."""
+        places = {key: row[key] for key in ("depth", "parallel", "shared") if key in row}
+        if row["depth"]:
             self.say(f"  filling: {worker.name}, {cache}")
-        made = self.ask(worker, "prepare", cache, depth=depth, room=self.plan.tokens + 1)
+        made = self.ask(worker, op, cache, **places, room=self.plan.tokens + 1)
         if made is not None:
             made["fill_seconds"] = made.pop("seconds")
-            if depth:
-                self.speeds[worker.name, cache] = depth / made["fill_seconds"]
+            if row["depth"]:
+                self.speeds[worker.name, cache] = row["depth"] * row.get("parallel", 1) / made["fill_seconds"]
+            if made.get("kl_from_alone", 0) > DISAGREEMENT:
+                self._note(
+                    f"{worker.name}, {cache} cache: {row['parallel']} texts at depth {row['depth']} do not get what "
+                    f"each gets alone: KL {made['kl_from_alone']:.2g}"
+                )
         return made
 
     def _measure_bandwidth(self) -> None:
@@ -395,20 +421,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--depths",
         metavar="N",
         type=whole,
-        default=[0, 512, 2048, 7680],
         **several,
-        help="(0 512 2048 7680)",
+        help=f"({' '.join(map(str, DEPTHS))}; with --parallel {' '.join(map(str, BATCH_DEPTHS))})",
     )
     add(
         "--prefill",
         metavar="N",
         type=whole,
-        default=[512, 4096],
         **several,
-        help="prompts (512 4096); 0: none",
+        help=f"prompts ({' '.join(map(str, PREFILLS))}); 0: none",
     )
+    add("--parallel", metavar="N", type=positive, **several, help="measure so many texts in one step instead, and one")
+    add("--shared", metavar="N", type=whole, help="tokens that texts of --parallel begin with in common (0)")
     add("--runs", type=positive, default=3, help="runs of each, of which median and best are shown (3)")
-    add("--tokens", type=positive, default=32, help="decoded in a run, or as many as take a second (32)")
+    add("--tokens", type=positive, default=32, help="decoded of a text in a run, or as many as take a second (32)")
     add("--patience", metavar="SECONDS", type=float, default=20, help="a longer run is not repeated (20)")
     add(
         "--limit",
@@ -448,10 +474,40 @@ def check(args: argparse.Namespace) -> None:
         raise BenchmarkError("matplotlib is missing; --plots needs kvrun[plot]")
 
 
+def plan_of(args: argparse.Namespace) -> Plan:
+    """BenchmarkError for arguments that do not go together."""
+    if not args.parallel and args.shared is not None:
+        raise BenchmarkError("shared: only texts of --parallel can begin with the same")
+    if args.parallel:
+        given = [name for name in ("prefill", "plots") if getattr(args, name)]
+        others = [name for name in args.peers or () if name not in WITH_BATCHES]
+        if given:
+            raise BenchmarkError(f"{given[0]}: not together with --parallel, which measures several texts alone")
+        if others:
+            raise BenchmarkError(f"peers: {others[0]} cannot run several texts here; {', '.join(WITH_BATCHES)} can")
+    depths = args.depths or (BATCH_DEPTHS if args.parallel else DEPTHS)
+    prefills = [] if args.parallel else PREFILLS if args.prefill is None else args.prefill
+    if (args.shared or 0) > min(depths):
+        raise BenchmarkError(f"shared: {args.shared} tokens are more than the least of the depths, {min(depths)}")
+    return Plan(
+        args.kv,
+        sorted(set(depths)),
+        sorted({n for n in prefills if n}),
+        args.runs,
+        args.tokens,
+        args.patience,
+        args.limit,
+        sorted({1, *args.parallel}) if args.parallel else [],
+        args.shared or 0,
+    )
+
+
 def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The report, as JSON has it. BenchmarkError if kvrun itself cannot be measured."""
     check(args)
-    found, lines = locate([args.kvrun_python, *args.peer_python], ["kvrun", *(args.peers or FAMILIES[1:])])
+    plan = plan_of(args)
+    families = args.peers or (WITH_BATCHES if plan.parallel else FAMILIES[1:])
+    found, lines = locate([args.kvrun_python, *args.peer_python], ["kvrun", *families])
     for line in lines:
         say(line)
     if not any(package.runtime == "kvrun" for package, _, _ in found):
@@ -461,18 +517,9 @@ def compare(args: argparse.Namespace, scratch: Path, say: Callable[[str], None])
         path = str(scratch / f"{Path(path).stem}-{args.requantize}.gguf")
         requantize(args.model, Path(path), args.requantize)
     facts = gguf_facts(path)
-    longest = max([depth + args.tokens + 1 for depth in args.depths] + args.prefill)
+    longest = max([depth + args.tokens + 1 for depth in plan.depths] + plan.prefills)
     if longest > facts["context"]:
         raise BenchmarkError(f"{longest} tokens are more than the model's context of {facts['context']}")
-    plan = Plan(
-        args.kv,
-        sorted(set(args.depths)),
-        sorted({n for n in args.prefill if n}),
-        args.runs,
-        args.tokens,
-        args.patience,
-        args.limit,
-    )
     before = peers_report.machine()
     workers = start(found, scratch, args.timeout)
     everyone = {worker.name: worker.info for worker in workers}

@@ -43,7 +43,10 @@ def machine() -> dict[str, Any]:
 
 
 def summarize(raw: dict[str, Any]) -> dict[str, Any]:
-    """The same with a median, a best and a share of the memory bandwidth in every row, and with ratios."""
+    """The same with a median, a best and a share of the memory bandwidth in every row, and with ratios.
+
+    Rows of several texts have the multiple of the speed of one, of the runtime's fastest cache of that kind.
+    """
     bandwidth = raw["memory_bandwidth_gb_s"]
     rows = []
     for row in raw["results"]:
@@ -52,46 +55,59 @@ def summarize(raw: dict[str, Any]) -> dict[str, Any]:
         if row.get("bytes_per_token") and bandwidth:
             row["bandwidth_fraction"] = row["bytes_per_token"] * row["tokens_per_second"] / (1e9 * bandwidth)
         rows.append(row)
+    for row in (row for row in rows if row["test"] == "batch"):
+        own = [each for each in rows if (each["runtime"], each["kind"]) == (row["runtime"], row["kind"])]
+        one = [each["tokens_per_second"] for each in own if _test(each) == _one_at_a_time(row)]
+        row["times_one"] = row["tokens_per_second"] / max(one) if one else None
     return {**raw, "results": rows, "ratios": ratios(rows, raw["runtimes"])}
 
 
 def ratios(rows: list[dict[str, Any]], runtimes: dict[str, Any]) -> list[dict[str, Any]]:
     """kvrun's speed with each of its caches over each family's, with its fastest variant and cache.
 
-    "ratio" is that of the medians, "ratio_of_best" that of the best runs.
+    "ratio" is that of the medians, "ratio_of_best" that of the best runs. Several texts in one step are compared with
+    the family's texts in one step, and once more with one at a time ("peer_parallel" 1).
     """
     found = []
+    families = {runtimes[row["runtime"]]["family"]: None for row in rows if row["runtime"] != OURS}
     for ours in (row for row in rows if row["runtime"] == OURS):
-        fastest: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            family = runtimes[row["runtime"]]["family"]
-            if family != OURS and _test(row) == _test(ours):
-                best = fastest.setdefault(family, row)
-                fastest[family] = max(best, row, key=lambda row: row["tokens_per_second"])
-        for family, row in fastest.items():
-            found.append(
-                {
-                    "test": ours["test"],
-                    "depth": ours["depth"],
-                    "tokens": ours["tokens"],
-                    "cache": ours["cache"],
-                    "peer": family,
-                    "peer_runtime": row["runtime"],
-                    "peer_cache": row["cache"],
-                    "ratio": ours["tokens_per_second"] / row["tokens_per_second"],
-                    "ratio_of_best": ours["best"] / row["best"],
-                }
-            )
+        for test in dict.fromkeys([_test(ours), _one_at_a_time(ours)]):
+            for family in families:
+                theirs = [row for row in rows if runtimes[row["runtime"]]["family"] == family and _test(row) == test]
+                if theirs:
+                    found.append(_ratio(ours, max(theirs, key=lambda row: row["tokens_per_second"]), family))
     return found
+
+
+def _ratio(ours: dict[str, Any], row: dict[str, Any], family: str) -> dict[str, Any]:
+    texts = ("parallel", "shared")
+    return {
+        **{name: ours[name] for name in ("test", "depth", "tokens", *(name for name in texts if name in ours))},
+        "cache": ours["cache"],
+        "peer": family,
+        "peer_runtime": row["runtime"],
+        "peer_cache": row["cache"],
+        **({"peer_parallel": row["parallel"]} if "parallel" in row else {}),
+        "ratio": ours["tokens_per_second"] / row["tokens_per_second"],
+        "ratio_of_best": ours["best"] / row["best"],
+    }
 
 
 def _test(row: dict[str, Any]) -> tuple[Any, ...]:
     """What has to be equal for two rows to be comparable; also their order in tables."""
-    return row["test"] != "prefill", row["tokens"] or 0, row["depth"]
+    return row["test"] != "prefill", row["tokens"] or 0, row["depth"], row.get("parallel", 1), row.get("shared", 0)
+
+
+def _one_at_a_time(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The same of a single text."""
+    return _test({**row, "parallel": 1, "shared": 0})
 
 
 def _heading(row: dict[str, Any]) -> str:
-    return f"prompt {row['tokens']:,}" if row["test"] == "prefill" else f"depth {row['depth']:,}"
+    if row["test"] == "prefill":
+        return f"prompt {row['tokens']:,}"
+    texts = f"{row['parallel']} at " if row["test"] == "batch" else ""
+    return f"{texts}depth {row['depth']:,}"
 
 
 # --- tables ----------------------------------------------------------------------------------------
@@ -115,19 +131,38 @@ def show(report: dict[str, Any], console: Any = None) -> None:
     )
     for name, info in report["runtimes"].items():
         kl = f"KL {info['kl']:.2g} from kvrun" if info.get("kl") else None
-        details = [f"{info['package']} {info['version']}", info.get("with"), info.get("built"), kl]
+        details = [
+            f"{info['package']} {info['version']}",
+            info.get("with"),
+            info.get("built"),
+            kl,
+            _together(rows, name),
+        ]
         console.print(f"  {name}: {', '.join(filter(None, details))}")
     for title, test in (("prefill, tokens a second", "prefill"), ("decode, tokens a second", "decode")):
         own = [row for row in rows if row["test"] == test]
         if own:
             runs = max(len(row["runs"]) for row in own)
             console.print(_speeds(own, f"{title}: median (best) of up to {runs}"))
+    several = [row for row in rows if row["test"] == "batch"]
+    if several:
+        console.print(_batches(several))
     if report["ratios"]:
         console.print(_ratios(report["ratios"]))
     if any("kv_bytes" in row for row in rows):
         console.print(_memory([row for row in rows if "kv_bytes" in row]))
     for line in report["left_out"]:
         console.print(line)
+
+
+def _together(rows: list[dict[str, Any]], runtime: str) -> str | None:
+    """How far what texts got in one step was from what each gets alone."""
+    own = [row for row in rows if row["runtime"] == runtime and row.get("parallel", 1) > 1]
+    if not own:
+        return None
+    if all(row["same_as_alone"] for row in own):
+        return "texts get the same together as alone, to the bit"
+    return f"KL up to {max(row['kl_from_alone'] for row in own):.2g} of texts together from each alone"
 
 
 def _threads(report: dict[str, Any]) -> str:
@@ -165,7 +200,24 @@ def _speeds(rows: list[dict[str, Any]], title: str) -> Any:
     return table
 
 
+def _batches(rows: list[dict[str, Any]]) -> Any:
+    headings, lines = _grid(rows, ("runtime", "cache"))
+    shared = max(row["shared"] for row in rows)
+    common = f", which begin with the same {shared:,} tokens" if shared else ""
+    title = f"texts at a time{common}, a token of each in a step: tokens a second of all (times that of one text)"
+    table = _table(title, ["runtime", "cache", *headings], 2)
+    for names, found in lines:
+        table.add_row(*names, *(_of_one(row) if row else "" for row in found))
+    return table
+
+
+def _of_one(row: dict[str, Any]) -> str:
+    times = row["times_one"]
+    return f"{row['tokens_per_second']:.1f}" + (f" ({times:.2f})" if row["parallel"] > 1 and times else "")
+
+
 def _ratios(found: list[dict[str, Any]]) -> Any:
+    found = [{**entry, "peer": entry["peer"] + ", one by one" * _one_by_one(entry)} for entry in found]
     headings, lines = _grid(found, ("cache", "peer"))
     table = _table(
         "kvrun over each peer's fastest cache: ratio of medians (of best runs)", ["kvrun", "peer", *headings], 2
@@ -173,6 +225,11 @@ def _ratios(found: list[dict[str, Any]]) -> Any:
     for names, entries in lines:
         table.add_row(*names, *(f"{e['ratio']:.2f} ({e['ratio_of_best']:.2f})" if e else "" for e in entries))
     return table
+
+
+def _one_by_one(entry: dict[str, Any]) -> bool:
+    """Whether that is a ratio of texts in one step to one text at a time."""
+    return bool(entry.get("parallel", 1) > 1 and entry["peer_parallel"] == 1)
 
 
 def _memory(rows: list[dict[str, Any]]) -> Any:

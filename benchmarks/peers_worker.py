@@ -4,11 +4,13 @@ Run by whichever Python has the runtime, so that only NumPy and the standard lib
 and in `peers_llama.py`. Every line read is a JSON object with "op" and its arguments, every line written
 {"ok": {..}} or {"error": ".."}:
 
-    load     runtime, caches, gguf, scratch, threads, vocab, layers, kv_heads, head_dim  opens the model
+    load     runtime, caches, several, gguf, scratch, threads, vocab, layers, kv_heads, head_dim  opens the model
     logits   cache, n, path                               saves those after a prompt of n tokens
     prepare  cache, depth, room                           a cache with `depth` tokens in it
     decode   cache, depth, n, seconds                     times up to n single tokens, then takes them back
     prefill  cache, n                                     times a prompt of n tokens into an empty cache
+    prepare_together  cache, depth, parallel, shared, room  as prepare, for so many texts
+    decode_together   cache, depth, parallel, n, seconds    as decode, in steps of a token of each
     release                                               frees all caches
     bandwidth                                             memory read bandwidth (kvrun only)
 
@@ -68,20 +70,45 @@ class Kvrun:
         return np.asarray(self.logits)
 
     def rewind(self, kv: Any, depth: int) -> None:
-        kv.truncate(depth)
+        for each in kv if isinstance(kv, list) else [kv]:
+            each.truncate(depth)
 
     def free(self, kv: Any) -> None:
         pass  # with its last reference
 
     def kv_bytes(self, kv: Any) -> int:
-        size: int = kv.nbytes
-        return size
+        return sum(each.nbytes for each in (kv if isinstance(kv, list) else [kv]))
 
     def bytes_read(self, kv: Any, depth: int) -> int:
         return self.weights + self.bench.bytes_read(kv, depth + 1)
 
     def bandwidth(self) -> float:
         return self.bench.read_bandwidth(self.model.threads, seconds=0.2)
+
+    def new_together(self, cache: str, texts: int, tokens: int) -> list[Any]:
+        return [self.new(cache, tokens) for _ in range(texts)]
+
+    def fill(self, caches: list[Any], texts: np.ndarray, shared: int) -> np.ndarray:
+        """Of texts int [n, depth + 1], of which the first `shared` tokens are the same, all but the last token of each.
+        The logits float32 [n, vocab] after that one, each text alone."""
+        depth, logits = texts.shape[1] - 1, []
+        if shared:
+            self.feed(caches[0], texts[0, :shared])
+            caches[1:] = [caches[0].copy() for _ in caches[1:]]
+        for kv, text in zip(caches, texts):
+            if depth > shared:
+                self.feed(kv, text[shared:depth])
+            logits.append(self.engine.forward(text[depth:], kv.copy(), "last", True))
+        return np.array(logits)
+
+    def step(self, caches: list[Any], tokens: np.ndarray) -> None:
+        """A token of each text."""
+        items = [(kv, tokens[i : i + 1], True, "last") for i, kv in enumerate(caches)]
+        self.logits_together = self.engine.step(items)
+
+    def step_logits(self, caches: list[Any]) -> np.ndarray:
+        """[n, vocab], of the last step."""
+        return np.array(self.logits_together)
 
 
 class Transformers:
@@ -185,21 +212,35 @@ def resident() -> int | None:
         return None
 
 
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """The largest KL divergence of predictions from others, both as logits [n, vocab]."""
+    logs = []
+    for logits in (p.astype(np.float64), q.astype(np.float64)):
+        logits = logits - logits.max(axis=1, keepdims=True)
+        logs.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).max())
+
+
 class Worker:
-    """Carries out the operations; `self.kept` has the caches by name and depth, prompts' under -n."""
+    """Carries out the operations; `self.kept` has the caches by name and depth, prompts' under -n, those of several
+    texts by their number besides."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[str, int], Any] = {}
+        self.kept: dict[tuple[str, int] | tuple[str, int, int], Any] = {}
         self.tokens = np.zeros(0, np.int32)
 
     def load(self, **request: Any) -> dict[str, Any]:
         before = resident()
-        self.tokens = np.random.default_rng(0).integers(0, request["vocab"], 1 << 17).astype(np.int32)
+        self.vocab = request["vocab"]
+        self.tokens = np.random.default_rng(0).integers(0, self.vocab, 1 << 17).astype(np.int32)
         self.runtime = RUNTIMES[request["runtime"]](request)
-        caches = self.runtime.caches(request["caches"])
+        caches, more = self.runtime.caches(request["caches"]), {}
         if not caches:
             raise RuntimeError("it has none of the caches asked for")
-        return {**self.runtime.info, "caches": caches, "resident": resident(), "resident_before": before}
+        if request["several"] and hasattr(self.runtime, "caches_of_several"):
+            more = self.runtime.caches_of_several(request["caches"])
+        sizes = {"resident": resident(), "resident_before": before}
+        return {**self.runtime.info, **sizes, "caches": {**caches, **more}, "of_several": list(more)}
 
     def logits(self, cache: str, n: int, path: str) -> dict[str, Any]:
         state = self.runtime.new(cache, n)
@@ -226,17 +267,48 @@ class Worker:
         return {**found, "resident": after, "resident_growth": growth}
 
     def decode(self, cache: str, depth: int, n: int, seconds: float) -> dict[str, Any]:
-        state, feed = self.kept[cache, depth], self.runtime.feed
-        feed(state, self.tokens[:1])  # wakes threads
+        return self._timed(self.kept[cache, depth], depth, self.runtime.feed, self.tokens[: n + 1, None], seconds)
+
+    def _timed(
+        self, state: Any, depth: int, run: Callable[[Any, np.ndarray], None], tokens: np.ndarray, seconds: float
+    ) -> dict[str, Any]:
+        """Steps with the tokens [n + 1, texts], as many as take so long, from a depth on and back to it."""
+        run(state, tokens[0])  # wakes threads
         times, start = [], time.perf_counter()
-        for i in range(1, n + 1):
-            feed(state, self.tokens[i : i + 1])
+        for row in tokens[1:]:
+            run(state, row)
             times.append(time.perf_counter())
-            if i >= 4 and times[-1] - start > seconds:
+            if len(times) >= 4 and times[-1] - start > seconds:
                 break
         self.runtime.rewind(state, depth)
-        steps = np.diff([start, *times])
-        return {"tokens": len(times), "seconds": times[-1] - start, "step_seconds": steps.round(7).tolist()}
+        steps, n = np.diff([start, *times]), len(times) * tokens.shape[1]
+        return {"tokens": n, "seconds": times[-1] - start, "step_seconds": steps.round(7).tolist()}
+
+    def prepare_together(self, cache: str, depth: int, parallel: int, shared: int, room: int) -> dict[str, Any]:
+        """With how far what each text is told in a step of all is from what it is told alone."""
+        texts = np.random.default_rng(1).integers(0, self.vocab, (parallel, depth + 1)).astype(np.int32)
+        texts[:, :shared] = texts[0, :shared]
+        before = self._settled()
+        state = self.kept[cache, depth, parallel] = self.runtime.new_together(cache, parallel, depth + room)
+        start = time.perf_counter()
+        alone = self.runtime.fill(state, texts, shared)
+        seconds = time.perf_counter() - start
+        self.runtime.step(state, texts[:, depth])
+        together = self.runtime.step_logits(state)
+        self.runtime.rewind(state, depth)
+        after = self._settled()
+        return {
+            "kv_bytes": self.runtime.kv_bytes(state),
+            "seconds": seconds,
+            "resident": after,
+            "resident_growth": after - before if before and after else None,
+            "kl_from_alone": divergence(alone, together),
+            "same_as_alone": bool(np.array_equal(alone, together)),
+        }
+
+    def decode_together(self, cache: str, depth: int, parallel: int, n: int, seconds: float) -> dict[str, Any]:
+        state, tokens = self.kept[cache, depth, parallel], np.resize(self.tokens, (n + 1, parallel))
+        return self._timed(state, depth, self.runtime.step, tokens, seconds)
 
     def prefill(self, cache: str, n: int) -> dict[str, Any]:
         state = self.kept.get((cache, -n))

@@ -22,7 +22,7 @@ for line in sys.stdin:
     request = json.loads(line)
     answer = {}
     if request["op"] == "load":
-        answer = {"caches": {"q8_0": "q8", "q8_KV": "q8"}, "built": ""}
+        answer = {"caches": {"q8_0": "q8", "q8_KV": "q8"}, "of_several": [], "built": ""}
     elif request["op"] == "decode":
         asked += 1
         if str(asked) == crash_at:

@@ -27,10 +27,19 @@ for line in sys.stdin:
     if cache and cache == bad:
         answer = {"error": "ValueError: no such cache"}
     elif op == "load":
-        answer = {"ok": {"caches": caches, "built": "SSE2"}}
+        more = {name + " unified": kind for name, kind in caches.items()} if request["several"] and speed < 300 else {}
+        answer = {"ok": {"caches": {**caches, **more}, "of_several": list(more), "built": "SSE2"}}
     elif op == "prepare":
         size = 1000 * (request["depth"] + 1)
         answer = {"ok": {"kv_bytes": size, "seconds": 0.01, "resident": 9, "resident_growth": size}}
+    elif op == "prepare_together":
+        size, same = 1000 * request["parallel"] * (request["depth"] + 1), speed == 300
+        kl = {"same_as_alone": same, "kl_from_alone": 0.0 if same else 5 / speed}
+        answer = {"ok": {"kv_bytes": size, "seconds": 0.01, **kl}}
+    elif op == "decode_together":
+        together = 4 if "unified" in cache else 2  # times as fast, however many
+        tokens = request["n"] * request["parallel"]
+        answer = {"ok": {"tokens": tokens, "seconds": tokens / speed / (1 if request["parallel"] == 1 else together)}}
     elif op == "logits":
         logits = [0.0] * 9 + [float(speed < 50) * 20]
         np.save(request["path"], np.array(logits, np.float32))
@@ -132,6 +141,57 @@ def test_a_cache_that_fails_is_named_and_left_out(compare):
     assert [row for row in found["results"] if row["runtime"] == PEER[0] and row["cache"] == "f16"]
 
 
+def test_several_texts_are_measured_beside_one(compare):
+    found, said = compare(OURS, PEER, prefills=[], depths=[128, 256], parallel=[1, 8], shared=100)
+    rows = {(row["runtime"], row["cache"], row["depth"], row["parallel"]): row for row in found["results"]}
+    assert len(rows) == 2 * (2 + 2 + 2 + 4) and {row["test"] for row in rows.values()} == {"batch"}
+    assert {row["shared"] for (*_, n), row in rows.items() if n == 8} == {100}
+    assert {row["shared"] for (*_, n), row in rows.items() if n == 1} == {0}
+    one, all_of_them = rows["kvrun", "q4", 128, 1], rows["kvrun", "q4", 128, 8]
+    assert (one["tokens_per_second"], one["times_one"]) == (pytest.approx(300), pytest.approx(1))
+    assert (all_of_them["tokens_per_second"], all_of_them["times_one"]) == (pytest.approx(600), pytest.approx(2))
+    assert rows[PEER[0], "q4_0 unified", 256, 8]["times_one"] == pytest.approx(4)  # of the same kind, not unified
+    assert "texts: 8 at depth 256: 6 caches, 2 runs in turn" in said and "texts: 1 at depth 256: 4 caches" in str(said)
+    text = shown(found)
+    assert "8 at depth 256" in text and "600.0 (2.00)" in text and "begin with the same 100 tokens" in text
+    assert "kvrun 1, SSE2, texts get the same together as alone, to the bit" in text
+    assert "KL up to 0.05 of texts together from each alone" in text
+    json.dumps(found)
+
+
+def test_several_texts_are_compared_with_the_peer_in_a_batch_and_one_by_one(compare):
+    found, _ = compare(OURS, PEER, prefills=[], depths=[128], parallel=[1, 8])
+    ratios = {(e["cache"], e["parallel"], e["peer_parallel"]): e for e in found["ratios"]}
+    assert len(ratios) == len(found["ratios"]) == 2 * 3
+    batch, one_by_one = ratios["q4", 8, 8], ratios["q4", 8, 1]
+    assert batch["ratio"] == pytest.approx(600 / 400) and batch["peer_cache"].endswith(" unified")
+    assert one_by_one["ratio"] == pytest.approx(600 / 100) and not one_by_one["peer_cache"].endswith(" unified")
+    assert ratios["f16", 1, 1]["ratio"] == pytest.approx(3)
+    text = shown(found)
+    assert "1.50 (1.50)" in text and "llama.cpp, one by one" in text and "6.00 (6.00)" in text
+
+
+def test_texts_that_get_something_else_together_are_named(compare):
+    found, said = compare(OURS, (*PEER[:3], 10, "", ""), prefills=[], depths=[128], parallel=[1, 2], kinds=["q4"])
+    line = f"{PEER[0]}, q4_0 cache: 2 texts at depth 128 do not get what each gets alone: KL 0.5"
+    assert line in found["left_out"] and line in said
+    assert [row for row in found["results"] if row["cache"] == "q4_0" and row["parallel"] == 2]
+
+
+def test_many_long_texts_are_left_out_for_the_time_of_all(compare):
+    found, _ = compare(OURS, prefills=[], depths=[100], parallel=[1, 8], limit=0.05)
+    assert {row["parallel"] for row in found["results"]} == {1}  # 100 tokens in 0.01 s
+    assert found["left_out"][0] == "kvrun, f16 cache: 800 tokens would take 0 s or more; left out"
+
+
+@pytest.mark.parametrize("op", ["prepare_together", "decode_together"])
+def test_a_runtime_that_crashes_with_several_texts_does_not_stop_the_others(compare, op):
+    found, _ = compare(OURS, (*PEER[:5], op), prefills=[], depths=[128], parallel=[1, 4])
+    (line,) = found["left_out"]
+    assert line.startswith(PEER[0]) and f"in {op} with a f16 cache" in line
+    assert len([row for row in found["results"] if row["runtime"] == "kvrun"]) == 2 * 2
+
+
 @pytest.mark.parametrize("op", ["load", "logits", "prefill", "prepare", "decode", "release"])
 def test_a_runtime_that_crashes_does_not_stop_the_others(compare, op):
     found, _ = compare(OURS, (*PEER[:5], op))
@@ -212,7 +272,40 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert last.startswith("peers: ") and message in last
 
 
-@pytest.mark.parametrize("arguments", [["x", "--threads", "0"], ["x", "--depths", "-1"], ["x", "--runs", "a"], []])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shared", "5"], "shared: only texts of --parallel"),
+        (["--parallel", "8", "--shared", "500"], "shared: 500 tokens are more than the least of the depths, 128"),
+        (["--parallel", "8", "--depths", "10", "--shared", "11"], "more than the least of the depths, 10"),
+        (["--parallel", "8", "--prefill", "512"], "prefill: not together with --parallel"),
+        (["--parallel", "8", "--plots", "."], "plots: not together with --parallel"),
+        (["--parallel", "8", "--peers", "llama.cpp", "transformers"], "peers: transformers cannot run several texts"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message, capsys):
+    needs.module("matplotlib", "matplotlib")
+    assert peers.main([__file__, *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("peers: ") and message in line
+
+
+def test_the_plan_of_several_texts():
+    def plan(*arguments):
+        return peers.plan_of(peers.build_parser().parse_args(["x", *arguments]))
+
+    several = plan("--parallel", "16", "8", "16", "--shared", "100")
+    assert (several.parallel, several.shared, several.prefills) == ([1, 8, 16], 100, [])
+    assert several.depths == peers.BATCH_DEPTHS
+    assert plan("--parallel", "2", "--depths", "0").depths == [0]
+    single = plan()
+    assert (single.parallel, single.prefills, single.depths) == ([], peers.PREFILLS, peers.DEPTHS)
+    assert plan("--prefill", "0").prefills == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["x", "--threads", "0"], ["x", "--parallel", "0"], ["x", "--depths", "-1"], ["x", "--runs", "a"], []]
+)
 def test_wrong_usage(arguments):
     with pytest.raises(SystemExit) as stopped:
         peers.main(arguments)
@@ -223,11 +316,16 @@ def test_parameters_are_found_by_their_defaults():
     words = [0] * 40
     words[:4], words[7:9], words[26:28] = [512, 2048, 512, 1], [4, 4], [1, 1]
     words[10:14] = [-1] * 4
+    words[32:34] = [0x01010100, 0x0001]  # flags
     at = peers_llama.opaque_offsets(struct.pack("<40i", *words))
-    assert at == {"flash_attn_type": 52, "type_k": 104, "type_v": 108}
-    words[30:32] = [1, 1]
-    with pytest.raises(RuntimeError):
-        peers_llama.opaque_offsets(struct.pack("<40i", *words))
+    assert at == {"flash_attn_type": 52, "type_k": 104, "type_v": 108, "kv_unified": 133}
+    before = [*words[:20], *words[32:34], *words[22:32], 0, 0, *words[34:]]
+    others = [before, [513, *words[1:]]]
+    for place, pair in ((34, [1, 1]), (36, words[32:34]), (32, [0x01010101, 1]), (32, [0x01010100, 0x0101])):
+        others.append([*words[:place], *pair, *words[place + 2 :]])
+    for each in others:
+        with pytest.raises(RuntimeError):
+            peers_llama.opaque_offsets(struct.pack("<40i", *each))
 
 
 def test_requantized_matrices_and_everything_else_the_same(tmp_path):
