@@ -16,7 +16,7 @@ from kvrun.cuda import abi
 from kvrun.cuda.cache import CudaKVCache
 from kvrun.cuda.launch.attention import MAX_HEAD_DIM
 from kvrun.cuda.launch.matrix import UNITS
-from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, write_step
+from kvrun.cuda.steps import Buffers, Chunk, OneToken, Workspace, hidden_pad, write_step
 from kvrun.cuda.weights import DeviceWeights
 from kvrun.errors import OptionError
 
@@ -123,17 +123,18 @@ class CudaEngine:
         return rows[0] if rows is not None and logits == "last" else rows
 
     def step(self, items: Sequence[tuple[CudaKVCache, Tokens, bool | None, str]]) -> list[np.ndarray | None]:
-        """As `_core.Engine.step`, one item after another. OptionError for hidden states, which are the core's only."""
+        """As `_core.Engine.step`, one item after another."""
         for kv, tokens, _, wants in items:
-            if wants == "hidden":
-                raise OptionError("hidden states are computed by the cpu only")
             self.host.checked(tokens, kv.host, wants, self.max_chunk)
         if not items or len({id(kv) for kv, *_ in items}) < len(items):
             raise ValueError("a step has items, each with a cache of its own")
         return [self.forward(tokens, kv, wants, decoding) for kv, tokens, decoding, wants in items]
 
     def _decode(self, ids: np.ndarray, kv: CudaKVCache, logits: str) -> np.ndarray | None:
-        """float32 [1, vocab] of the last token, [n, vocab] of all, or None; the cache has counted them."""
+        """float32 [1, vocab] of the last token, [n, vocab] of all, their hidden states [n, hidden_size], or None; the
+        cache has counted them."""
+        if logits == "hidden":
+            return np.concatenate([self._decode_one_hidden(ids[i : i + 1], kv) for i in range(len(ids))])
         buffers, device = kv.buffers, self.device
         if buffers.graph is None:
             buffers.graph = device.capture(OneToken(self, buffers).operations(), buffers.stream)
@@ -147,13 +148,41 @@ class CudaEngine:
             kv.host.count(kv.n_tokens + 1, kv.host.packed_ever)
         return None if logits == "none" else rows
 
+    def _decode_one_hidden(self, token: np.ndarray, kv: CudaKVCache) -> np.ndarray:
+        """float32 [1, hidden_size]."""
+        self._decode(token, kv, "none")
+        return self._hidden(kv.buffers.arena["x"], 1)
+
+    def _hidden(self, x: int, n: int) -> np.ndarray:
+        """float32 [n, hidden_size]: what the head gets of n rows of the residual stream at an address."""
+        d, norm = self.description, self.weights.norm
+        rows = np.empty((n, hidden_pad(self.weights)), np.float32)
+        self.device.read(rows, x)
+        rows = rows[:, : d.hidden_size]
+        if norm["layer_norm"][0]:
+            rows = rows - rows.mean(axis=1, keepdims=True, dtype=np.float64)
+        size = np.sqrt(np.square(rows, dtype=np.float64).mean(axis=1, keepdims=True) + d.norm_eps)
+        weight, bias = (self._vector(int(norm[name][0])) for name in ("weight", "bias"))
+        normed = rows / size * (1 if weight is None else weight) + (0 if bias is None else bias)
+        return np.asarray(normed, np.float32)
+
+    def _vector(self, address: int) -> np.ndarray | None:
+        """float32 [hidden_size] on the device; None where there is none."""
+        if not address:
+            return None
+        vector = np.empty(self.description.hidden_size, np.float32)
+        self.device.read(vector, address)
+        return vector
+
     def _chunk(self, ids: np.ndarray, kv: CudaKVCache, logits: str) -> np.ndarray | None:
-        """float32 [1, vocab] of the last token, [n, vocab] of all, or None."""
+        """float32 [1, vocab] of the last token, [n, vocab] of all, their hidden states [n, hidden_size], or None."""
         vocab = self.description.vocab_size
         with self._lock:
             chunk = Chunk(self, kv.buffers, len(ids))
             write_step(self.workspace.pinned, ids, kv)
             self._run(chunk.operations() + (chunk.last_logits() if logits == "last" else []), kv)
+            if logits == "hidden":
+                return self._hidden(self.workspace.arena["x"], len(ids))
             if logits != "all":
                 return None if logits == "none" else kv.buffers.logits[None, :vocab].copy()
             rows = np.empty((len(ids), vocab), np.float32)

@@ -64,9 +64,25 @@ def test_a_step_of_several_is_one_after_another(device):
     cache = gpu.new_cache(k="f16", **OPTIONS)
     with pytest.raises(ValueError, match="of its own"):
         gpu.step([(cache, ids[:1], None, "last")] * 2)
-    with pytest.raises(kvrun.OptionError, match="hidden states"):
-        gpu.step([(cache, ids[:1], None, "hidden")])
     assert cache.n_tokens == 0
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_hidden_states(norm, device):
+    """Of a chunk, and of tokens that are written."""
+    model = tiny("f32", norm=norm)
+    cpu, gpu = engines(model, device)
+    ids, options = tokens(model.description, 40), dict(k="f32", v="f32", **OPTIONS)
+    caches = cpu.new_cache(**options), gpu.new_cache(**options)
+    for part, decoding, limit in ((ids[:33], False, CHUNK), (ids[33:], True, CHUNK)):
+        (expected,), (found,) = (
+            engine.step([(cache, part, decoding, "hidden")]) for engine, cache in zip((cpu, gpu), caches, strict=True)
+        )
+        assert found.shape == (len(part), model.description.hidden_size)
+        assert difference(found, expected) <= limit
+    fresh = cpu.new_cache(**options), gpu.new_cache(**options)
+    expected, found = (e.step([(c, ids[:5], True, "hidden")])[0] for e, c in zip((cpu, gpu), fresh, strict=True))
+    assert difference(found, expected) <= EXACT
 
 
 def test_a_weight_type_that_the_kernels_lack_is_refused(device, monkeypatch):
