@@ -24,7 +24,8 @@ from kvrun.version import __version__
 TYPE_CHECKING = False  # as in typing, which takes longer to import than all this
 if TYPE_CHECKING:
     from kvrun.model import Model, load
-    from kvrun.scheduler import GenerationResult, Request, Scheduler
+    from kvrun.request import GenerationResult, Request
+    from kvrun.scheduler import Scheduler, SchedulerStats
     from kvrun.session import Session
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Request",
     "Scheduler",
     "SchedulerFullError",
+    "SchedulerStats",
     "Session",
     "SessionBusyError",
     "TokenizerError",
@@ -45,10 +47,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GenerationResult": "kvrun.scheduler",
+    "GenerationResult": "kvrun.request",
     "Model": "kvrun.model",
-    "Request": "kvrun.scheduler",
+    "Request": "kvrun.request",
     "Scheduler": "kvrun.scheduler",
+    "SchedulerStats": "kvrun.scheduler",
     "Session": "kvrun.session",
     "load": "kvrun.model",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,13 @@ if TYPE_CHECKING:
 
 SHARE = 4
 """Snapshots take at most this part of the cache's size, a quarter,"""
-LEAST = 8 << 20
+LEAST = 16 << 20
 """or so many bytes, if those are more."""
+
+
+def snapshot_bytes(cache_bytes: int) -> int:
+    """Most bytes of the snapshots beside a cache of so many."""
+    return max(cache_bytes // SHARE, LEAST)
 
 
 Runs = tuple[tuple[int, int], ...]
@@ -40,7 +46,7 @@ class History:
     Tokens that have left the window are rounded, and those in a window to be restored are needed as they were. A
     snapshot keeps them. One is made when a tile is packed after a place that is worth coming back to: where a prompt
     begins, or one of its chunks, and where it ends. Where there is none a cache goes back further, at most to its
-    beginning.
+    beginning. When snapshots take too much, older ones go, and last those of `places`.
 
     A conversation that goes on from the end of an answer has the answer's own tokens.
 
@@ -51,6 +57,7 @@ class History:
         self._written: Runs = ()
         self._told: tuple[str, Ends] = "", ()
         self._kept: tuple[_Kept, ...] = ()
+        self._places: tuple[int, ...] = ()
         self._mark = 0
 
     @classmethod
@@ -63,6 +70,7 @@ class History:
     def copy(self) -> History:
         other = History()
         other._written, other._kept, other._mark = self._written, self._kept, self._mark
+        other._places = self._places
         other._told = self._told
         return other
 
@@ -80,6 +88,11 @@ class History:
     def written(self) -> Runs:
         """The tokens that were written."""
         return self._written
+
+    @property
+    def read(self) -> int | None:
+        """How many tokens were read before the first that was written; None if none was written."""
+        return self._written[0][0] if self._written else None
 
     def run(self, position: int) -> tuple[bool, int | None]:
         """Whether the token at a position is written, and where that ends; None if nowhere."""
@@ -120,9 +133,20 @@ class History:
 
     # --- the ways back ----------------------------------------------------------------------------
 
-    def mark(self, n: int) -> None:
-        """The cache has n tokens, and this is a place to come back to."""
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Lengths of the text that others are likely to come back to, ascending."""
+        return self._places
+
+    @property
+    def snapshots(self) -> Iterator[_core.Snapshot]:
+        return (one.snapshot for one in self._kept)
+
+    def mark(self, n: int, lasting: bool = False) -> None:
+        """The cache has n tokens, and this is a place to come back to; `lasting`: one of `places`."""
         self._mark = n
+        if lasting:
+            self._places = (*(place for place in self._places if place < n), n)
 
     def before(self, kv: Cache, n: int) -> None:
         """Before n more tokens: keeps what they take away from where the mark is."""
@@ -132,14 +156,21 @@ class History:
             return
         if any(one.first <= self._mark <= one.last for one in self._kept):
             return
-        most = max(kv.nbytes // SHARE, LEAST)
+        most = snapshot_bytes(kv.nbytes)
         try:
             snapshot = kv.snapshot(most)
         except MemoryError:  # then the cache goes back further
             return
         if snapshot is not None:
             others = (one for one in self._kept if one.first != first)
-            self._kept = _thinned((*others, _Kept(first, kv.n_tokens, snapshot)), most)
+            self._kept = _thinned((*others, _Kept(first, kv.n_tokens, snapshot)), most, self._places)
+            self._places = tuple(place for place in self._places if self.place(kv, place) == place)
+
+    def place(self, kv: Cache, n: int) -> int:
+        """How many tokens `go_back` to n leaves, of a text that has not outgrown its cache."""
+        if n >= kv.exact_from():
+            return min(n, kv.n_tokens)
+        return max((min(n, one.last) for one in self._kept if one.first <= n), default=0)
 
     def go_back(self, kv: Cache, n: int) -> int:
         """Take the cache back to n tokens, or where that is not possible exactly to the next place before;
@@ -161,16 +192,19 @@ class History:
         """Forget what leads to places where a cache with so many tokens has not been."""
         if self._kept and self._kept[-1].last > fed:
             self._kept = tuple(replace(one, last=min(one.last, fed)) for one in self._kept if one.first <= fed)
+        if self._places and self._places[-1] > fed:
+            self._places = tuple(place for place in self._places if place <= fed)
         self._mark = min(self._mark, fed)
 
 
-def _thinned(kept: tuple[_Kept, ...], most: int) -> tuple[_Kept, ...]:
-    """So many that they have at most this many bytes: the newest, and of the others fewer the older they are."""
+def _thinned(kept: tuple[_Kept, ...], most: int, places: tuple[int, ...]) -> tuple[_Kept, ...]:
+    """So many that they have at most this many bytes: the newest, then those that lead back to `places`, and of the
+    others fewer the older they are."""
     while sum(one.snapshot.nbytes for one in kept) > most and len(kept) > 1:
-        places = [0, *(one.last for one in kept)]
-        end = places[-1]
+        ends = [0, *(one.last for one in kept)]
         # What is lost with each, in proportion to how long ago it was.
-        gaps = [(places[i + 1] - places[i - 1]) / (end - places[i - 1]) for i in range(1, len(kept))]
-        drop = gaps.index(min(gaps))
+        gaps = [(ends[i + 1] - ends[i - 1]) / (ends[-1] - ends[i - 1]) for i in range(1, len(kept))]
+        lasting = [any(one.first <= place <= one.last for place in places) for one in kept[:-1]]
+        drop = min(range(len(gaps)), key=lambda i: (lasting[i], gaps[i]))
         kept = (*kept[:drop], *kept[drop + 1 :])
     return kept

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from kvrun.cuda.device import CudaDevice
     from kvrun.cuda.engine import CudaEngine
     from kvrun.files.description import ModelDescription
-    from kvrun.scheduler import GenerationResult, Scheduler
+    from kvrun.request import GenerationResult
+    from kvrun.scheduler import Scheduler
     from kvrun.text.templates import ChatTemplate
     from kvrun.text.tokenizer import Tokenizer
 
@@ -168,20 +169,31 @@ class Model:
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
         return "".join(Session(self, **cache).stream(prompt, **given))
 
-    def scheduler(self, parallel: int = 8, max_waiting: int | None = None, **cache: Unpack[CacheKeywords]) -> Scheduler:
+    def scheduler(
+        self,
+        parallel: int = 8,
+        max_waiting: int | None = None,
+        prefix_bytes: int | None = None,
+        **cache: Unpack[CacheKeywords],
+    ) -> Scheduler:
         """Answers up to `parallel` prompts at once (see `Scheduler`), each with a cache of the same options; to be used
-        as a context manager, or closed."""
+        as a context manager, or closed. `prefix_bytes`: of caches that are kept for prompts that begin alike."""
         from kvrun.scheduler import Scheduler
 
-        return Scheduler(self, parallel, max_waiting, **cache)
+        return Scheduler(self, parallel, max_waiting, prefix_bytes, **cache)
 
     @documented(GenerateKeywords, max_tokens=512)
     def generate_many(
-        self, prompts: Iterable[str | Sequence[Any]], parallel: int = 8, **options: Unpack[GenerateKeywords]
+        self,
+        prompts: Iterable[str | Sequence[Any]],
+        parallel: int = 8,
+        prefix_bytes: int | None = None,
+        **options: Unpack[GenerateKeywords],
     ) -> list[GenerationResult]:
         """The answers to several prompts, in their order, up to `parallel` at once; options are those of `generate`.
 
-        Each answer is the same as alone. A seed is for all of them. Raises OptionError for options that cannot be used,
+        Each answer is the same as alone. What prompts begin with in common is read once, as far as `prefix_bytes` of
+        caches allow (see `Scheduler`). A seed is for all of them. Raises OptionError for options that cannot be used,
         and what a prompt that cannot be answered raises.
         """
         given: dict[str, Any] = {"max_tokens": 512}
@@ -189,7 +201,7 @@ class Model:
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
         prompts = list(prompts)
         parallel = integer("parallel", parallel, low=1, high=MAX_PARALLEL)
-        with self.scheduler(min(parallel, len(prompts)) or 1, **cache) as scheduler:
+        with self.scheduler(min(parallel, len(prompts)) or 1, prefix_bytes=prefix_bytes, **cache) as scheduler:
             requests = [scheduler.submit(prompt, **given) for prompt in prompts]
             return [request.result() for request in requests]
 

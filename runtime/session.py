@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from kvrun.options import (
     path_text,
     resolve,
 )
+from kvrun.prefix_store import Prefix, common
 from kvrun.text.streaming import StopStrings
 from kvrun.text.thinking import mark_tokens, opened, opens_thinking
 from kvrun.text.transcript import Transcript
@@ -45,7 +46,8 @@ class Stats:
     """Counts and seconds of one `stream`; time spent by the caller between two pieces is not in them.
 
     `prompt_tokens` counts what was fed before the answer: tokens of the prompt that the cache did not hold, and those
-    of the text before it that had to be fed again.
+    of the text before it that had to be fed again. `cached_tokens`: all others of the text up to the answer, which were
+    there already and were not fed.
     `prompt_overflow`, as soon as `stream` has returned: tokens of the prompt (of messages: of what is not in the
     session yet) that the cache has no room for, so that the answer is made without them. `evicted_tokens`: those of the
     whole text that are more than the cache keeps, at first those that it will be with the prompt. The oldest go, after
@@ -55,6 +57,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
@@ -75,10 +78,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class _Conversation:
-    """Messages, and what the chat template makes of them, special characters escaped."""
+    """Messages, and what the chat template makes of them with some variables, special characters escaped."""
 
     messages: list[dict[str, Any]]
     rendered: str
+    variables: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ class Session:
         self.stats = Stats()
         self.answer_begins_thinking = False
         self.chunk: int | None = None  # most tokens of a prompt in a step, fewer than the engine takes
+        self.places: Collection[int] = ()  # lengths of the text at which a prompt is cut, to be come back to
+        self._turn = _Turn([], fresh=True)
         self._running: Generator[str, None, None] | None = None
         self._use = one_at_a_time()
         self._clear()
@@ -370,11 +376,13 @@ class Session:
 
     def steps(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Work:
         """What `stream` does, for somebody else to run it, together with what other sessions do: takes and raises the
-        same. Nothing else may use the session meanwhile. `chunk` tokens of the prompt at most are in a step."""
+        same. Nothing else may use the session meanwhile. `chunk` tokens of the prompt at most are in a step, and a step
+        ends at each of `places`; a session that is empty may `begin_with` a prefix before the first."""
         values = resolve(StreamKeywords, options, self.model.file.sampling)
         stops, limit = StopStrings(values["stop"]), values["max_tokens"]
         self._end_running()
-        turn = self._turn(prompt, values["raw"], values["think"])
+        turn = self._turn_of(prompt, values["raw"], values["think"])
+        turn = self._turn = replace(turn, fresh=turn.fresh or not self.n_tokens)
         if limit:
             _ = self.model.tokenizer  # a model without one should say so now
         self.answer_begins_thinking = turn.chat is not None and opens_thinking(turn.chat.rendered)
@@ -383,9 +391,47 @@ class Session:
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
         return self._run(turn, values, limit, stops, stop_ids)
 
+    # --- for a scheduler --------------------------------------------------------------------------
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens of the prompt that `steps` was given: of an empty session, all before the answer."""
+        return self._turn.ids
+
+    def last_message(self) -> int:
+        """How many of the `prompt_ids` are before what the last message says; 0 if the prompt is no conversation, or
+        that cannot be told. A good guess of what other prompts have in common with it."""
+        chat = self._turn.chat
+        other = None if chat is None else self._template().with_another_end(chat.messages, **chat.variables)
+        if other is None:
+            return 0
+        ids = self.model.tokenizer.encode_escaped(other)
+        return common(np.array(ids, np.int32), np.array(self.prompt_ids, np.int32))
+
+    def prefix(self) -> Prefix:
+        """The beginning of the text that was read and is in the cache, which stays the session's; none of a text that
+        has outgrown it."""
+        tokens, read = self._text.tokens, self._history.read
+        n = 0 if tokens is None or self._kv.outgrown else self._kv.n_tokens
+        n = n if read is None else min(n, read)
+        return Prefix(np.array((tokens or ())[:n], np.int32), self._kv, self._history)
+
+    def begin_with(self, prefix: Prefix) -> None:
+        """Have this, and its cache, in place of what there was. Nothing else may use them from now on."""
+        self._kv, self._history = prefix.cache, prefix.history
+        self._transcript, self._logits = Transcript(prefix.tokens.tolist(), rendered=None), None
+        self.messages = []
+
+    def renew(self) -> None:
+        """Forget everything, and have another cache, so that the one that there was can be kept. OptionError, with
+        nothing changed, if there is no memory for it."""
+        self._kv = new_cache(self.model.engine, self.cache)
+        self._clear()
+        self.messages = []
+
     # --- prompts ----------------------------------------------------------------------------------
 
-    def _turn(self, prompt: str | Sequence[Any], raw: bool, think: bool) -> _Turn:
+    def _turn_of(self, prompt: str | Sequence[Any], raw: bool, think: bool) -> _Turn:
         if isinstance(prompt, str):
             if raw or self.model.chat is None:
                 return self._plain_turn(prompt)
@@ -430,14 +476,15 @@ class Session:
         template = self._template()
         if not think and not template.without_thinking:
             raise OptionError("think: the model's chat template has no switch for thinking (enable_thinking)")
-        text = template.render(messages, **({} if think else template.without_thinking))
+        variables = {} if think else template.without_thinking
+        text = template.render(messages, **variables)
         known = self._text.rendered
         # What the cache holds is kept if the conversation still begins with it, to the character.
         fresh = known is None or not text.startswith(known)
         n, chars = self._told(text) if fresh else (0, len(known or ""))
         kept = list((self._text.tokens or ())[:n])
         ids = kept + self.model.tokenizer.encode_escaped(text[chars:], continued=chars > 0)
-        return self._feedable(_Turn(ids, fresh, _Conversation(messages, text)))
+        return self._feedable(_Turn(ids, fresh, _Conversation(messages, text, variables)))
 
     def _told(self, text: str) -> tuple[int, int]:
         """(tokens, characters) of the longest part of the conversation so far that a rendered one begins with, to the
@@ -463,6 +510,7 @@ class Session:
         self._text.rendered = None  # not known again before the end, so that an interruption in between does no harm
         new = turn.ids[self._rewind(turn.ids) :] if turn.fresh else turn.ids
         self._text.append(new)
+        self.stats.cached_tokens = self._kv.n_tokens
         chat, answer, begun = turn.chat, None, self._text.n_tokens
         if chat is not None:
             self.messages = chat.messages
@@ -605,7 +653,7 @@ class Session:
             fed = self._kv.n_tokens
             n, written = self._next_step(fed, left)
             if prompt:
-                self._history.mark(fed)
+                self._history.mark(fed, lasting=fed in self.places)
             self._history.before(self._kv, n)
             self.model.file.check_unchanged()
             began = time.perf_counter()
@@ -631,6 +679,7 @@ class Session:
         """How many tokens to feed next, and whether as text that is written."""
         written, end = self._history.run(fed)
         most = left if end is None else min(left, end - fed)
+        most = min([most, *(place - fed for place in self.places if place > fed)])
         largest = self.model.engine.max_chunk
         return (1, True) if written else (min(most, largest, self.chunk or largest), False)
 

@@ -27,24 +27,26 @@ from kvrun.commands.arguments import (
     stream_options,
     whole,
 )
-from kvrun.commands.batch_files import Lines, RecordFile, StandardOutput
+from kvrun.commands.batch_files import Bell, Lines, RecordFile, StandardOutput
 from kvrun.commands.batch_lines import Key, Line, read_line
 from kvrun.commands.progress import answered
 from kvrun.errors import KvrunError, ModelFileError, OptionError
 from kvrun.files.safe_file import check_output
 from kvrun.model import load
-from kvrun.options import AnswerKeywords, CacheKeywords, StreamKeywords, declared, resolve
+from kvrun.options import AnswerKeywords, CacheKeywords, StreamKeywords, declared, integer, resolve
 
 if TYPE_CHECKING:
-    from kvrun.scheduler import GenerationResult, Request, Scheduler
+    from kvrun.request import GenerationResult, Request
+    from kvrun.scheduler import Scheduler
 
 PARALLEL = 8
 SUBMITTED = 2
 """Times `--parallel`: most requests that the scheduler has, so that one waits whenever another ends."""
 HELD = 32
 """Times `--parallel`: most answers that wait for an earlier one, with `--in-order`."""
-POLL = 0.01
-"""Seconds until it is looked again whether an answer has ended."""
+PAUSE = 0.2
+"""Seconds after which progress is shown anew while nothing happens; and a signal has its effect, should it come just
+before the command begins to wait."""
 
 _DESCRIPTION = """\
 Answer the prompts of a file, several at once, each as it would be alone.
@@ -75,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_load_option(prompts, "precise")
     add_cache_options(parser)
     memory = parser.add_argument_group("memory and device")
+    kept = "MiB of prompts kept for those that begin alike; 0: none (what --parallel answers take, at most 1024)"
+    memory.add_argument("--cache-ram", **whole("cache-ram"), help=kept)
     add_load_option(memory, "mmap")
     add_device_options(memory)
     add_load_option(memory, "prefault")
@@ -95,16 +99,20 @@ def main(argv: Sequence[str]) -> int:
             check_no_think(model)
         lines = Lines(fd, _what(args.input))
         with (
-            model.scheduler(args.parallel, **given(args, CacheKeywords)) as scheduler,
+            model.scheduler(args.parallel, None, _prefix_bytes(args), **given(args, CacheKeywords)) as scheduler,
             nullcontext(StandardOutput()) if path is None else closing(RecordFile(path)) as out,
         ):
             _refuse_same(fd, out)
             before = out.answered() if isinstance(out, RecordFile) else set()
             batch = Batch(scheduler, lines, out, defaults, before, in_order=args.in_order)
             shown = not args.quiet and (path is not None or not sys.stdout.isatty())
-            with answered(lambda: _count(fd)) if shown else nullcontext() as show:
+            with closing(batch), answered(lambda: _count(fd)) if shown else nullcontext() as show:
                 batch.run(show)
     return _report(batch, args.quiet)
+
+
+def _prefix_bytes(args: argparse.Namespace) -> int | None:
+    return None if args.cache_ram is None else integer("cache-ram", args.cache_ram, low=0, high=1 << 40) << 20
 
 
 @contextmanager
@@ -189,9 +197,10 @@ class Batch:
         self._scheduler, self._lines, self._out = scheduler, lines, out
         self._defaults, self._answered, self._in_order = defaults, answered, in_order
         self._pending: list[_Pending] = []
+        self._bell = Bell()  # an answer has ended
         self._lines_of: dict[Key, int] = {}
         self.answers = self.errors = self.answered_before = self.blank = 0
-        self.prompt_tokens = self.answer_tokens = self.too_long = 0
+        self.prompt_tokens = self.cached_tokens = self.answer_tokens = self.too_long = 0
         self._began = time.monotonic()
         self.seconds = 0.0
 
@@ -217,14 +226,18 @@ class Batch:
             raise
         self.seconds = time.monotonic() - self._began
 
+    def close(self) -> None:
+        """No answer that ends from now on is of interest."""
+        self._bell.close()
+
     def _go_on(self) -> None:
-        """Take a line if there is room and one comes soon, and write what is done."""
-        room = self._has_room()
-        data = self._lines.next(POLL) if room else None
-        if data is not None:
-            self._take(data)
-        elif self._pending and (not room or self._lines.ended) and not any(one.done for one in self._pending):
-            time.sleep(POLL)
+        """Take a line if there is room and one comes before an answer ends, and write what is done."""
+        if self._has_room():
+            data = self._lines.next(self._bell, PAUSE)
+            if data is not None:
+                self._take(data)
+        elif self._pending:
+            self._bell.wait(PAUSE)
         self._write_done()
 
     def _has_room(self) -> bool:
@@ -255,7 +268,9 @@ class Batch:
         options = {**self._defaults, **{name: value for name, value in own.items() if value is not None}}
         if isinstance(prompt, str):
             refuse_empty(prompt, options["raw"] is True)
-        return self._scheduler.submit(prompt, **options)
+        request = self._scheduler.submit(prompt, **options)
+        request.add_done_callback(self._bell.ring)
+        return request
 
     def _write_done(self) -> None:
         """The records of all that are done, or with `--in-order` of the first ones that are."""
@@ -276,7 +291,8 @@ class Batch:
             self.errors += 1
             return one.line.error(str(error))
         self.answers += 1
-        self.prompt_tokens += result.stats.prompt_tokens
+        self.prompt_tokens += result.stats.prompt_tokens + result.stats.cached_tokens
+        self.cached_tokens += result.stats.cached_tokens
         self.answer_tokens += result.stats.answer_tokens
         self.too_long += result.stats.prompt_overflow > 0
         return one.line.answer(result, self._scheduler.model.description.name)
@@ -297,9 +313,10 @@ def _report(batch: Batch, quiet: bool) -> int:
         )
     if not quiet:
         before = f", {batch.answered_before:,} answered before" if batch.answered_before else ""
+        read = f", {batch.cached_tokens:,} of them read before" if batch.cached_tokens else ""
         parts = [
             f"{_counted(batch.answers, 'answer')}, {_counted(batch.errors, 'error')}{before}",
-            f"prompts {batch.prompt_tokens:,} tokens",
+            f"prompts {batch.prompt_tokens:,} tokens{read}",
             f"answers {batch.answer_tokens:,} tokens, {batch.answer_tokens / max(1e-9, batch.seconds):.1f} tok/s",
         ]
         print("[" + "; ".join(parts) + "]", file=sys.stderr)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import select
+import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from kvrun.commands.arguments import LONGEST_TEXT
@@ -13,6 +15,33 @@ from kvrun.commands.batch_lines import Key, answered_key
 from kvrun.commands.signals import finishing
 from kvrun.errors import KvrunError, OptionError
 from kvrun.files.safe_file import check_output, lock
+
+
+class Bell:
+    """What one thread rings, and another waits for, besides for a file. Ringing it after it was closed does nothing."""
+
+    def __init__(self) -> None:
+        self._rung, self._ring = socket.socketpair()
+        for end in (self._rung, self._ring):
+            end.setblocking(False)
+
+    def ring(self, *_: object) -> None:
+        with suppress(OSError):  # it rings already, or is closed
+            self._ring.send(b".")
+
+    def wait(self, seconds: float, fd: int | None = None) -> bool:
+        """Until it has rung, or the file can be read, but not longer than so many seconds; whether the file can."""
+        files: list[Any] = [self._rung, *([] if fd is None else [fd])]
+        ready = select.select(files, [], [], seconds)[0]
+        if self._rung in ready:
+            with suppress(BlockingIOError):
+                while len(self._rung.recv(4096)) == 4096:
+                    pass
+        return fd in ready
+
+    def close(self) -> None:
+        self._ring.close()
+        self._rung.close()
 
 
 class Lines:
@@ -26,19 +55,19 @@ class Lines:
         self._data, self._seen, self._end_of_file = bytearray(), 0, False
         self.number, self.ended = 0, False
 
-    def next(self, seconds: float) -> bytes | None:
-        """The next line without its end, None if there is none within so many seconds. OptionError if it cannot be
-        read."""
+    def next(self, bell: Bell, seconds: float) -> bytes | None:
+        """The next line without its end, None if none comes before the bell rings, or within so many seconds.
+        OptionError if it cannot be read."""
         while (line := self._line()) is None and not self.ended:
-            if not self._read(seconds):
+            if not self._read(bell, seconds):
                 return None
             seconds = 0.0
         return line
 
-    def _read(self, seconds: float) -> bool:
+    def _read(self, bell: Bell, seconds: float) -> bool:
         """Whether there was something to read, if only the end."""
         try:
-            if not select.select([self._fd], [], [], seconds)[0]:
+            if not bell.wait(seconds, self._fd):
                 return False
             data = os.read(self._fd, 1 << 16)
         except BlockingIOError:

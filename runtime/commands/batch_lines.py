@@ -12,7 +12,7 @@ from kvrun.errors import OptionError
 from kvrun.options import StreamKeywords, declared, shown
 
 if TYPE_CHECKING:
-    from kvrun.scheduler import GenerationResult
+    from kvrun.request import GenerationResult
 
 Key = str | int | tuple[str, int]
 """What tells lines apart: custom_id, or ("line", number)."""

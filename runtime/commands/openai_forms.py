@@ -10,7 +10,7 @@ from kvrun.errors import OptionError
 from kvrun.options import StreamKeywords, declared, shown
 
 if TYPE_CHECKING:
-    from kvrun.scheduler import GenerationResult
+    from kvrun.request import GenerationResult
     from kvrun.session import Stats
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -90,7 +90,10 @@ def response(url: str, model: str, result: GenerationResult) -> dict[str, Any]:
         "created": int(time.time()),
         "model": model,
         "choices": [{"index": 0, **content, **end}],
-        "usage": usage(result.stats),
+        "usage": {
+            **usage(result.stats),
+            "prompt_tokens_details": {"cached_tokens": result.stats.cached_tokens},
+        },
     }
 
 
@@ -100,5 +103,6 @@ def error(message: str) -> dict[str, Any]:
 
 
 def usage(stats: Stats) -> dict[str, int]:
-    prompt, answer = stats.prompt_tokens, stats.answer_tokens
+    """Tokens of the prompt, fed or not, and of the answer."""
+    prompt, answer = stats.prompt_tokens + stats.cached_tokens, stats.answer_tokens
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

@@ -63,7 +63,7 @@ class ContentKinds:
         if isinstance(content, (list, tuple)):
             as_text = self.takes(role, TEXT) and not self.takes(role, PARTS)
             parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-            return {**message, "content": "\n".join(_texts(parts)) if as_text else parts}
+            return {**message, "content": "\n".join(texts(parts)) if as_text else parts}
         return dict(message)
 
 
@@ -76,7 +76,7 @@ def _printed(word: str, text: str) -> bool:
     return re.search(rf"""["']text["']\s*:\s*["']{word}""", text) is not None
 
 
-def _texts(content: Any) -> Iterator[str]:
+def texts(content: Any) -> Iterator[str]:
     """The texts of a content of either kind. What else is in a list, such as an image, has none."""
     for part in [content] if isinstance(content, str) else content if isinstance(content, (list, tuple)) else ():
         text = part.get("text") if isinstance(part, Mapping) else part
@@ -140,7 +140,7 @@ def first_lost(
             continue
         if shown is not None and not all(word in shown for word in (words or {}).get(number, ())):
             return number
-        for text in _texts(message.get("content")):
+        for text in texts(message.get("content")):
             said = (answer_of(text) if answer else text).replace(ESCAPE, "").strip()
             if not (said in rendered or _words_are_in(said, rendered, any if answer else all)):
                 return number

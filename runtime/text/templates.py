@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import KvrunError, OptionError
 from kvrun.text.budget import Budget, LimitError, limited
-from kvrun.text.contents import ContentKinds, check_content, first_lost, with_own_words
+from kvrun.text.contents import ContentKinds, check_content, first_lost, texts, with_own_words
 from kvrun.text.thinking import separated, special_marks
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ChatTemplate:
         What a message says is given as the text or the list of parts that the template takes. KvrunError if the
         template refuses the conversation, or leaves out what one of its messages says.
         """
-        fitted = [self._kinds.fitted(self._separated(message)) for message in messages]
+        fitted = self._fitted(messages)
         variables = {**self._tokens, "add_generation_prompt": add_generation_prompt, **variables}
         text = self._render(self._escaped(fitted), variables)
         named, words = with_own_words(fitted)
@@ -67,6 +67,17 @@ class ChatTemplate:
                 "--raw does without it"
             )
         return text
+
+    def with_another_end(self, messages: Sequence[Message], **variables: Any) -> str | None:
+        """A conversation as `render` makes it, but that the last message says something else, from its first character
+        on; None if the template refuses it."""
+        *before, last = messages
+        other = "?" if "".join(texts(last.get("content"))).lstrip()[:1] != "?" else "!"
+        fitted = self._fitted([*before, {**last, "content": other}])
+        return self._tried(self._escaped(fitted), {**self._tokens, "add_generation_prompt": True, **variables})
+
+    def _fitted(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [self._kinds.fitted(self._separated(message)) for message in messages]
 
     def _escaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         return [_with_reasoning(self._message(message)) for message in messages]

@@ -7,6 +7,7 @@ import pytest
 
 import kvrun
 from kvrun import scheduler
+from kvrun._core import memory
 from kvrun.errors import KvrunError, OptionError, SchedulerFullError
 
 WAIT = 60
@@ -167,6 +168,18 @@ def test_closing_cancels_whatever_state_a_request_is_in(model):
         requests = [several.submit("a", ignore_eos=True, raw=True) for _ in range(4)]
         several.close(cancel=True)
         assert all(request.done for request in requests)
+
+
+def test_caches_that_could_outgrow_the_memory_are_refused(model, monkeypatch):
+    """Before anything is begun; what is kept besides by default is no more than is left."""
+    each = model.session(**CACHE).kv_bytes
+    monkeypatch.setattr(memory, "most", lambda: 4 * each)
+    for bad in ({"parallel": 5}, {"parallel": 4, "prefix_bytes": 1}):
+        with pytest.raises(OptionError, match=f"parallel: {bad['parallel']} caches"):
+            model.scheduler(**bad, **CACHE)
+    with model.scheduler(4, **CACHE) as several:
+        several.submit(PROMPTS[0], **options(1, 4)).result()
+        assert several.stats().prefix_bytes == 0
 
 
 def test_options(model):
