@@ -2,7 +2,7 @@
 
 from .cache import KV_FORMATS, Exclusive, KVCache, Snapshot, kv_bytes
 from .cpus import max_threads
-from .engine import MAX_CHUNK, MAX_ROWS, MAX_THREADS, Engine
+from .engine import MAX_CHUNK, MAX_ROWS, MAX_THREADS, MAX_WRITTEN, Engine
 from .kernels import TILE, isa, isa_available
 from .memory import MappedFile, advise_huge, anonymous, touch, trim
 from .pool import KVPool
@@ -14,6 +14,7 @@ __all__ = [
     "MAX_CHUNK",
     "MAX_ROWS",
     "MAX_THREADS",
+    "MAX_WRITTEN",
     "TILE",
     "WEIGHT_TYPES",
     "Engine",

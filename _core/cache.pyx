@@ -217,6 +217,17 @@ cdef bint _is_as_it_was(const Cache* c, int64_t n) noexcept nogil:
     return True
 
 
+cdef bint _sees_the_same_tiles(const Cache* c, int64_t position, int64_t later) noexcept nogil:
+    """Whether tokens at two positions are in the same tile and see the same others, in every layer."""
+    cdef int64_t layer, packed = tiles_packed(c, position + 1)
+    if tile_of(c, position) != tile_of(c, later) or tiles_packed(c, later + 1) != packed:
+        return False
+    for layer in range(c.n_layers):
+        if first_tile(c, layer, position, packed) != first_tile(c, layer, later, packed):
+            return False
+    return True
+
+
 cdef bint _has_all(const Cache* c) noexcept nogil:
     """Whether every layer can go on from what it has."""
     cdef int64_t layer
@@ -710,6 +721,17 @@ cdef class KVCache:
         if not self.c.n_layers or not (self.c.n_sliding or not _keeps_values(&self.c.layers[0])):
             return 0
         return self.c.n_sinks + self.c.window + KV_TILE * packed if packed else 0
+
+    def verifiable(self, most):
+        """How many of the next tokens, 1 to `most`, may be written in one step and all but the first be taken back: each
+        then gets what it would alone, and `rewind` comes back to where any of them was the last. They are in one tile,
+        and see the same tiles from the same first one on: only the first of them may have one packed."""
+        cdef const Cache* c = &self.c
+        cdef int64_t first = c.n_tokens, n = 1, limit = most
+        with self.lock:
+            while n < limit and _sees_the_same_tiles(c, first, first + n):
+                n += 1
+        return n
 
     def snapshot(self, most=MAX_TOKENS):
         """A `Snapshot` with which `rewind` comes back to where the cache is now; None if it takes more than `most`

@@ -9,6 +9,7 @@ from .cache import KVCache
 MAX_CHUNK: int
 MAX_ROWS: int
 MAX_THREADS: int
+MAX_WRITTEN: int
 
 class _Weight(Protocol):
     @property
@@ -24,6 +25,7 @@ _Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 class Engine:
     max_chunk: int
+    max_written: int
     def __init__(
         self,
         description: Any,

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from .plan cimport MAX_ITEMS, Item, Ropes, items_buffers, most_members, plan_buffers, plan_chunk, plan_groups, plan_queries
+from .plan cimport (MAX_ITEMS, SPLIT_TOKENS, Item, Ropes, items_buffers, most_members, plan_buffers, plan_chunk, plan_groups,
+                    plan_queries)
 from .cache cimport KVCache
 from .call cimport ONE, OWN_FLOATS, TWO, Call, Codes, Inputs, RunState, Worker
 from .experts cimport mixture
@@ -33,6 +34,10 @@ MAX_CHUNK = 512
 
 MAX_ROWS = 1024
 """Most tokens in a step."""
+
+MAX_WRITTEN = SPLIT_TOKENS
+"""Most tokens of a text that is being written in one step of which each gets what it would alone: of more, attention does
+not split the tiles as it does for one."""
 
 cdef enum:
     MOST_ARENAS = 8     # that are kept
@@ -170,7 +175,7 @@ cdef class Engine:
     cdef readonly int threads
     cdef readonly bint precise
 
-    max_chunk = MAX_CHUNK
+    max_chunk, max_written = MAX_CHUNK, MAX_WRITTEN
 
     def __cinit__(self, description, weights, vectors, rope_tables, threads=1, precise=False):
         cdef int64_t i
@@ -331,7 +336,8 @@ cdef class Engine:
         as any of them.
 
         What a sequence gets is the same to the bit whatever runs beside it. Every token sees the cache as it would if
-        they were fed one by one; of tokens that are read (`decoding` False), results are the same however they are cut.
+        they were fed one by one; of tokens that are read (`decoding` False), results are the same however they are cut, and
+        so they are of those that are written, in pieces of up to ``max_written`` that ``KVCache.verifiable`` allows.
         (A precise engine always uses 16 bits, and so does the head when the last token's logits alone are wanted.) The
         GIL is released. Raises ValueError for tokens outside the vocabulary, too many or none, more than the model has
         learned positions, the same cache twice, RuntimeError when another thread is using one; then nothing has

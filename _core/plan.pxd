@@ -81,6 +81,8 @@ ctypedef struct Items:
 
 cdef enum:
     MAX_ITEMS = 256       # of a step
+    SPLIT_TOKENS = 16     # of a text that is written, longer chunks have enough queries to share out; in shorter ones
+                          # tiles are split into spans
     MAX_MEMBERS = 32      # of a group,
     GROUP_ROWS = 24       # and rows, whose queries and sums a core keeps at hand: three times what a tile meets at once
     GRAB = 8              # groups that a thread takes at a time, at most

@@ -10,9 +10,7 @@ from .pool cimport TileRef
 
 cdef enum:
     BLOCK_ROWS = 32       # rows (queries times heads) that share a tile while it is in the cache
-    SPLIT_TOKENS = 16     # of a text that is written, longer chunks have enough queries to share out; in shorter ones
-                          # tiles are split into spans:
-    SPAN_LEAST = 4        # of so many tiles, once there are twice as many, that those of a short text keep threads busy,
+    SPAN_LEAST = 4        # tiles of a span, once there are twice as many, that those of a short text keep threads busy,
     SPAN_MOST = 64        # or of 8, of 16 and so on up to so many,
     SPANS = 12            # while there would be this many spans or more; whatever the number of threads, which is not to
                           # change results

@@ -72,6 +72,10 @@ class Cache(Protocol):
         """The fewest tokens that `rewind` comes back to without a snapshot when `more` have come, while none have left
         the cache. It grows when a tile is packed, or is always 0."""
 
+    def verifiable(self, most: int) -> int:
+        """How many of the next tokens, 1 to `most`, may be written in one step (of an engine whose `max_written` allows
+        it) and all but the first be taken back by `rewind`."""
+
     def snapshot(self, most: int = ...) -> _core.Snapshot | None:
         """What `rewind` needs to come back to where the cache is now; None if that takes more than `most` bytes.
         MemoryError."""
@@ -109,6 +113,11 @@ class Engine(Protocol[CacheT]):
     @property
     def max_chunk(self) -> int:
         """Most tokens in one call of `forward`."""
+
+    @property
+    def max_written(self) -> int:
+        """Most tokens of a text that is being written in one step of which each gets what it would alone, in less time
+        than one after the other; 1 if an engine has no such steps."""
 
     @property
     def threads(self) -> int:

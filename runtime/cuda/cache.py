@@ -80,6 +80,10 @@ class CudaKVCache:
         """As `_core.KVCache.exact_from`."""
         return self.host.exact_from(more)
 
+    def verifiable(self, most: int) -> int:
+        """As `_core.KVCache.verifiable`."""
+        return self.host.verifiable(most)
+
     def snapshot(self, most: int = 1 << 60) -> _core.Snapshot | None:
         """As `_core.KVCache.snapshot`, in the host's memory."""
         with self.lock:

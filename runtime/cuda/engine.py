@@ -36,6 +36,7 @@ class CudaEngine:
     """
 
     max_chunk = MAX_CHUNK
+    max_written = 1  # tokens of a step that is written are computed one after the other
 
     def __init__(
         self,
