@@ -22,6 +22,7 @@ from kvrun.options import (
     integer,
     path_text,
     resolve,
+    shown,
 )
 from kvrun.session import Session
 
@@ -118,6 +119,8 @@ class Model:
         _models.add(self)
         self._tokenizer: Tokenizer | None = None
         self._chat: ChatTemplate | None = None
+        self._drafts: dict[str, Model] = {}  # that were loaded to draft for this one, by their paths
+        self._alike: WeakSet[Model] = WeakSet()  # models with the same tokens
         try:
             engine = _core.Engine(
                 file.description, file.weights, file.vectors, file.description.rope_tables, threads, precise
@@ -168,6 +171,40 @@ class Model:
         given.update((name, value) for name, value in options.items() if value is not None)
         cache: dict[str, Any] = {name: given.pop(name) for name in declared(CacheKeywords) if name in given}
         return "".join(Session(self, **cache).stream(prompt, **given))
+
+    def draft_model(self, spec: Any) -> Model | None:
+        """The model that drafts for this one by an option `spec`: itself a model, or the path of one's file, which is
+        loaded once, with as many threads; None if it is None, "none" or "ngram". OptionError if it is none of these, or
+        the model has other tokens, ModelFileError if the file cannot be used, TokenizerError without a tokenizer."""
+        if spec is None or (isinstance(spec, str) and spec in ("none", "ngram")):
+            return None
+        draft = spec if isinstance(spec, Model) else self._loaded_draft(spec)
+        if draft is not self and draft not in self._alike:
+            self._check_alike(draft)
+            self._alike.add(draft)
+        return draft
+
+    def _loaded_draft(self, path: Any) -> Model:
+        try:
+            path = os.fsdecode(path)
+        except TypeError:
+            raise OptionError(f'spec: must be "ngram", a model, or the path of one, not {shown(path)}') from None
+        with self._lock:
+            if path not in self._drafts:
+                self._drafts[path] = load(path, self.threads, prefault=self.prefault)
+            return self._drafts[path]
+
+    def _check_alike(self, draft: Model) -> None:
+        """OptionError if the draft model's tokens are others."""
+        ours, theirs = self.file, draft.file
+        if ours.tokenizer_info == theirs.tokenizer_info and ours.tokenizer_bytes() == theirs.tokenizer_bytes():
+            return  # as is usual, and read in no time
+        token = self.tokenizer.first_difference(draft.tokenizer)
+        if token is not None:
+            raise OptionError(
+                f"spec: {theirs.path} has other tokens than {ours.path}, number {token} is the first: a model that "
+                "drafts must have the same tokenizer"
+            )
 
     def scheduler(
         self,

@@ -35,6 +35,8 @@ WINDOW, WINDOW_Q2 = 64, 128
 REPEAT_LAST_N = 64
 """Newest tokens of a text that a session knows for the repeat penalty."""
 
+DRAFT_N_MAX, NGRAM_SIZE_N = 8, 2
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -52,7 +54,7 @@ class Option:
     `help` says what it is, or of a switch what turning it from its default does. `low`, itself excluded with `above`,
     and `high` limit a number, `choices` a text; `several` texts are a list. `stated`: the default in words. `saved`: a
     model file may have a default of its own. `short`: the command's other name for it. `name` and `kind` come from the
-    declaration.
+    declaration; a value of the kind Any is checked by those who use it.
     """
 
     default: Any
@@ -72,6 +74,8 @@ class Option:
         """The value as `kind`. OptionError, naming the option, for one of another kind or beyond the limits."""
         if value is None and self.default is None:
             return None
+        if self.kind is Any:
+            return value
         if self.kind is int:
             return integer(self.name, value, self.low, self.high)
         if self.kind is float:
@@ -141,6 +145,19 @@ class AnswerKeywords(TypedDict, total=False):
     think: Annotated[bool, Option(True, "tell the model to answer without thinking, if its template can")]
 
 
+class SpeculationKeywords(TypedDict, total=False):
+    """Drafts of what comes next, which change no answer."""
+
+    spec: Annotated[
+        Any,
+        Option(None, "draft what comes next, for speed alone: ngram, or the model in this file", stated="none"),
+    ]
+    spec_draft_n_max: Annotated[int, Option(DRAFT_N_MAX, "most tokens of a draft", 1, _core.MAX_WRITTEN - 1)]
+    spec_ngram_size_n: Annotated[
+        int, Option(NGRAM_SIZE_N, "tokens that a place of the text must have in common with its end", 1, 64)
+    ]
+
+
 class CacheKeywords(TypedDict, total=False):
     """A session's key/value cache."""
 
@@ -174,7 +191,7 @@ class LoadKeywords(TypedDict, total=False):
     device_memory: Annotated[int | None, Option(None, "bytes of the GPU's memory to use at most", 1, stated="all")]
 
 
-class StreamKeywords(SamplingKeywords, AnswerKeywords):
+class StreamKeywords(SamplingKeywords, AnswerKeywords, SpeculationKeywords):
     """What `Session.stream` takes."""
 
 

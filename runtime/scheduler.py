@@ -298,6 +298,7 @@ class Scheduler:
     def _advance(self, one: _Running, result: np.ndarray | None = None, error: BaseException | None = None) -> None:
         """One request's way to its next step, or its end."""
         one.session.chunk = self._chunk()
+        one.session.drafting = all(other is one for other in self._running)  # several fill their steps themselves
         try:
             one.go_on(result, error)
         except Exception as failure:
@@ -357,7 +358,8 @@ class Scheduler:
                 for one in steps:
                     self._do([one])
             return
-        if any(item.decoding for item in items):
+        written = [len(item.tokens) for item in items if item.decoding]
+        if written and max(written) == 1:  # how long a step with a draft takes says nothing about others
             self._piece.took(time.perf_counter() - began, read)
         for one, result in zip(steps, results, strict=True):
             self._advance(one, result)

@@ -20,6 +20,7 @@ from kvrun.options import (
     CacheKeywords,
     CacheOptions,
     SamplingKeywords,
+    SpeculationKeywords,
     StreamKeywords,
     declared,
     documented,
@@ -28,6 +29,7 @@ from kvrun.options import (
     resolve,
 )
 from kvrun.prefix_store import Prefix, common
+from kvrun.speculation import ModelDrafter, NgramDrafter, Speculation
 from kvrun.text.streaming import StopStrings
 from kvrun.text.thinking import mark_tokens, opened, opens_thinking
 from kvrun.text.transcript import Transcript
@@ -53,7 +55,9 @@ class Stats:
     whole text that are more than the cache keeps, at first those that it will be with the prompt. The oldest go, after
     the sinks, and in tiles: up to 63 may be there still. Layers with a sliding window do not count. `seed`: that of the
     answer's random numbers, None where there are none (`temperature` 0). `finish_reason`: why the answer has ended,
-    "stop" at a stop token or string or "length" with `max_tokens`; None as long as it has not.
+    "stop" at a stop token or string or "length" with `max_tokens`; None as long as it has not. `drafted_tokens`: those
+    that were guessed and looked at (`spec`), and `accepted_tokens` those of them that are in the answer; what was not
+    accepted counts nowhere else, but the time for it does.
     """
 
     prompt_tokens: int = 0
@@ -66,6 +70,8 @@ class Stats:
     evicted_tokens: int = 0
     seed: int | None = None
     finish_reason: str | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -92,6 +98,36 @@ class _Turn:
     ids: list[int]
     fresh: bool
     chat: _Conversation | None = None
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What an answer is made by. `limit`: most tokens, below 0 any number. `speculation`: what drafts, if anything."""
+
+    sampling: Mapping[str, Any]
+    limit: int
+    stops: StopStrings
+    stop_ids: frozenset[int]
+    speculation: Speculation | None
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """An answer that is being written."""
+
+    answer: _Answer
+    sampler: _core.Sampler
+    rules: _Rules
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What a step has left: `rows` of logits, after the text and after it with each token of the `draft`, which are in
+    the cache. `seconds`: what the step took, 0 where that says nothing."""
+
+    rows: np.ndarray
+    draft: Sequence[int] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +204,8 @@ class Session:
         self.answer_begins_thinking = False
         self.chunk: int | None = None  # most tokens of a prompt in a step, fewer than the engine takes
         self.places: Collection[int] = ()  # lengths of the text at which a prompt is cut, to be come back to
+        self.drafting = True  # whether `spec` is heeded
+        self._speculation: tuple[tuple[Any, ...], Speculation] | None = None  # the latest, and the options it has
         self._turn = _Turn([], fresh=True)
         self._running: Generator[str, None, None] | None = None
         self._use = one_at_a_time()
@@ -256,6 +294,7 @@ class Session:
         other = copy.copy(self)
         other._kv, other._use = cache, one_at_a_time()
         other._transcript, other._history = self._text.copy(), self._history.copy()
+        other._speculation = None
         for name in ("messages", "stats", "_logits"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         return other
@@ -299,7 +338,7 @@ class Session:
     @property
     def n_tokens(self) -> int:
         """Tokens of the text so far, also those that have left the cache."""
-        return max(self._transcript.n_tokens, self._kv.n_tokens)
+        return self._transcript.n_tokens
 
     @property
     def kv_bytes(self) -> int:
@@ -322,7 +361,7 @@ class Session:
         if logits is not None:
             return logits
         pending = self.n_tokens - self._kv.n_tokens
-        if pending:
+        if pending > 0:
             raise KvrunError(f"there are no logits yet: evaluate() feeds the last {pending} tokens, and returns them")
         raise KvrunError("there are no logits: feed at least one token first")
 
@@ -365,10 +404,14 @@ class Session:
         the session what was shown. A new stream ends the one before, which then has no more pieces.
         `stats` says at once whether the prompt fits into the cache.
 
+        `spec` "ngram" guesses what comes next from what the text has said before, a `Model` or the path of one's file,
+        with the same tokenizer, by that. As far as a guess is right, one step makes several tokens: the pieces are
+        longer then, and the answer is the same to the bit. Where it does not pay it is left alone.
+
         OptionError for options, messages and token ids that cannot be used, TokenizerError for text that has no tokens
-        of the model, KvrunError for a conversation that the template refuses. While iterating: KvrunError when there is
-        no memory for a step, when a model with learned positions has no more of them, or when its logits are not
-        numbers. A prompt that cannot be fed leaves the session as it was.
+        of the model, ModelFileError for a file of `spec` that is none, KvrunError for a conversation that the template
+        refuses. While iterating: KvrunError when there is no memory for a step, when a model with learned positions has
+        no more of them, or when its logits are not numbers. A prompt that cannot be fed leaves the session as it was.
         """
         work = self.steps(prompt, **options)
         self._running = driven(self.model.engine, work)
@@ -377,9 +420,11 @@ class Session:
     def steps(self, prompt: str | Sequence[Any], **options: Unpack[StreamKeywords]) -> Work:
         """What `stream` does, for somebody else to run it, together with what other sessions do: takes and raises the
         same. Nothing else may use the session meanwhile. `chunk` tokens of the prompt at most are in a step, and a step
-        ends at each of `places`; a session that is empty may `begin_with` a prefix before the first."""
+        ends at each of `places`; a session that is empty may `begin_with` a prefix before the first. Without `drafting`
+        a step has one token of the answer."""
         values = resolve(StreamKeywords, options, self.model.file.sampling)
         stops, limit = StopStrings(values["stop"]), values["max_tokens"]
+        speculation = self._speculation_of(values)
         self._end_running()
         turn = self._turn_of(prompt, values["raw"], values["think"])
         turn = self._turn = replace(turn, fresh=turn.fresh or not self.n_tokens)
@@ -389,7 +434,7 @@ class Session:
         total = len(turn.ids) + (0 if turn.fresh else self.n_tokens)
         self.stats = Stats(prompt_overflow=self._beyond(len(turn.ids)), evicted_tokens=self._beyond(total))
         stop_ids = frozenset() if values["ignore_eos"] else self.model.stop_ids
-        return self._run(turn, values, limit, stops, stop_ids)
+        return self._run(turn, _Rules(values, limit, stops, stop_ids, speculation))
 
     # --- for a scheduler --------------------------------------------------------------------------
 
@@ -502,9 +547,7 @@ class Session:
 
     # --- answers ----------------------------------------------------------------------------------
 
-    def _run(
-        self, turn: _Turn, values: Mapping[str, Any], limit: int, stops: StopStrings, stop_ids: frozenset[int]
-    ) -> Work:
+    def _run(self, turn: _Turn, rules: _Rules) -> Work:
         text, history, fed = self._text.copy(), self._history.copy(), self._kv.n_tokens
         before = _Before(text, history, fed, self._logits, self.messages)
         self._text.rendered = None  # not known again before the end, so that an interruption in between does no harm
@@ -522,16 +565,17 @@ class Session:
                 self._undo(before, turn.fresh)
                 raise
             self._history.mark(self._kv.n_tokens)
-            if not limit:
+            if not rules.limit:
                 self.stats.finish_reason = "length"
             else:
-                answer = _Answer(self.model.tokenizer, stops, None if chat is None else self._template().escape)
-                yield from self._decode(answer, values, limit, stop_ids)
+                answer = _Answer(self.model.tokenizer, rules.stops, None if chat is None else self._template().escape)
+                yield from self._decode(_Writing(answer, self._sampler(rules.sampling), rules))
         finally:
+            self._drop_draft()
             if self._logits is not None:  # of an array that other texts' may be in
                 self._logits = self._logits[0], self._logits[1].copy()
             if chat is not None:
-                self._remember(chat, answer, limit, begun)
+                self._remember(chat, answer, rules.limit, begun)
 
     def _undo(self, before: _Before, fresh: bool) -> None:
         """Have the text again that there was before a prompt that could not be fed. What the cache no longer holds of
@@ -561,27 +605,124 @@ class Session:
             self._text.rendered = chat.rendered + text
             self._history.tell(self._text.rendered, self._text.n_tokens)
 
-    def _decode(self, answer: _Answer, values: Mapping[str, Any], limit: int, stop_ids: frozenset[int]) -> Work:
-        sampler = self._sampler(values)
+    def _decode(self, writing: _Writing) -> Work:
+        speculation = writing.rules.speculation
+        if speculation is not None:
+            speculation.begin(*self._text.known)
+        ahead = _Ahead(self.logits[np.newaxis])
         while True:
-            token = self._sample(sampler)
-            if token in stop_ids:
-                self.stats.finish_reason = "stop"
-                break
-            sampler.accept(token)
-            self._history.write(self._text.n_tokens)
-            self._text.append([token])
-            self.stats.answer_tokens += 1
-            piece = answer.push(token)
+            piece, right = self._write(writing, ahead)
+            if speculation is not None and self.drafting and ahead.seconds:
+                speculation.took(ahead.seconds, right)
             if piece:
                 yield piece
-            if answer.stopped or self.stats.answer_tokens == limit:
-                self.stats.finish_reason = "stop" if answer.stopped else "length"
+            if self.stats.finish_reason is not None:
                 break
-            yield from self._feeding()
-        rest = answer.finish()
+            ahead = yield from self._go_on(writing)
+        rest = writing.answer.finish()
         if rest:
             yield rest
+
+    def _write(self, writing: _Writing, ahead: _Ahead) -> tuple[str, int]:
+        """Add tokens to the text: one by the first row of logits, and more as long as they are those of the draft, for
+        which the next row is. Returns their text, and how many of the draft were right; the rest leaves the cache."""
+        rules, draft, shown, right = writing.rules, ahead.draft, "", 0
+        fed = self._kv.n_tokens - len(draft)
+        for i, logits in enumerate(ahead.rows):
+            self._logits = (fed + i, logits)
+            token = self._sample(writing.sampler, logits)
+            expected = i < len(draft) and token == draft[i]
+            if not expected:
+                self._take_back(fed + i)
+            if token in rules.stop_ids:
+                self.stats.finish_reason = "stop"
+                break
+            shown += self._append(writing, token)
+            right += expected
+            if writing.answer.stopped or self.stats.answer_tokens == rules.limit:
+                self.stats.finish_reason = "stop" if writing.answer.stopped else "length"
+                break
+            if not expected:
+                break
+        self._take_back(fed + i)
+        self.stats.accepted_tokens += right
+        self._count_kept(decoded=i)
+        return shown, right
+
+    def _append(self, writing: _Writing, token: int) -> str:
+        """Add a token to the text; what there is to be shown of it."""
+        writing.sampler.accept(token)
+        self._history.write(self._text.n_tokens)
+        self._text.append([token])
+        self.stats.answer_tokens += 1
+        if writing.rules.speculation is not None:
+            writing.rules.speculation.add(token)
+        return writing.answer.push(token)
+
+    def _go_on(self, writing: _Writing) -> Generator[str | StepItem, np.ndarray | None, _Ahead]:
+        """Feed the token that is pending, with a draft of what follows where there is one."""
+        before, draft = self.stats.decode_seconds, self._draft(writing.rules)
+        if draft:
+            try:
+                return (yield from self._feeding_draft(draft))
+            except KvrunError:  # several tokens may need what one does not
+                before = self.stats.decode_seconds
+        yield from self._feeding()
+        seconds = 0.0 if draft else self.stats.decode_seconds - before
+        return _Ahead(self.logits[np.newaxis], seconds=seconds)
+
+    # --- drafts -----------------------------------------------------------------------------------
+
+    def _speculation_of(self, values: Mapping[str, Any]) -> Speculation | None:
+        """Where drafts come from, by the options. It is kept for the next answer."""
+        spec, most, size = (values[name] for name in declared(SpeculationKeywords))
+        draft = self.model.draft_model(spec)
+        if draft is None and spec != "ngram":
+            return None
+        if self.model.engine.max_written < 2:
+            raise OptionError("spec: a GPU computes the tokens of an answer one by one, and drafts would save nothing")
+        key = (draft, most, size if draft is None else None)
+        if self._speculation is None or self._speculation[0] != key:
+            if draft is None:
+                speculation = Speculation(NgramDrafter(size), most)
+            else:
+                cache = new_cache(draft.engine, self.cache, draft.prefault)
+                speculation = Speculation(ModelDrafter(draft, cache, self.model.vocab_size), most)
+            self._speculation = key, speculation
+        return self._speculation[1]
+
+    def _draft(self, rules: _Rules) -> list[int]:
+        """Tokens that may come next, as far as they can be looked at in one step and taken back."""
+        speculation = rules.speculation
+        if speculation is None or not self.drafting or self.n_tokens != self._kv.n_tokens + 1:
+            return []
+        most = self._kv.verifiable(speculation.most + 1) - 1
+        if rules.limit >= 0:
+            most = min(most, rules.limit - self.stats.answer_tokens - 1)
+        began = time.perf_counter()
+        draft = speculation.draft(most, rules.stop_ids)
+        self.stats.decode_seconds += time.perf_counter() - began
+        return draft
+
+    def _feeding_draft(self, draft: list[int]) -> Generator[StepItem, np.ndarray | None, _Ahead]:
+        """Feed the token that is pending and a draft, which the cache then holds before it is known to be right."""
+        fed = self._kv.n_tokens
+        self._history.before(self._kv, 1)
+        rows, seconds = yield from self._stepping([*self._text.pending(fed), *draft], True, "all")
+        assert rows is not None
+        self.stats.drafted_tokens += len(draft)
+        self.stats.decode_seconds += seconds
+        self._count_kept(decoded=1)
+        return _Ahead(rows, draft, seconds)
+
+    def _take_back(self, n: int) -> None:
+        """Have no more than n tokens in the cache: of a draft, those that were not right go."""
+        if n < self._kv.n_tokens:
+            self._history.go_back(self._kv, n)
+
+    def _drop_draft(self) -> None:
+        """After an interruption: what is in the cache and not in the text goes."""
+        self._take_back(self._transcript.n_tokens)
 
     def _sampler(self, values: Mapping[str, Any]) -> _core.Sampler:
         options = {name: values[name] for name in declared(SamplingKeywords)}
@@ -594,9 +735,9 @@ class Session:
                 sampler.accept(token)
         return sampler
 
-    def _sample(self, sampler: Any) -> int:
+    def _sample(self, sampler: _core.Sampler, logits: np.ndarray) -> int:
         try:
-            return int(sampler.sample(self.logits))
+            return int(sampler.sample(logits))
         except ValueError as error:
             raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
 
@@ -607,6 +748,7 @@ class Session:
             except ValueError:
                 raise KvrunError("this session is in use by another thread; give each thread its own") from None
             self._running = None
+        self._drop_draft()
         self._history.cut(self.n_tokens)  # Ctrl-C may have come before the token that was to be written
 
     # --- feeding ----------------------------------------------------------------------------------
@@ -644,6 +786,7 @@ class Session:
 
     def _feed(self) -> None:
         """Run what is pending through the model."""
+        self._drop_draft()
         for _ in driven(self.model.engine, self._feeding()):
             pass
 
@@ -655,25 +798,35 @@ class Session:
             if prompt:
                 self._history.mark(fed, lasting=fed in self.places)
             self._history.before(self._kv, n)
-            self.model.file.check_unchanged()
-            began = time.perf_counter()
-            tokens = np.array(self._text.pending(fed, n), np.int32)
-            try:
-                logits = yield StepItem(self._kv, tokens, written, "last" if n == left else "none")
-            except ValueError as error:  # learned positions are used up
-                raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
-            except MemoryError:
-                raise KvrunError(f"there is not enough memory to feed {n} tokens at once") from None
-            seconds = time.perf_counter() - began
+            wants = "last" if n == left else "none"
+            logits, seconds = yield from self._stepping(self._text.pending(fed, n), written, wants)
             if logits is not None:
                 self._logits = (self._kv.n_tokens, logits)
-            self.stats.evicted_tokens = max(self.stats.evicted_tokens, self._beyond(self._kv.n_tokens))
             if prompt:
                 self.stats.prompt_tokens += n
                 self.stats.prompt_seconds += seconds
             else:
-                self.stats.decode_tokens += n
                 self.stats.decode_seconds += seconds
+            self._count_kept(decoded=0 if prompt else n)
+
+    def _stepping(
+        self, tokens: Sequence[int], written: bool, wants: str
+    ) -> Generator[StepItem, np.ndarray | None, tuple[np.ndarray | None, float]]:
+        """One step of the engine: what it returns, and seconds."""
+        self.model.file.check_unchanged()
+        began = time.perf_counter()
+        try:
+            result = yield StepItem(self._kv, np.array(tokens, np.int32), written, wants)
+        except ValueError as error:  # learned positions are used up
+            raise KvrunError(f"{self.model.file.path}: cannot go on: {error}") from None
+        except MemoryError:
+            raise KvrunError(f"there is not enough memory to feed {len(tokens)} tokens at once") from None
+        return result, time.perf_counter() - began
+
+    def _count_kept(self, decoded: int) -> None:
+        """So many more tokens of the answer are in the cache."""
+        self.stats.decode_tokens += decoded
+        self.stats.evicted_tokens = max(self.stats.evicted_tokens, self._beyond(self._kv.n_tokens))
 
     def _next_step(self, fed: int, left: int) -> tuple[int, bool]:
         """How many tokens to feed next, and whether as text that is written."""

@@ -16,7 +16,7 @@ LAYERS = (
     ("kvrun.files",),
     ("kvrun.backend",),
     ("kvrun.cuda",),
-    ("kvrun.exclusive", "kvrun.history", "kvrun.prefix_store"),
+    ("kvrun.exclusive", "kvrun.history", "kvrun.prefix_store", "kvrun.speculation"),
     ("kvrun.session",),
     ("kvrun.request",),
     ("kvrun.scheduler",),

@@ -203,6 +203,7 @@ class Answers:
         if args.think is False:
             check_no_think(session.model)
         self._options = stream_options(args)
+        session.model.draft_model(args.spec)  # what is wrong with it is no prompt's fault
         self._out = Output(sys.stdout)
 
     def __call__(self, prompt: str) -> bool:
@@ -253,6 +254,8 @@ class Answers:
         ]
         if stats.seed is not None and (self._options["seed"] is None or self._options["seed"] < 0):
             parts.append(f"seed {stats.seed}")
+        if self._options["spec"] not in (None, "none"):
+            parts.append(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted")
         if stats.evicted_tokens:
             parts.append(f"{session.n_tokens} tokens so far, the cache keeps {session.cache.ctx}")
         print("[" + "; ".join(parts) + "]", file=sys.stderr, flush=True)

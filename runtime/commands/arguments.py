@@ -16,6 +16,7 @@ from kvrun.options import (
     LoadKeywords,
     Option,
     SamplingKeywords,
+    SpeculationKeywords,
     StreamKeywords,
     declared,
     number,
@@ -119,7 +120,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """Where an answer ends, and how its tokens are chosen. `--stop` is an `any_text`."""
+    """Where an answer ends, how its tokens are chosen, and what is drafted. `--stop` is an `any_text`."""
     note = "Defaults of sampling in parentheses, where the model file has none of its own."
     group = parser.add_argument_group("answer", note)
     options = declared(AnswerKeywords)
@@ -128,6 +129,9 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     add_option(group, options["ignore_eos"])
     for option in declared(SamplingKeywords).values():
         add_option(group, option)
+    group = parser.add_argument_group("speed")
+    for option in declared(SpeculationKeywords).values():
+        add_option(group, option, **({"metavar": "ngram|MODEL"} if option.name == "spec" else {}))
 
 
 def stream_options(args: argparse.Namespace) -> dict[str, Any]:

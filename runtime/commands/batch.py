@@ -97,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
         resolve(StreamKeywords, defaults, model.file.sampling)  # what is wrong with them is no line's fault
         if args.think is False:
             check_no_think(model)
+        model.draft_model(args.spec)
         lines = Lines(fd, _what(args.input))
         with (
             model.scheduler(args.parallel, None, _prefix_bytes(args), **given(args, CacheKeywords)) as scheduler,
@@ -201,6 +202,7 @@ class Batch:
         self._lines_of: dict[Key, int] = {}
         self.answers = self.errors = self.answered_before = self.blank = 0
         self.prompt_tokens = self.cached_tokens = self.answer_tokens = self.too_long = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self._began = time.monotonic()
         self.seconds = 0.0
 
@@ -294,6 +296,8 @@ class Batch:
         self.prompt_tokens += result.stats.prompt_tokens + result.stats.cached_tokens
         self.cached_tokens += result.stats.cached_tokens
         self.answer_tokens += result.stats.answer_tokens
+        self.drafted_tokens += result.stats.drafted_tokens
+        self.accepted_tokens += result.stats.accepted_tokens
         self.too_long += result.stats.prompt_overflow > 0
         return one.line.answer(result, self._scheduler.model.description.name)
 
@@ -319,6 +323,8 @@ def _report(batch: Batch, quiet: bool) -> int:
             f"prompts {batch.prompt_tokens:,} tokens{read}",
             f"answers {batch.answer_tokens:,} tokens, {batch.answer_tokens / max(1e-9, batch.seconds):.1f} tok/s",
         ]
+        if batch.drafted_tokens:
+            parts.append(f"{batch.accepted_tokens:,} of {batch.drafted_tokens:,} drafted tokens accepted")
         print("[" + "; ".join(parts) + "]", file=sys.stderr)
     if batch.errors:
         print(f"kvrun: {batch.errors:,} of {_counted(batch.n_lines, 'line')} have errors", file=sys.stderr)

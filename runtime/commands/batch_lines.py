@@ -35,7 +35,11 @@ class Line:
         said without a model."""
         if self.custom_id is None and self._given_id is not None:
             raise OptionError(f"custom_id: must be text or a whole number, not {shown(self._given_id)}")
-        return self._request()
+        prompt, options = self._request()
+        spec = options.get("spec")
+        if spec is not None and not (isinstance(spec, str) and spec in ("ngram", "none")):
+            raise OptionError(f"spec: a line can have ngram or none, a model only the command, not {shown(spec)}")
+        return prompt, options
 
     def _request(self) -> tuple[str | list[Any], dict[str, Any]]:
         known = declared(StreamKeywords)

@@ -102,6 +102,16 @@ class Tokenizer:
         """The bytes that a token stands for: its text if it is special, b"" if the id has no text."""
         return self._backend.piece(self._check_id(token), False)
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The first id that stands for other bytes than in another tokenizer, or only in one of them for any; None if
+        all are the same."""
+        sizes = self.vocab_size, other.vocab_size
+
+        def text(tokenizer: Tokenizer, token: int) -> bytes:
+            return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
+
+        return next((i for i in range(max(sizes)) if text(self, i) != text(other, i)), None)
+
     def is_special(self, token: int) -> bool:
         return token in self._special_ids
 

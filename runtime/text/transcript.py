@@ -48,6 +48,11 @@ class Transcript:
         start, tokens = self._kept
         return None if start else tokens
 
+    @property
+    def known(self) -> tuple[int, array[int]]:
+        """(number of the first token that is known, those from it on). Not to be changed."""
+        return self._kept
+
     def pending(self, fed: int, most: int | None = None) -> array[int]:
         """The tokens that follow those `fed`, or the first `most` of them."""
         start, tokens = self._kept

@@ -103,6 +103,34 @@ def test_a_line_has_options_of_its_own(model, folder, capsys):
     }
 
 
+@pytest.mark.parametrize("parallel", ["1", "4"])
+def test_drafts(model, converted, folder, parallel, capsys):
+    """The same answers; by the command's options, or by those of a line."""
+    prompts = [{"prompt": prompt} for prompt in ("The cat", "word " * 50, "a", "Why?")]
+    options = ["-n", "90", "--temperature", "0", "--ignore-eos", "--parallel", parallel]
+    folder.write(*prompts)
+    expected = texts(folder.run(capsys, model, *options)[1])
+    for spec, more in (
+        (["--spec", "ngram"], {}),
+        (["--spec", str(converted("grouped-tied", "q8_0"))], {}),
+        ([], {"spec": "ngram"}),
+        (["--spec", "ngram"], {"spec": "none"}),
+    ):
+        os.remove(folder.answers)
+        folder.write(*({**prompt, **more} for prompt in prompts))
+        status, records, err = folder.run(capsys, model, *options, *spec)
+        assert status == 0 and texts(records) == expected
+        said = re.search(r"; (\d+) of (\d+) drafted tokens accepted\]\n$", err)
+        if parallel == "1" and "ngram" in (*spec, *more.values()):
+            assert bool(said) == (more != {"spec": "none"})
+
+
+def test_draft_models_that_cannot_be(model, plain, folder):
+    folder.write({"prompt": "a"})
+    refused(command("batch", model, folder.prompts, "-o", folder.answers, "--spec", plain), "spec: ", "other tokens")
+    assert not os.path.exists(folder.answers)
+
+
 def test_a_record(model, folder, capsys):
     session = kvrun.load(model).session()
     text = "".join(session.stream("The cat", max_tokens=12, seed=3, ignore_eos=True))
@@ -175,6 +203,9 @@ BAD = {
     b'{"prompt": "a", "custom_id": [1]}': "custom_id",
     b'{"prompt": "a", "custom_id": true}': "custom_id",
     b'{"prompt": "a", "think": false}': "think",
+    b'{"prompt": "a", "spec": "model.bin"}': "spec: a line can have ngram or none, a model only the command",
+    b'{"prompt": "a", "spec": 5}': "spec",
+    b'{"prompt": "a", "spec": "ngram", "spec_draft_n_max": 0}': "spec_draft_n_max",
 }
 
 
@@ -315,6 +346,7 @@ def test_text_completions(model, folder, capsys):
         {"echo": True},
         {"suffix": "b"},
         {"temperature": "hot"},
+        {"spec": "model.bin"},
         {"max_tokens": "many"},
         {"messages": [], "prompt": []},
         {"messages": "a", "prompt": ["a", "b"]},

@@ -134,6 +134,34 @@ def test_cache_options_reach_the_session(model, capsys):
     assert sizes[0] == sizes[7]
 
 
+def test_drafts(model, converted, capsys):
+    """The same answer, and a line that says what became of them."""
+    options = ["-p", "The cat", "-n", "200", "--temperature", "0", "--ignore-eos"]
+    expected = called(capsys, model, *options)
+    for spec in (["ngram"], ["ngram", "--spec-ngram-size-n", "1", "--spec-draft-n-max", "15"]):
+        status, out, err = called(capsys, model, *options, "--spec", *spec)
+        assert (status, out) == expected[:2]
+        accepted, drafted = map(int, re.search(r"; (\d+) of (\d+) drafted tokens accepted\]\n", err).groups())
+        assert 0 < accepted <= drafted
+    draft = str(converted("grouped-tied", "q8_0"))
+    status, out, err = called(capsys, model, *options, "--spec", draft)
+    assert (status, out) == expected[:2] and re.search(r"; \d+ of \d+ drafted tokens accepted\]\n", err)
+    for nothing in ([], ["--spec", "none"]):
+        assert "drafted" not in called(capsys, model, *options, *nothing)[2]
+
+
+def test_drafts_that_cannot_be(model, plain, tmp_path):
+    """Said before the first prompt of a chat."""
+    refused(command(model, "--spec", plain, stdin=b"a\n"), "spec: ", plain, "has other tokens than", model)
+    refused(command(model, "--spec", tmp_path / "nowhere", stdin=b"a\n"), "nowhere")
+    refused(
+        command(model, "--spec", "ngram", "--spec-draft-n-max", "16", "-p", "a"), "spec_draft_n_max: ", "at most 15"
+    )
+    refused(
+        command(model, "--spec", "ngram", "--spec-ngram-size-n", "0", "-p", "a"), "spec_ngram_size_n: ", "at least 1"
+    )
+
+
 def test_stop_strings(model, capsys):
     whole = called(capsys, model, "-q", "-p", "a", *STEADY)[1]
     cut = len(whole) // 2

@@ -5,6 +5,7 @@ import fractions
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ WRONG = {
     + [1j, [0.5], {}, object(), Awkward(), np.array([0.5]), np.complex64(1), np.str_("1"), -(10**400), Endless()],
     bool: ["yes", "", 0, 1, 2.0, [], {}, object(), np.array([True]), Awkward()],
     str: NO_TEXT,
+    Any: [value for value in NO_TEXT if not isinstance(value, bytes)],  # a path may be bytes
 }
 NO_STOPS = [1, 2.5, True, b"a", {"a": 1}, object(), Awkward(), "", [""], ["a", 1], [None], [["a"]], [b"a"]]
 NO_STOPS += [np.zeros(1), np.array(1), np.str_("")]

@@ -85,7 +85,7 @@ class FakeCache:
 class FakeModel:
     """Stands in for kvrun.model.Model. `special`: texts of special tokens beside the usual ones."""
 
-    session, generate = Model.session, Model.generate
+    session, generate, draft_model = Model.session, Model.generate, Model.draft_model
     tokenize, detokenize = Model.tokenize, Model.detokenize
 
     def __init__(self, template=CHATML, sampling=None, special=()):
