@@ -10,6 +10,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before NumPy: threads of its own would wait in a busy loop, beside kvrun's, for products that are all small here.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest

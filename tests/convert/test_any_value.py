@@ -16,6 +16,7 @@ from support.cases import some
 from support.families import FAMILIES, NAMES
 from support.family_gguf import NAMES as GGUF_NAMES
 from support.family_gguf import write
+from support.make_checkpoint import write_json
 
 NUMBERS = (0, 1, -1, 2**40, 1e308, 1e-320, 0.5, float("nan"))
 OTHERS = (True, "", "x\ny" * 10_000, [], [[1]] * 6, [1e308] * 6)
@@ -60,7 +61,7 @@ def test_in_a_config(name, tmp_path):
             for step in path:
                 section = section[step]
             section[last] = value
-            (folder / "config.json").write_text(json.dumps(config))
+            write_json(folder / "config.json", config)
             refusals += refused(lambda: open_checkpoint(str(folder), tokenizer=False))
     assert refusals > 100
 

@@ -19,6 +19,7 @@ from kvrun.text.sentencepiece_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT
 from support.declared_tokens import letters, pieces, write_folder
+from support.files import rewrite
 from support.make_checkpoint import CONFIG, hf_folder, save_gguf, tokenizer_json, write_json
 from support.wrong_values import WRONG, places, with_value
 
@@ -275,7 +276,7 @@ def test_any_value_in_any_place_is_taken_or_refused_in_one_line(tmp_path, base):
         path = write_folder(tmp_path, base, files)
         for place in places(content):
             for text in WRONG.values():
-                (path / f"{name}.json").write_text(with_value(content, place, text), encoding="utf-8")
+                rewrite(path / f"{name}.json", with_value(content, place, text))
                 try:
                     vocabulary = read_tokenizer(str(path), read_json(str(path), "config.json"), None)
                     Tokenizer(vocabulary.model_entry(300), vocabulary.data, 300).encode("the<x>")

@@ -14,6 +14,7 @@ from kvrun.convert import convert
 from kvrun.convert.small_files import LIMIT, TOKENIZER_LIMIT
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
+from support.files import rewrite
 from support.make_checkpoint import hf_folder, save_gguf, write_json
 
 FILES = (
@@ -203,7 +204,7 @@ def test_json_that_is_not_usable(tmp_path, name):
         b'{"a": "\xff"}': r"not UTF-8 \(byte 7\)",
         "{}".encode("utf-16"): r"not UTF-8 \(byte 0\)",
     }.items():
-        path.write_bytes(content)
+        rewrite(path, content)
         with pytest.raises(ConvertError, match=says) as caught:
             open_checkpoint(str(root))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)

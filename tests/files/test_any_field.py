@@ -9,6 +9,7 @@ import pytest
 from kvrun.errors import ModelFileError
 from kvrun.files.description import ModelDescription
 from kvrun.files.model_file import read_model_file
+from support.files import rewrite
 from support.model_files import DESCRIPTION, join, open_writer, split, write_all
 from support.wrong_values import WRONG, places, with_value
 
@@ -160,10 +161,9 @@ def test_every_entry_of_the_header(written, wrong):
     names = ["__metadata__", "embed.weight", "layers.1.attn.k.bias", "tokenizer.model"]
     for name in names:
         for place in [(name,), *((name, *rest) for rest in places(header[name]))]:
-            path.write_bytes(b"")
             text = with_value(header, place, WRONG[wrong]).encode()
             text += b" " * (-(8 + len(text)) % 64)
-            path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+            rewrite(path, len(text).to_bytes(8, "little") + text + data)
             where = "" if name == "__metadata__" else name
             assert read(path, where) is None or json.loads(text) == header
 

@@ -15,6 +15,7 @@ from kvrun import _core
 from kvrun.errors import ModelFileError, TokenizerError
 from kvrun.files import model_writer
 from kvrun.files.model_file import read_model_file
+from support.files import rewrite
 from support.model_files import DESCRIPTION, INFO, TOKENIZER, join, open_writer, split, types, values, write_all
 
 
@@ -87,7 +88,7 @@ def test_every_truncation_is_refused(path):
     content = path.read_bytes()
     length = 8 + int.from_bytes(content[:8], "little")
     for size in [0, 1, 7, 8, 9, 10, 100, length - 1, length, length + 1, len(content) - 1]:
-        path.write_bytes(content[:size])
+        rewrite(path, content[:size])
         with pytest.raises(ModelFileError, match="truncated|not a kvrun model file"):
             read_model_file(path)
     path.write_bytes(content + b"x")
@@ -104,7 +105,7 @@ def test_a_flipped_byte_in_every_tensor_is_found(path):
             continue
         for offset in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
             content[start + offset] ^= 4
-            path.write_bytes(content)
+            rewrite(path, content)
             model = read_model_file(path)
             with pytest.raises(ModelFileError, match=f"tensor {re.escape(name)} is damaged"):
                 model.verify()

@@ -17,6 +17,7 @@ import kvrun
 from kvrun.errors import ModelFileError
 from kvrun.files.model_file import header_checksum
 from kvrun.files.model_writer import header_bytes
+from support.files import rewrite
 from support.sessions import GO_ON, talked, text
 from support.wrong_values import WRONG, places, with_value
 
@@ -59,7 +60,7 @@ def test_every_field(model, saved, tmp_path, wrong):
             changed = WRONG[wrong] if place is None else with_value(value, place, WRONG[wrong])
             meta = {**header["__metadata__"], field: changed}
             meta["header_checksum"] = header_checksum(meta)
-            path.write_bytes(header_bytes("", {**header, "__metadata__": meta}) + data)
+            rewrite(path, header_bytes("", {**header, "__metadata__": meta}) + data)
             session = restored(model, path, "session")
             if session is not None:  # a value that the field can have
                 text(session.stream([5], max_tokens=2, ignore_eos=True))
@@ -73,7 +74,7 @@ def test_every_entry_of_the_header(model, saved, tmp_path, wrong):
     for place in places(header):
         content = with_value(header, place, WRONG[wrong]).encode()
         content += b" " * (-(8 + len(content)) % 64)
-        path.write_bytes(len(content).to_bytes(8, "little") + content + data)
+        rewrite(path, len(content).to_bytes(8, "little") + content + data)
         assert restored(model, path, "session") is None
 
 
@@ -84,7 +85,7 @@ def test_fields_of_another_version(model, saved, tmp_path, field):
     for changed in ({**value, "novelty": 1}, {name: value[name] for name in list(value)[1:]}):
         meta = {**header["__metadata__"], field: json.dumps(changed)}
         meta["header_checksum"] = header_checksum(meta)
-        (tmp_path / "s.kv").write_bytes(header_bytes("", {**header, "__metadata__": meta}) + data)
+        rewrite(tmp_path / "s.kv", header_bytes("", {**header, "__metadata__": meta}) + data)
         assert restored(model, tmp_path / "s.kv", f"metadata field {field} does not have the entries") is None
 
 
@@ -114,7 +115,7 @@ def test_how_a_text_came_about(model, saved, tmp_path):
         {"answers": [[1, 4]], "story": "long"},
         {"answers": [], "story": ""},
     ):
-        path.write_bytes(with_history(header, data, **changes))
+        rewrite(path, with_history(header, data, **changes))
         session = model.restore(path)
         text(session.stream([5], max_tokens=2, ignore_eos=True))
         assert np.isfinite(session.evaluate()).all()
@@ -138,14 +139,14 @@ def test_how_a_text_came_about(model, saved, tmp_path):
         ({"answers": None}, "answers is not a list of pairs"),
         ({"story": 3}, "story is not a text"),
     ):
-        path.write_bytes(with_history(header, data, **changes))
+        rewrite(path, with_history(header, data, **changes))
         assert restored(model, path, f"damaged session file: metadata field history: {where}") is None, changes
 
 
 def test_a_file_without_history(model, saved, tmp_path):
     """As they were in the format's first version, which is also written where there is nothing to say."""
     path = tmp_path / "s.kv"
-    path.write_bytes(with_history(*saved))
+    rewrite(path, with_history(*saved))
     session = model.restore(path)
     assert session.n_tokens == saved[0]["tokens"]["shape"][0] and len(session.messages) == 6
     for prompt in ("Hello there", [5, 6, 7]):
@@ -170,7 +171,7 @@ def test_history_of_tokens_that_are_not_there(model, saved, tmp_path):
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"]["history"] = json.dumps({"written": [], "story": None, "answers": []})
-    (tmp_path / "s.kv").write_bytes(with_history(header, content[start:], written=[[0, 1]]))
+    rewrite(tmp_path / "s.kv", with_history(header, content[start:], written=[[0, 1]]))
     assert restored(model, tmp_path / "s.kv", "history: the file does not have the tokens") is None
 
 
@@ -192,7 +193,7 @@ def test_other_lengths(model, saved, tmp_path):
         (content + b"\0", "bytes of data belong to it"),
         (content * 2, "bytes of data belong to it"),
     ]:
-        path.write_bytes(changed)
+        rewrite(path, changed)
         with pytest.raises(ModelFileError, match=says):
             model.restore(path)
 

@@ -15,6 +15,7 @@ from kvrun import _core
 from kvrun.commands import main as cli
 from kvrun.errors import KvrunError, ModelFileError, OptionError
 from support.fakes import END, FakeModel
+from support.files import rewrite
 from support.sessions import GO_ON, saved_tokens, talked, text
 
 
@@ -158,7 +159,7 @@ def saved(model, tmp_path_factory):
 
 
 def refused(model, path, data, *words):
-    path.write_bytes(data)
+    rewrite(path, data)
     with pytest.raises(ModelFileError) as error:
         model.restore(path)
     message = str(error.value)

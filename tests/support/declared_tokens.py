@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from kvrun.convert.sentencepiece_model import BPE, BYTE_PIECES, Normalizer, model_bytes
 from kvrun.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN
+from support.files import rewrite
 from support.make_checkpoint import CONFIG, write_json
 
 WORDS = ("\u2581", *"aehnt", "th", "the", "\u2581the", "at", "hat", "\u2581that")
@@ -57,7 +56,7 @@ def write_folder(folder, base, files):
     if base == "letters":
         write_json(folder / "tokenizer.json", letters())
     elif base == "pieces":
-        (folder / "tokenizer.model").write_bytes(pieces())
+        rewrite(folder / "tokenizer.model", pieces())
     for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        write_json(folder / f"{name}.json", content)
     return folder

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from support.files import rewrite
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -115,7 +117,7 @@ def tokenizer_json(vocab_size=40, **changes):
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value), encoding="utf-8")
+    rewrite(Path(path), json.dumps(value))
 
 
 def hf_folder(folder, config=CONFIG, tensors=None, dtype="F32", tokenizer=True):

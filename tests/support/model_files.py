@@ -9,6 +9,7 @@ from kvrun import _core
 from kvrun.files.description import ModelDescription
 from kvrun.files.model_file import header_checksum
 from kvrun.files.model_writer import ModelFileWriter
+from support.files import rewrite
 
 DESCRIPTION = ModelDescription(
     architecture="llama",
@@ -85,4 +86,4 @@ def join(path, header, data, sign=True):
         meta["header_checksum"] = header_checksum(meta)
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    rewrite(path, struct.pack("<Q", len(text)) + text + data)
