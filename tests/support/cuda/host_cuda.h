@@ -74,6 +74,7 @@ namespace host
 
 enum { MAX_THREADS = 1024, WARP_SIZE = 32, MAX_WARPS = MAX_THREADS / WARP_SIZE };
 enum { STACK = 256 << 10, PAGE = 64 << 10, SHARED_SPACE = 256 << 10 };
+enum { APART = (4 << 10) + 320 }; // tops of stacks, beyond their equal distances: no two share a set of a cache or TLB
 
 #if defined(__x86_64__) && defined(__linux__)
 
@@ -102,9 +103,9 @@ kvrun_host_switch:
     ret
 )");
 static void change(Context &from, Context &to) { kvrun_host_switch(&from.top, to.top); }
-static void prepare(Context &context, uint8_t *stack, void (*start)())
+static void prepare(Context &context, uint8_t *stack, size_t size, void (*start)())
 {
-    void **top = (void **)(stack + STACK) - 2;
+    void **top = (void **)(stack + size) - 2;
     *top = (void *)start;
     context.top = top - 6; // the registers that a switch takes from the stack
 }
@@ -115,11 +116,11 @@ struct Context {
     ucontext_t registers;
 };
 static void change(Context &from, Context &to) { swapcontext(&from.registers, &to.registers); }
-static void prepare(Context &context, uint8_t *stack, void (*start)())
+static void prepare(Context &context, uint8_t *stack, size_t size, void (*start)())
 {
     getcontext(&context.registers);
     context.registers.uc_stack.ss_sp = stack;
-    context.registers.uc_stack.ss_size = STACK;
+    context.registers.uc_stack.ss_size = size;
     context.registers.uc_link = nullptr;
     makecontext(&context.registers, start, 0);
 }
@@ -136,7 +137,7 @@ static uint3 indices[MAX_THREADS];
 static bool returned[MAX_THREADS];
 static Meeting warps[MAX_WARPS], block;
 static int n_threads, current, direction, switches; // switches: since threads last met
-static uint64_t exchanged[MAX_THREADS];
+static uint64_t exchanged[2][MAX_THREADS];
 static uint8_t *stacks, *dynamic_shared;
 static void (*body)(void *);
 static void *body_argument;
@@ -154,20 +155,23 @@ static int warp() { return current / WARP_SIZE; }
 static int next_of(int from, int first, int count)
 {
     int i = from;
-    do
-        i = first + (i - first + direction + count) % count;
-    while (returned[i] && i != from);
+    do {
+        i += direction;
+        if (i < first)
+            i = first + count - 1;
+        else if (i == first + count)
+            i = first;
+    } while (returned[i] && i != from);
     return i;
 }
 
+// Whoever comes back here sets `current` and `threadIdx` before.
 static void go_on_with(int next)
 {
     int from = current;
     current = next;
     threadIdx = indices[next];
     change(fibers[from], fibers[next]);
-    current = from;
-    threadIdx = indices[from];
 }
 
 static void meet(Meeting &m)
@@ -224,7 +228,7 @@ static void run_block(bool backwards)
         warps[i] = {max(0, min<int>(WARP_SIZE, n_threads - i * WARP_SIZE)), 0, 0};
     for (int i = 0; i < n_threads; i++) {
         returned[i] = false;
-        prepare(fibers[i], stacks + (size_t)i * (STACK + PAGE) + PAGE, thread);
+        prepare(fibers[i], stacks + (size_t)i * (STACK + PAGE) + PAGE, STACK - i * APART % (STACK / 4), thread);
     }
     direction = backwards ? -1 : 1;
     switches = 0;
@@ -289,24 +293,28 @@ static void launch(void (*kernel)(A...), uint3 grid, uint3 threads, size_t share
     run_grid(shared);
 }
 
-// What each thread of a warp gives, and all can then read: exchanged[first + lane].
+// Which of two places a warp uses that exchanges something: what lies there is read until the warp has met once more,
+// and the next exchange uses the other.
+static int place() { return warps[warp()].turn % 2; }
+
+// What each thread of a warp gives, and all can then read, by lane.
 template <class T>
-static int exchange(T value)
+static const uint64_t *exchange(T value)
 {
     static_assert(sizeof(T) <= 8, "one word");
-    exchanged[current] = 0;
-    memcpy(&exchanged[current], &value, sizeof(T));
+    uint64_t *all = exchanged[place()], own = 0;
+    memcpy(&own, &value, sizeof(T));
+    all[current] = own;
     wait_for_warp();
-    return current - lane();
+    return all + current - lane();
 }
 
 template <class T>
 static T received(T own, int from)
 {
-    int first = exchange(own);
+    const uint64_t *all = exchange(own);
     if (from >= 0 && from < WARP_SIZE)
-        memcpy(&own, &exchanged[first + from], sizeof(T));
-    wait_for_warp();
+        memcpy(&own, &all[from], sizeof(T));
     return own;
 }
 
@@ -350,10 +358,11 @@ static T __shfl_up_sync(unsigned, T value, int by)
 static inline unsigned __ballot_sync(unsigned, int predicate)
 {
     unsigned bits = 0;
-    int first = host::exchange(predicate);
+    const uint64_t *all = host::exchange(predicate);
+    int first = host::current - host::lane();
     for (int i = 0; i < 32 && first + i < host::n_threads; i++)
-        bits |= (unsigned)(!host::returned[first + i] && host::exchanged[first + i]) << i;
-    host::wait_for_warp();
+        bits |= (unsigned)(!host::returned[first + i] && all[i]) << i;
+    host::wait_for_warp(); // none that took part has returned before
     return bits;
 }
 static inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -456,10 +465,10 @@ static inline uint4 load_stream(const void *p)
 
 static void mma_m16n8k16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
 {
-    static float left[host::MAX_WARPS][16][16], right[host::MAX_WARPS][8][16]; // rows of a, columns of b
-    int g = host::lane() / 4, t = host::lane() % 4;
+    static float left[2][host::MAX_WARPS][16][16], right[2][host::MAX_WARPS][8][16]; // rows of a, columns of b
+    int g = host::lane() / 4, t = host::lane() % 4, place = host::place();
     uint32_t a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
-    float(*x)[16] = left[host::warp()], (*y)[16] = right[host::warp()];
+    float(*x)[16] = left[place][host::warp()], (*y)[16] = right[place][host::warp()];
     for (int i = 0; i < 4; i++) {
         x[g + i % 2 * 8][2 * t + i / 2 * 8] = half_to_float((uint16_t)a[i]);
         x[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = half_to_float((uint16_t)(a[i] >> 16));
@@ -472,5 +481,4 @@ static void mma_m16n8k16(float *d, uint32_t a0, uint32_t a1, uint32_t a2, uint32
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 16; k++)
             d[i] += x[g + i / 2 * 8][k] * y[2 * t + i % 2][k];
-    host::wait_for_warp();
 }
