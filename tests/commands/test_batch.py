@@ -18,18 +18,6 @@ STEADY = ["-n", "12", "--seed", "3", "--ignore-eos"]
 WAIT = 60
 
 
-@pytest.fixture(scope="module")
-def model(converted):
-    """Tiny, with a chat template; its answers are nonsense."""
-    return str(converted("grouped-tied"))
-
-
-@pytest.fixture(scope="module")
-def plain(converted):
-    """Tiny, without a chat template."""
-    return str(converted("wide"))
-
-
 class Folder:
     """Where prompts and answers are."""
 

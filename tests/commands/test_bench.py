@@ -61,7 +61,6 @@ REPORT = {
     "memory_bandwidth_gb_s",
     "results",
 }
-NAME = "grouped-tied"
 QUICK = ["--runs", "1", "--threads", "2"]
 
 
@@ -73,11 +72,6 @@ def small(monkeypatch):
     monkeypatch.setattr(core, "read_bandwidth", lambda threads, buffer, seconds: read(threads, buffer, 0))
     monkeypatch.setattr(speed, "COLD_BYTES", 1 << 20)
     monkeypatch.setattr(speed, "SAMPLE_SECONDS", 0.01)
-
-
-@pytest.fixture(scope="module")
-def model(converted):
-    return str(converted(NAME))
 
 
 def called(capsys, *arguments):
@@ -170,7 +164,7 @@ def test_every_test(model, capsys):
             assert row["same_tokens"] == row["tokens"]  # float weights: nothing is rounded to int8
 
 
-@pytest.mark.parametrize("name", [NAME, "grouped-untied"])
+@pytest.mark.parametrize("name", ["grouped-tied", "grouped-untied"])
 def test_bytes_are_those_of_weights_and_cache(name, converted, capsys):
     path = str(converted(name))
     file = read_model_file(path)

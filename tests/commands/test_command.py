@@ -16,18 +16,6 @@ from support import no_threads
 from support.commands import KVRUN, Terminal, command, refused
 
 
-@pytest.fixture(scope="module")
-def model(converted):
-    """Tiny, with a chat template; its answers are nonsense."""
-    return str(converted("grouped-tied"))
-
-
-@pytest.fixture(scope="module")
-def plain(converted):
-    """Tiny, without a chat template."""
-    return str(converted("wide"))
-
-
 def called(capsys, *arguments):
     """In this process: (exit status, standard output, standard error)."""
     status = cli.main([*arguments])

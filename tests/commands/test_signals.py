@@ -20,12 +20,6 @@ every_signal = pytest.mark.parametrize("number", ALL, ids=[number.name for numbe
 ENDLESS = ["--ignore-eos", "--ctx", "200", "--seed", "1"]
 
 
-@pytest.fixture(scope="module")
-def model(converted):
-    """Tiny, with a chat template; its answers are nonsense."""
-    return str(converted("grouped-tied"))
-
-
 def started(*arguments, command=KVRUN, **options):
     # Unbuffered: `communicate` does not see what a buffer has.
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)

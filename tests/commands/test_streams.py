@@ -14,12 +14,6 @@ needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev
 
 
 @pytest.fixture(scope="module")
-def model(converted):
-    """Tiny, with a chat template; its answers are nonsense."""
-    return str(converted("grouped-tied"))
-
-
-@pytest.fixture(scope="module")
 def commands(model, source, tmp_path_factory):
     """Arguments of every command; what it does takes no long time."""
     folder = tmp_path_factory.mktemp("streams")
