@@ -439,8 +439,8 @@ def test_a_terminal_gets_no_control_characters():
 @pytest.mark.parametrize(
     "arguments", [("-p", "Hi", "-n", "3"), ("bench", "--depth", "0", "--runs", "1", "--prefill", "8")]
 )
-def test_no_threads_are_to_be_had(model, tmp_path, arguments):
+def test_no_threads_are_to_be_had(model, arguments):
     name, *rest = arguments if arguments[0] == "bench" else ("", *arguments)
-    environment = no_threads.environment(tmp_path, 0)
+    environment = no_threads.environment(0)
     status, shown, said = command(*filter(None, [name]), model, "--threads", "4", *rest, env=environment)
     assert status == 0 and shown and "Traceback" not in said, said

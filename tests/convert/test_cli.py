@@ -375,7 +375,7 @@ def test_a_name_cannot_control_the_terminal(tmp_path):
 def test_conversion_with_fewer_threads_than_it_would_like(hf, tmp_path, left):
     assert run("convert", hf, "-o", tmp_path / "usual.bin").returncode == 0
     command = [sys.executable, "-m", "kvrun", "convert", str(hf), "-o", str(tmp_path / "few.bin")]
-    environment = no_threads.environment(tmp_path, left)
+    environment = no_threads.environment(left)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "few.bin").read_bytes() == (tmp_path / "usual.bin").read_bytes()

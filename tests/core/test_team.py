@@ -14,7 +14,7 @@ import pytest
 import kvrun
 from kvrun._core import cpus
 from kvrun.text.tokenizer import Tokenizer
-from support import ROOT, needs, no_threads
+from support import ROOT, compiled, needs, no_threads
 from support.cases import some
 
 WAIT = 120  # seconds: a bound for what would hang
@@ -170,9 +170,9 @@ print(text, end="")
 
 
 @pytest.mark.parametrize("left", [0, 1, 3])
-def test_fewer_threads_when_the_system_has_no_more(path, tmp_path, left):
+def test_fewer_threads_when_the_system_has_no_more(path, left):
     command = [sys.executable, "-c", FEWER, path, str(left), PROMPT]
-    environment = no_threads.environment(tmp_path)
+    environment = no_threads.environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT)
     assert (done.returncode, done.stderr) == (0, "")
     started, _, text = done.stdout.partition("\n")
@@ -265,25 +265,26 @@ def test_as_many_threads_as_are_allowed(path):
 NATIVE, THREAD_SANITIZER, ADDRESS_SANITIZER = (), ("-fsanitize=thread", "-g"), ("-fsanitize=address,undefined", "-g")
 
 
-def stress(tmp_path, compiler, flags=(), runner=()):
+def stress(compiler, flags=(), runner=()):
     needs.program(compiler, "gcc" if compiler == "gcc" else "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
-    sources = [str(Path(__file__).with_name("team_stress.c")), str(ROOT / "_core/kernels/team.c")]
-    command = [compiler, "-std=gnu11", "-O2", "-Wall", "-Werror", f"-I{ROOT / '_core/kernels'}", *sources, "-pthread"]
-    subprocess.run([*command, "-o", str(tmp_path / "stress"), *flags], check=True)
-    done = subprocess.run([*runner, str(tmp_path / "stress")], capture_output=True, text=True, timeout=WAIT)
+    sources = [Path(__file__).with_name("team_stress.c"), ROOT / "_core/kernels/team.c"]
+    command = [compiler, "-std=gnu11", "-O2", "-Wall", "-Werror", "-pthread", *flags]
+    objects = compiled.objects(([*command, f"-I{ROOT / '_core/kernels'}", "-c"], source) for source in sources)
+    program = compiled.program(command, objects, [])
+    done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=WAIT)
     if "ThreadSanitizer: unexpected memory mapping" in done.stderr:
         pytest.skip("this system's random addresses are not those that the compiler's sanitizer knows")
     assert (done.returncode, done.stdout, done.stderr) == (0, "right\n", "")
 
 
 @pytest.mark.parametrize("flags", some([NATIVE, THREAD_SANITIZER, ADDRESS_SANITIZER], [NATIVE]))
-def test_the_team_alone(tmp_path, flags):
+def test_the_team_alone(flags):
     """Every item counts once a step, whatever threads are late, and no memory is raced for."""
-    stress(tmp_path, "gcc", flags)
+    stress("gcc", flags)
 
 
 @pytest.mark.thorough
-def test_the_team_alone_on_arm(tmp_path):
+def test_the_team_alone_on_arm():
     """Whose memory is less orderly; the emulator keeps to what it promises, no more."""
     needs.program("qemu-aarch64", "qemu-user")
-    stress(tmp_path, "aarch64-linux-gnu-gcc", ["-static"], ["qemu-aarch64"])
+    stress("aarch64-linux-gnu-gcc", ["-static"], ["qemu-aarch64"])
