@@ -141,11 +141,11 @@ def test_a_record(model, folder, capsys):
 
 
 def test_the_order(model, folder, capsys):
-    folder.write({"prompt": "a", "max_tokens": 1000}, b"{", *({"prompt": "b", "max_tokens": 2} for _ in range(20)))
+    folder.write({"prompt": "a", "max_tokens": 400}, b"{", *({"prompt": "b", "max_tokens": 2} for _ in range(8)))
     assert folder.run(capsys, model, "--ignore-eos", "--parallel", "2")[1][-1]["line"] == 1
     os.remove(folder.answers)
     records = folder.run(capsys, model, "--ignore-eos", "--parallel", "2", "--in-order")[1]
-    assert [record["line"] for record in records] == list(range(1, 23))
+    assert [record["line"] for record in records] == list(range(1, 11))
 
 
 def test_a_model_without_a_template(plain, folder, capsys):
@@ -497,7 +497,8 @@ def test_input_that_is_still_being_written(model):
 def test_input_is_read_as_it_is_needed(model):
     line = b'{"prompt": "a"%s}\n' % (b" " * 65_536)
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    with subprocess.Popen([*KVRUN, "batch", model, "-", "-q", "--parallel", "1", "--ignore-eos"], **pipes) as process:
+    command = [*KVRUN, "batch", model, "-", "-q", "--parallel", "1", "--threads", "1", "--ignore-eos"]
+    with subprocess.Popen(command, **pipes) as process:
         os.set_blocking(process.stdin.fileno(), False)
         data = memoryview(100 * line)
         for _ in range(100):

@@ -250,10 +250,11 @@ def test_subcommands(model, tmp_path, capsys):
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
-def test_prompts_that_cannot_be(model, tmp_path, capsys):
+def test_prompts_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     for arguments in (["-p", ""], ["-p", " \n"], ["--raw", "-p", ""], ["-f", os.devnull]):
         refused(called(capsys, model, *arguments), "the prompt is empty")
-    refused(command(model, "-p", "-"), "the prompt is empty")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    refused(called(capsys, model, "-p", "-"), "the prompt is empty")
     refused(command(model, "-p", b"caf\xe9"), "not UTF-8", "0xe9", "offset 3")
     refused(command(model, "-p", "-", stdin=b"caf\xe9"), "standard input", "not UTF-8")
     refused(command(model, stdin=b"caf\xe9\n"), "line 1 of standard input", "not UTF-8")
@@ -265,9 +266,10 @@ def test_prompts_that_cannot_be(model, tmp_path, capsys):
     refused(called(capsys, model, "-f", ""), "'': No such file")
     if os.path.exists("/proc/self/mem"):
         refused(called(capsys, model, "-f", "/proc/self/mem"), "the prompt in /proc/self/mem cannot be read: ")
-    refused(command(model, "-p", "a", "--system", b"\xff"), "system message")
-    refused(command(model, "-p", "a", "--stop", b"\xff"), "stop string")
-    assert command(model, "-p", "-", *STEADY, stdin=b"a\0b\x01")[0] == 0
+    refused(called(capsys, model, "-p", "a", "--system", os.fsdecode(b"\xff")), "system message")
+    refused(called(capsys, model, "-p", "a", "--stop", os.fsdecode(b"\xff")), "stop string")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\0b\x01")))
+    assert called(capsys, model, "-p", "-", *STEADY)[0] == 0
 
 
 def test_a_prompt_that_does_not_end(model, capsys, monkeypatch):

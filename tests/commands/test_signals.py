@@ -13,10 +13,13 @@ import pytest
 import kvrun
 from kvrun.commands import main as cli
 from kvrun.commands import signals
+from support.cases import some
 from support.commands import KVRUN, Terminal
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-every_signal = pytest.mark.parametrize("number", ALL, ids=[number.name for number in ALL])
+every_signal = pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
+# All that is done between a signal and the end, it does alike for SIGTERM and SIGHUP.
+each_way = pytest.mark.parametrize("number", some(ALL, ALL[:2]), ids=lambda number: number.name)
 ENDLESS = ["--ignore-eos", "--ctx", "200", "--seed", "1"]
 
 
@@ -82,7 +85,7 @@ sys.exit(main())
 """
 
 
-@every_signal
+@each_way
 def test_while_a_prompt_is_read(model, number, tmp_path):
     command = [sys.executable, "-c", READING]
     (tmp_path / "prompt").write_text("word " * 4000)
@@ -97,7 +100,7 @@ def test_while_a_prompt_is_read(model, number, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["prompt", "s.kv"]
 
 
-@every_signal
+@each_way
 def test_waiting_for_a_line(model, number, tmp_path):
     with started(model, "-n", "5", "--session", tmp_path / "s.kv", *ENDLESS) as process:
         process.stdin.write(b"hello\n")
@@ -108,6 +111,7 @@ def test_waiting_for_a_line(model, number, tmp_path):
     assert kvrun.load(model).restore(tmp_path / "s.kv").messages[0] == {"role": "user", "content": "hello"}
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("answering", [False, True])
 def test_a_chat_on_a_terminal(model, number, answering, tmp_path):
@@ -129,6 +133,7 @@ def test_a_chat_on_a_terminal(model, number, answering, tmp_path):
     assert kvrun.load(model).restore(tmp_path / "s.kv").messages[0] == {"role": "user", "content": "hello"}
 
 
+@pytest.mark.crossed
 @every_signal
 @pytest.mark.parametrize("module", ["kvrun.commands.streams", "numpy._core.multiarray", "kvrun._core", "kvrun.model"])
 def test_while_it_starts(model, number, module):
@@ -140,20 +145,19 @@ def test_while_it_starts(model, number, module):
         ended(process, number, *([-number] if number != signal.SIGINT else []))  # before there is a handler
 
 
-@every_signal
-def test_the_other_commands(model, number, tmp_path):
+@pytest.mark.crossed
+@each_way
+@pytest.mark.parametrize("name, module", [("bench", "kvrun.model"), ("perplexity", "kvrun.text.tokenizer")])
+def test_the_other_commands(model, number, name, module, tmp_path):
     (tmp_path / "text").write_text("word " * 200_000)
-    for arguments, module in (
-        (["bench", model, "--runs", "1000"], "kvrun.model"),
-        (["perplexity", model, "--text", tmp_path / "text"], "kvrun.text.tokenizer"),
-    ):
-        command = [sys.executable, "-X", "importtime", "-m", "kvrun"]
-        with started(*arguments, command=command) as process:
-            read_until(process.stderr, f" {module}\n".encode())
-            time.sleep(0.3)
-            process.send_signal(number)
-            out, _err = ended(process, number)
-            assert not out
+    options = {"bench": ["--runs", "1000"], "perplexity": ["--text", tmp_path / "text"]}[name]
+    command = [sys.executable, "-X", "importtime", "-m", "kvrun"]
+    with started(name, model, *options, command=command) as process:
+        read_until(process.stderr, f" {module}\n".encode())
+        time.sleep(0.3)
+        process.send_signal(number)
+        out, _err = ended(process, number)
+        assert not out
 
 
 # --- how often it comes, and to whom ----------------------------------------------------------------
