@@ -6,7 +6,10 @@ Run by itself it prints the registers, local memory and spills of every kernel o
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.metadata
 import importlib.util
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -15,7 +18,9 @@ from typing import NamedTuple
 from kvrun.cuda import abi
 from kvrun.cuda import launch as launches
 from kvrun.cuda.abi import TYPE_IDS
+from support import ROOT
 
+FOLDER = ROOT / "build" / "test-cache" / "nvrtc"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 # Head sizes and formats (enum kv_format_id) that attention is compiled for.
 CACHES = [(64, 1, 1), (80, 0, 0), (128, 1, 1), (128, 2, 2), (128, 3, 4), (128, 4, 4), (256, 3, 3)]
@@ -61,13 +66,30 @@ def _log(program: ctypes.c_void_p) -> str:
 
 
 def compile_module(module: str, architecture: str, options: tuple[str, ...] = ()) -> tuple[bool, str]:
-    """Whether it compiles, and NVRTC's log with what ptxas says."""
+    """Whether it compiles, and NVRTC's log with what ptxas says. Of what does compile, the log is kept in
+    build/test-cache by a hash of all that it depends on."""
     all_options = ["--std=c++17", *options, "-ftz=true", f"-arch={architecture}"]  # CuPy's
     all_options += ["--ptxas-options=-v", "-diag-suppress=177"]  # 177: what a header has and a module does not use
-    values = (ctypes.c_char_p * len(all_options))(*(option.encode() for option in all_options))
+    text = abi.source(module)
+    key = hashlib.sha256(
+        "\0".join((importlib.metadata.version("nvidia-cuda-nvrtc"), module, *all_options, text)).encode()
+    ).hexdigest()[:20]
+    kept = FOLDER / f"{module}.{key}.log"
+    if kept.exists():
+        return True, kept.read_text(encoding="utf-8")
+    compiled, log = _compile(f"{module}.cu", text, all_options)
+    if compiled:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(log, encoding="utf-8")
+        part.rename(kept)
+    return compiled, log
+
+
+def _compile(name: str, text: str, options: list[str]) -> tuple[bool, str]:
+    values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     program, nvrtc = ctypes.c_void_p(), _library()
-    name = f"{module}.cu".encode()
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), abi.source(module).encode(), name, 0, None, None) == 0
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None) == 0
     try:
         return nvrtc.nvrtcCompileProgram(program, len(values), values) == 0, _log(program)
     finally:
