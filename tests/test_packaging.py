@@ -107,7 +107,7 @@ def wrapper(tmp_path):
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compiler():
     """The usual one; setup.py runs in the tests with setuptools, but without Cython."""
     pytest.importorskip("setuptools")
@@ -125,10 +125,9 @@ def test_levels_that_a_compiler_does_not_know_are_left_out(compiler, wrapper):
 
 def test_a_compiler_that_builds_nothing_ends_the_installation(compiler, wrapper):
     """It says why, rather than install a core without kernels."""
-    for cc in ("no-such-compiler", wrapper("exit 1\n")):
+    for cc, says in (("no-such-compiler", "no-such-compiler"), (wrapper("exit 1\n"), "")):
         status, line = building(cc)
-        assert status == 1 and line.startswith("error: kvrun needs a C compiler, GCC or Clang")
-    assert "no-such-compiler" in building("no-such-compiler")[1]
+        assert status == 1 and line.startswith("error: kvrun needs a C compiler, GCC or Clang") and says in line
 
 
 def test_missing_headers_end_the_installation(compiler, wrapper):

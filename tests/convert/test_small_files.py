@@ -106,17 +106,25 @@ def refusals(paths):
     return lines
 
 
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """For each kind [(path of such a file, the line with which its checkpoint is refused)]."""
+    paths, roots = {kind: [] for kind in KINDS}, []
+    for kind in KINDS:
+        for name in FILES:
+            if (kind, name) != (folder, "m.gguf"):  # a folder is a checkpoint
+                root, path = checkpoint(tmp_path_factory.mktemp("refused"), name)
+                kind(path)
+                roots.append(root)
+                paths[kind].append(path)
+    lines = iter(refusals(roots))
+    return {kind: [(path, next(lines)) for path in paths[kind]] for kind in KINDS}
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_no_such_file_is_read(tmp_path, kind):
-    names = [name for name in FILES if (kind, name) != (folder, "m.gguf")]  # a folder is a checkpoint
-    roots, paths = [], []
-    for name in names:
-        (tmp_path / name).mkdir()
-        root, path = checkpoint(tmp_path / name, name)
-        kind(path)
-        roots.append(root)
-        paths.append(path)
-    for path, line in zip(paths, refusals(roots), strict=True):
+def test_no_such_file_is_read(refused, kind):
+    assert len(refused[kind]) >= len(FILES) - 1
+    for path, line in refused[kind]:
         assert re.search(KINDS[kind], line) and str(path) in line and len(line) < 600
 
 

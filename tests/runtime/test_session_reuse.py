@@ -32,12 +32,12 @@ def model(converted, request):
         file = windowed(file, 40, None)
     if request.param == "sliding-all":
         file = windowed(file, 100, 200)
-    return Model(file, 2)
+    return Model(file, 1)
 
 
 @pytest.fixture(scope="module")
 def block(converted):
-    return kvrun.load(converted("grouped-tied", "q8_0"), threads=2)
+    return kvrun.load(converted("grouped-tied", "q8_0"), threads=1)
 
 
 def said(rng, words):

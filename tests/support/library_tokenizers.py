@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 
+
+@cache
 def library_from_gguf(path):
     """SmolLM2's tokenizer as its makers define it, with vocabulary and merges of the GGUF file."""
     import gguf
