@@ -11,12 +11,14 @@ import pytest
 import kvrun
 from kvrun import _core
 from kvrun._core import memory
+from support.cases import either
 
+TOKENS = str(either(64, 16))
 PROGRAM = """
 import re, sys, kvrun
 model = kvrun.load(sys.argv[1], threads=2)
 session = model.session(kv=sys.argv[2])
-list(session.stream("Tell me a story.", max_tokens=64, ignore_eos=True, seed=1))
+list(session.stream("Tell me a story.", max_tokens=int(sys.argv[3]), ignore_eos=True, seed=1))
 resident = re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())
 print(1024 * int(resident[1]) - model.file.nbytes - session.kv_bytes)
 """
@@ -26,7 +28,7 @@ print(1024 * int(resident[1]) - model.file.nbytes - session.kv_bytes)
 def test_model_and_cache_and_sixty_megabytes(smollm2, kv):
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here")
-    command = [sys.executable, "-c", PROGRAM, str(smollm2), kv]
+    command = [sys.executable, "-c", PROGRAM, str(smollm2), kv, TOKENS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 60e6
@@ -37,7 +39,7 @@ import re, sys, kvrun
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 model = kvrun.load(sys.argv[1], threads=2, prefault=sys.argv[3] == "prefault")
-options = dict(max_tokens=64, ignore_eos=True, seed=1)
+options = dict(max_tokens=int(sys.argv[4]), ignore_eos=True, seed=1)
 list(model.session(kv=sys.argv[2], ctx=256).stream("Tell me a story.", **options))
 before = anonymous()
 session = model.session(kv=sys.argv[2], ctx=8192)
@@ -46,13 +48,14 @@ print(anonymous() - before, session.kv_bytes)
 """
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kv", ["f16", "q8", "q2"])
 @pytest.mark.parametrize("prefault", ["prefault", "not"])
 def test_a_short_answer_takes_what_it_uses_of_a_long_cache(smollm2, kv, prefault):
     """Some pages of each head, and the buffers of a call; all of it only where that was asked for."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here")
-    command = [sys.executable, "-c", GROWN, str(smollm2), kv, prefault]
+    command = [sys.executable, "-c", GROWN, str(smollm2), kv, prefault, TOKENS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, size = map(int, done.stdout.split())

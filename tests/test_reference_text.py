@@ -14,7 +14,7 @@ import kvrun
 from kvrun import _core
 from kvrun.convert import convert
 from kvrun.files.model_file import read_model_file
-from support.cases import run_all, some
+from support.cases import either, some
 from support.gguf_checkpoint import write_checkpoint
 from support.greedy import greedy
 
@@ -34,27 +34,30 @@ def test_prompt_ids(model, case):
 
 
 @pytest.mark.parametrize("kv", some(["f32", "f16"], ["f16"]))
-@pytest.mark.parametrize("case", some(GREEDY, GREEDY[:2]), ids=IDS)
+@pytest.mark.parametrize("case", some(GREEDY, GREEDY[:1]), ids=IDS)
 def test_greedy_ids(model, case, kv):
-    assert greedy(model.engine, case["prompt_ids"], 64, kv) == case["ids"]
+    n = either(64, 24)
+    assert len(case["ids"]) == 64 and greedy(model.engine, case["prompt_ids"], n, kv) == case["ids"][:n]
 
 
 @pytest.mark.parametrize("case", some(GREEDY, GREEDY[-1:]), ids=IDS)
 def test_greedy_text(model, case):
     """The same through the public interface, the chat template included."""
     session = model.session(kv="f32", ctx=512)
+    n, whole = either(64, 32), re.sub(r"<\|im_(start|end)\|>", "", case["text"])
     pieces = list(
         session.stream(
             case["user"],
-            max_tokens=64,
+            max_tokens=n,
             temperature=0,
             repeat_penalty=1.0,
             raw=case["kind"] == "raw",
             ignore_eos=True,
         )
     )
-    assert "".join(pieces) == re.sub(r"<\|im_(start|end)\|>", "", case["text"])
-    assert len(pieces) > 40
+    text = "".join(pieces)
+    assert text == whole if n == 64 else whole.startswith(text)
+    assert len(pieces) > 0.6 * n
 
 
 def test_threads_do_not_change_the_text(smollm2):
@@ -83,6 +86,7 @@ def description(file):
     return values | {"norm_eps": float(np.float32(values["norm_eps"]))}
 
 
+@pytest.mark.thorough
 def test_safetensors_and_gguf_give_equal_tensors(from_safetensors, smollm2_f32):
     other, model = from_safetensors, read_model_file(smollm2_f32)
     assert description(other) == description(model)
@@ -94,6 +98,7 @@ def test_safetensors_and_gguf_give_equal_tensors(from_safetensors, smollm2_f32):
         np.testing.assert_array_equal(other.vectors[name], vector, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_safetensors_and_gguf_give_equal_tokenizers(from_safetensors, model):
     if from_safetensors.tokenizer_info["kind"] == "none":
         pytest.skip("needs KVRUN_TEST_CHECKPOINT: the checkpoint written here has no tokenizer")
@@ -108,8 +113,9 @@ def test_safetensors_and_gguf_give_equal_tokenizers(from_safetensors, model):
     assert other.stop_ids == model.stop_ids and other.file.chat_template == model.file.chat_template
 
 
+@pytest.mark.thorough
 def test_greedy_ids_from_safetensors(from_safetensors):
     file = from_safetensors
     engine = _core.Engine(file.description, file.weights, file.vectors, file.description.rope_tables, 2)
-    for case in GREEDY if run_all() else GREEDY[:1]:
+    for case in GREEDY:
         assert greedy(engine, case["prompt_ids"], 64) == case["ids"]

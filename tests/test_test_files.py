@@ -32,3 +32,10 @@ def test_the_quick_run_covers_every_value():
     assert len(chosen) == 5
     assert {pair for case in product for pair in case.items()} == {p for i in chosen for p in product[i].items()}
     assert cases.covering(product[:1]) == [0] and cases.covering([]) == []
+
+
+def test_a_cross_in_a_loop_has_every_value():
+    values = list(range(10))
+    turns = [cases.in_turn(values, turn) for turn in range(3)]
+    assert sorted({value for turn in turns for value in turn}) == values and all(turns)
+    assert [len(turn) for turn in turns] == cases.either([10, 10, 10], [4, 3, 3])

@@ -13,6 +13,7 @@ from kvrun.commands.arguments import default_model_path
 from kvrun.commands.output import Output
 from kvrun.version import __version__
 from support import no_threads
+from support.cases import some
 from support.commands import KVRUN, Terminal, command, refused
 
 
@@ -438,9 +439,11 @@ def test_a_terminal_gets_no_control_characters():
     assert screen.text == "a␛[2Jb\tc␇\ufffd\n é🚀\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("-p", "Hi", "-n", "3"), ("bench", "--depth", "0", "--runs", "1", "--prefill", "8")]
-)
+ANSWER, BENCH = ("-p", "Hi", "-n", "3"), ("bench", "--depth", "0", "--runs", "1", "--prefill", "8")
+DECODE = (*BENCH, "--test", "decode", "--kv", "f16")
+
+
+@pytest.mark.parametrize("arguments", some([ANSWER, BENCH, DECODE], [ANSWER, DECODE]), ids=" ".join)
 def test_no_threads_are_to_be_had(model, arguments):
     name, *rest = arguments if arguments[0] == "bench" else ("", *arguments)
     environment = no_threads.environment(0)

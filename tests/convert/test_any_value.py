@@ -12,7 +12,7 @@ from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.convert.source import open_checkpoint
 from kvrun.errors import ConvertError
-from support.cases import some
+from support.cases import either, in_turn, some
 from support.families import FAMILIES, NAMES
 from support.family_gguf import NAMES as GGUF_NAMES
 from support.family_gguf import write
@@ -54,8 +54,8 @@ def test_in_a_config(name, tmp_path):
     folder = shutil.copytree(FAMILIES / name, tmp_path / name)
     base = json.loads((folder / "config.json").read_text())
     refusals = 0
-    for *path, last in [*fields_of(base), *((name,) for name in MORE_FIELDS)]:
-        for value in NUMBERS + OTHERS + JSON_ONLY:
+    for turn, (*path, last) in enumerate([*fields_of(base), *((name,) for name in MORE_FIELDS)]):
+        for value in in_turn(NUMBERS + OTHERS + JSON_ONLY, turn):
             config = copy.deepcopy(base)
             section = config
             for step in path:
@@ -63,7 +63,7 @@ def test_in_a_config(name, tmp_path):
             section[last] = value
             write_json(folder / "config.json", config)
             refusals += refused(lambda: open_checkpoint(str(folder), tokenizer=False))
-    assert refusals > 100
+    assert refusals > either(100, 33)
 
 
 @pytest.mark.parametrize("name", GGUF_NAMES)
@@ -73,11 +73,11 @@ def test_in_a_gguf_file(name, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_source, "GgufFile", lambda path: file)
     arch, refusals = base["general.architecture"], 0
     keys = [*base, *(f"{arch}.{key}" for key in MORE_KEYS), "split.count", "general.sampling.temp"]
-    for key in dict.fromkeys(keys):
-        for value in (*NUMBERS, *OTHERS, 2**64 - 1):
+    for turn, key in enumerate(dict.fromkeys(keys)):
+        for value in in_turn((*NUMBERS, *OTHERS, 2**64 - 1), turn):
             file.metadata = base | {key: value}
             refusals += refused(lambda: open_checkpoint(file.path, tokenizer=False))
-    assert refusals > 100
+    assert refusals > either(100, 33)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -18,6 +18,7 @@ from kvrun.errors import ConvertError, TokenizerError
 from kvrun.text.sentencepiece_file import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from kvrun.text.tokenizer import Tokenizer
 from support import ROOT
+from support.cases import either, in_turn
 from support.declared_tokens import letters, pieces, write_folder
 from support.files import rewrite
 from support.make_checkpoint import CONFIG, hf_folder, save_gguf, tokenizer_json, write_json
@@ -274,8 +275,8 @@ def test_any_value_in_any_place_is_taken_or_refused_in_one_line(tmp_path, base):
     taken = 0
     for name, content in [*files.items(), ("tokenizer_config", LLAMA | decoder)]:
         path = write_folder(tmp_path, base, files)
-        for place in places(content):
-            for text in WRONG.values():
+        for turn, place in enumerate(places(content)):
+            for text in in_turn(WRONG.values(), turn):
                 rewrite(path / f"{name}.json", with_value(content, place, text))
                 try:
                     vocabulary = read_tokenizer(str(path), read_json(str(path), "config.json"), None)
@@ -283,7 +284,7 @@ def test_any_value_in_any_place_is_taken_or_refused_in_one_line(tmp_path, base):
                     taken += 1
                 except (ConvertError, TokenizerError) as error:
                     assert len(str(error).splitlines()) == 1 and str(error).isprintable()
-    assert taken > 100
+    assert taken > either(100, 33)
 
 
 # --- more tokens than rows

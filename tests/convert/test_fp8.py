@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -48,12 +49,13 @@ def number(code):
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
 
 
-def checkpoint(config=CONFIG8):
+@cache
+def checkpoint():
     """(tensors to save, expected float32 values) of a random checkpoint: linear layers in fp8, the rest in bf16."""
-    rng, block = np.random.default_rng(0), config["quantization_config"]["weight_block_size"]
+    rng, block = np.random.default_rng(0), CONFIG8["quantization_config"]["weight_block_size"]
     numbers = np.array([number(code) for code in range(256)], np.float32)
     stored, expected = {}, {}
-    for name, a in random_tensors(hf_shapes(config)).items():
+    for name, a in random_tensors(hf_shapes(CONFIG8)).items():
         if "_proj" in name:
             codes = rng.choice([c for c in range(256) if c & 127 != 127], a.shape).astype(np.uint8)
             grid = [-(-n // b) for n, b in zip(a.shape, block, strict=True)]
@@ -262,6 +264,7 @@ METHODS = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), ("rows",), ("rows", 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

@@ -27,10 +27,9 @@ OPTIONS = [
 ]
 
 
-def boundaries():
-    """(options, width): around every boundary of the first options, at some of the others."""
-    for i, options in enumerate(OPTIONS):
-        yield from ((options, width) for width in (widths(options) if i == 0 else widths(options)[i::3]))
+BOUNDARIES = [(options, width) for options in OPTIONS for width in widths(options)]
+# All of the first options, some of the others.
+MOST = [(o, w) for i, o in enumerate(OPTIONS) for w in (widths(o) if i == 0 else widths(o)[i::3])]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,10 @@ def random_tokens(file, n, seed=5):
 # --- what is seen ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, width", [(o, w) for o in OPTIONS for w in widths(o)], ids=str)
-def test_the_newest_are_always_there_and_no_more(options, width):
+@pytest.mark.parametrize("boundary", cases.some(BOUNDARIES, BOUNDARIES[::3]), ids=str)
+def test_the_newest_are_always_there_and_no_more(boundary):
     """The list model itself: its ring has what every query sees, and with a slot less it has not."""
+    options, width = boundary
     cache, small = SlidingCache(width, **options), SlidingCache(width, **options)
     small.n_slots -= 1
     missed = 0
@@ -66,9 +66,10 @@ def test_the_newest_are_always_there_and_no_more(options, width):
     assert missed > 0 or cache.n_slots == 0
 
 
-@pytest.mark.parametrize("options, width", list(boundaries()), ids=str)
-def test_a_layer_that_slides_beside_one_that_does_not(options, width, build):
+@pytest.mark.parametrize("boundary", cases.some(MOST, MOST[::3]), ids=str)
+def test_a_layer_that_slides_beside_one_that_does_not(boundary, build):
     """Logits equal the rule's past many turns, for every chunking; the other layer is as ever."""
+    options, width = boundary
     windows = (width, None) if width % 2 else (None, width)
     file, engine = build(windows)
     tokens = random_tokens(file, options["ctx"] + 300)
@@ -188,14 +189,18 @@ def test_truncation_to_every_length(options, windows, build):
     whole, kept = Pair(kv, reference), 0
     for start in range(0, len(tokens), 512):
         whole.feed(engine, tokens[start : start + 512])
-    for n in range(len(tokens) + 1):
-        near_edge = any((n - edge) % TILE in (0, 1, 2, 62, 63) for edge in (options["sinks"], windows[0] or 0))
-        if n > len(tokens) - 70 or near_edge or n < 3 or n % 41 == 0:
-            cut = Pair(kv.copy(), reference.fork())
-            cut.truncate(n)
-            cut.feed(engine, tokens[:2])
-            kept += cut.kv.n_tokens == n + 2
-    assert kept > 2
+    edges = options["sinks"], windows[0] or 0
+    lengths = [
+        n
+        for n in range(len(tokens) + 1)
+        if n > len(tokens) - 70 or any((n - edge) % TILE in (0, 1, 2, 62, 63) for edge in edges) or n < 3 or n % 41 == 0
+    ]
+    for n in cases.in_turn(lengths, OPTIONS.index(options), every=2):
+        cut = Pair(kv.copy(), reference.fork())
+        cut.truncate(n)
+        cut.feed(engine, tokens[:2])
+        kept += cut.kv.n_tokens == n + 2
+    assert kept > cases.either(2, 0)
 
 
 def test_what_a_truncation_needs(build):
@@ -364,10 +369,11 @@ def test_a_cache_of_another_model(build):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, width", [(o, w) for o in OPTIONS for w in widths(o)], ids=str)
+@pytest.mark.parametrize("boundary", BOUNDARIES, ids=str)
 @pytest.mark.parametrize("k, v", [("f16", "f16"), ("f32", "f16")])
-def test_bytes_are_counted_exactly(options, width, k, v, build):
+def test_bytes_are_counted_exactly(boundary, k, v, build):
     """A ring of just the size that the window needs."""
+    options, width = boundary
     file, engine = build((width, None))
     d, size = file.description, {"f16": 2, "f32": 4}
     pad, lanes = -(-d.head_dim // 16) * 16, -(-options["sinks"] // 16) * 16

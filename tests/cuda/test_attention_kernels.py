@@ -22,6 +22,7 @@ from support.attention import (
     ordinary,
     rms,
 )
+from support.cases import some
 from support.cuda.kernel_cache import KernelCache
 from support.ring import ListCache
 
@@ -114,12 +115,17 @@ def test_one_token(head_dim, k, v):
 CHUNKS = [(40, 100, 33, 64, 65), (200, 1, 90), (3, 16, 64, 1, 150, 11), (17, 66, 5, 130)]
 
 
-@pytest.mark.parametrize(
-    "k, v, head_dim",
-    [(*formats, dim) for i, formats in enumerate(FORMATS) for j, dim in enumerate(HEAD_DIMS) if (i + j) % 2 == 0],
-)
-def test_chunks_see_what_single_tokens_see(k, v, head_dim):
+def every(n):
+    """One of n of the pairs (formats, head_dim), in which each of both occurs."""
+    pairs = [(formats, dim) for i, formats in enumerate(FORMATS) for j, dim in enumerate(HEAD_DIMS) if (i + j) % n == 0]
+    assert {formats for formats, _ in pairs} == {*FORMATS} and {dim for _, dim in pairs} == {*HEAD_DIMS}
+    return pairs
+
+
+@pytest.mark.parametrize("pair", some(every(2), every(4)), ids=str)
+def test_chunks_see_what_single_tokens_see(pair):
     """While tiles are packed and evicted and the sinks move. Some tokens of every chunk are asked again alone."""
+    (k, v), head_dim = pair
     text, turn = ordinary(head_dim, CTX + 300), HEAD_DIMS.index(head_dim) + FORMATS.index((k, v))
     cache = KernelCache(k, v, head_dim, scale=SCALE, **OPTIONS)
     group, sizes = [1, 2, 3, 5][turn % 4], cycle(CHUNKS[turn // 2 % 4])

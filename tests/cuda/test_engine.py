@@ -14,7 +14,7 @@ from kvrun.cuda.launch.matrix import UNITS
 from kvrun.files.model_file import read_model_file
 from kvrun.measure import speed
 from kvrun.model import Model, load
-from support.cases import some
+from support.cases import either, some
 from support.cuda.host_device import HostDevice
 from support.cuda.tiny_models import difference, engines, feed, tiny, tokens
 from support.families import NAMES, cache_of, expected_of
@@ -129,7 +129,7 @@ def test_cache_formats(kv, device):
     assert difference(a, b) <= limit
 
 
-@pytest.mark.parametrize("head_dim", some([2, 6, 20, 64, 80, 128, 256], [6, 64, 80, 128]))
+@pytest.mark.parametrize("head_dim", some([2, 6, 20, 64, 80, 128, 256], [6, 80, 128]))
 def test_head_sizes(head_dim, device):
     model = tiny("f32", head_dim=head_dim, n_heads=3, n_kv_heads=1, attention_scale=head_dim**-0.5)
     assert difference(*both(model, device, 150, (140, 1), "q8")) <= CHUNK + ROUNDED["q8"]
@@ -144,9 +144,9 @@ def test_past_turns_of_the_ring(options, device):
     model = tiny(
         "f32", n_heads=2, n_kv_heads=1, sliding_windows=(40, None), rope_local={"theta": 100.0, "scaling": None}
     )
-    a, b = both(model, device, 700, (100, 63, 1, 1, 64, 65, 130), **options)
+    a, b = both(model, device, either(700, 424), (100, 63, 1, 1, 64, 65, 130), **options)
     assert difference(a, b) <= CHUNK
-    a, b = both(model, device, 330, (1,), **options)
+    a, b = both(model, device, either(330, 200), (1,), **options)
     assert difference(a, b) <= EXACT
 
 

@@ -11,7 +11,7 @@ from kvrun.files.description import ModelDescription
 from kvrun.files.model_file import read_model_file
 from support.files import rewrite
 from support.model_files import DESCRIPTION, join, open_writer, split, write_all
-from support.wrong_values import WRONG, places, with_value
+from support.wrong_values import WRONG, places_for, with_value
 
 FULL = {
     **json.loads(DESCRIPTION.to_json()),
@@ -77,7 +77,7 @@ def test_every_field_of_the_description(wrong):
     descriptions = [FULL, *({**FULL, "rope_scaling": scaling} for scaling in OTHER_SCALINGS)]
     assert all(read_description(json.dumps(description)) for description in descriptions)
     for description in descriptions:
-        for place in places(description):
+        for place in places_for(wrong, description):
             text = with_value(description, place, WRONG[wrong])
             found = read_description(text, place[0])
             if found is not None:  # a value that the field can have
@@ -146,7 +146,9 @@ def test_every_field_of_the_metadata(written, wrong):
     path = written.with_name("changed.bin")
     for field in ("tokenizer", "weights", "checksums", "sampling", "stop_ids", "source"):
         value = json.loads(header["__metadata__"][field])
-        all_places = [place for place in places(value) if field not in ("weights", "checksums") or "1" not in place[0]]
+        all_places = [
+            place for place in places_for(wrong, value) if field not in ("weights", "checksums") or "1" not in place[0]
+        ]
         changed = [with_value(value, place, WRONG[wrong]) for place in all_places]
         for text in [WRONG[wrong], *changed]:
             join(path, {**header, "__metadata__": {**header["__metadata__"], field: text}}, data)
@@ -160,7 +162,7 @@ def test_every_entry_of_the_header(written, wrong):
     path = written.with_name("changed.bin")
     names = ["__metadata__", "embed.weight", "layers.1.attn.k.bias", "tokenizer.model"]
     for name in names:
-        for place in [(name,), *((name, *rest) for rest in places(header[name]))]:
+        for place in [(name,), *((name, *rest) for rest in places_for(wrong, header[name]))]:
             text = with_value(header, place, WRONG[wrong]).encode()
             text += b" " * (-(8 + len(text)) % 64)
             rewrite(path, len(text).to_bytes(8, "little") + text + data)

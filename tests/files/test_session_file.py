@@ -19,7 +19,7 @@ from kvrun.files.model_file import header_checksum
 from kvrun.files.model_writer import header_bytes
 from support.files import rewrite
 from support.sessions import GO_ON, talked, text
-from support.wrong_values import WRONG, places, with_value
+from support.wrong_values import WRONG, places_for, with_value
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_every_field(model, saved, tmp_path, wrong):
     path = tmp_path / "s.kv"
     for field in ("cache", "conversation", "history", "checksums"):
         value = json.loads(header["__metadata__"][field])
-        for place in [None, *places(value)]:
+        for place in [None, *places_for(wrong, value)]:
             changed = WRONG[wrong] if place is None else with_value(value, place, WRONG[wrong])
             meta = {**header["__metadata__"], field: changed}
             meta["header_checksum"] = header_checksum(meta)
@@ -71,7 +71,7 @@ def test_every_field(model, saved, tmp_path, wrong):
 def test_every_entry_of_the_header(model, saved, tmp_path, wrong):
     header, data = saved
     path = tmp_path / "s.kv"
-    for place in places(header):
+    for place in places_for(wrong, header):
         content = with_value(header, place, WRONG[wrong]).encode()
         content += b" " * (-(8 + len(content)) % 64)
         rewrite(path, len(content).to_bytes(8, "little") + content + data)

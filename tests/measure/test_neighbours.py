@@ -12,6 +12,7 @@ import pytest
 from kvrun.errors import KvrunError, OptionError
 from kvrun.measure import neighbours
 from kvrun.measure.neighbours import KINDS, Neighbours, fair_share
+from support.cases import some
 from support.commands import KVRUN
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks at processes in /proc")
@@ -93,7 +94,9 @@ def test_those_that_cannot_be(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", some([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]), ids=lambda number: number.name
+)
 def test_they_end_with_the_command(number, converted):
     command = [*KVRUN, "bench", str(converted("grouped-tied")), "--neighbours", "2", "--seconds", "0.05"]
     process = subprocess.Popen([*command, "--runs", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

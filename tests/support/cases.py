@@ -2,7 +2,8 @@
 
 Two markers tell: a `thorough` test or case is left out of the quick run; of a `crossed` test, parametrized more
 than once, the quick run has every value of every parameter in some case, not all combinations. A test named by its id
-runs in any case (conftest.py).
+runs in any case (conftest.py). The functions here do the same for the values of one parameter, and for what a test goes
+through in a loop.
 """
 
 from __future__ import annotations
@@ -29,6 +30,18 @@ def set_run_all(everything: bool) -> None:
 def examples(n: int) -> int:
     """How many examples hypothesis tries: n with --all, a fifth of them in the quick run."""
     return n if _all else max(10, n // 5)
+
+
+def either(everything: Any, quick: Any) -> Any:
+    """`everything` with --all, `quick` in the quick run."""
+    return everything if _all else quick
+
+
+def in_turn(values: Iterable[Any], turn: int, every: int = 3) -> list[Any]:
+    """All values with --all. In the quick run one of so many, others for each of as many turns: of a cross that is gone
+    through in a loop, every value of both once."""
+    values = list(values)
+    return values if _all else values[turn % every :: every]
 
 
 def some(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:

@@ -3,6 +3,8 @@
 import copy
 import json
 
+from support import cases
+
 WRONG = {
     "null": "null",
     "true": "true",
@@ -47,6 +49,12 @@ def places(value, at=()):
     inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
     for key, item in inner:
         yield from places(item, (*at, key))
+
+
+def places_for(wrong, value):
+    """The places that a wrong value, by its name, is tried in: all; in the quick run every third, for the next name
+    others."""
+    return cases.in_turn(places(value), list(WRONG).index(wrong))
 
 
 def with_value(value, place, text):

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from kvrun.errors import TokenizerError
 from kvrun.text.tokenizer import Tokenizer
-from support.wrong_values import WRONG, places, with_value
+from support.wrong_values import WRONG, places_for, with_value
 
 INFO = {"add_bos": False, "add_eos": False, **dict.fromkeys(("bos_id", "eos_id", "pad_id", "unk_id"))}
 
@@ -54,7 +54,7 @@ def use(kind, data):
 def test_any_value_in_any_place(wrong, byte_level):
     spec = bpe(byte_level)
     assert use("tokenizer.json", json.dumps(spec).encode())
-    for place in places(spec):
+    for place in places_for(wrong, spec):
         use("tokenizer.json", with_value(spec, place, WRONG[wrong]).encode())
 
 

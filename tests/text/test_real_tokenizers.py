@@ -1,4 +1,5 @@
-"""Ten thousand strings through real tokenizers, against the libraries: for each whose file is at hand.
+"""Ten thousand strings through real tokenizers, against the libraries: for each whose file is at hand. In the quick run
+they are a fifth of that.
 
 Llama 2's tokenizer.model ($KVRUN_TEST_LLAMA2, or in a folder shared/data beside the checkout), SmolLM2's (the
 default model's GGUF file) and Gemma 3's ($KVRUN_TEST_GEMMA, a GGUF file).
@@ -25,12 +26,12 @@ from kvrun.convert.gguf_file import GgufFile
 from kvrun.convert.gguf_tokenizer import read_tokenizer
 from kvrun.errors import ConvertError
 from kvrun.text.tokenizer import Tokenizer
-from support import ROOT
+from support import ROOT, cases
 from support.library_tokenizers import library_from_gguf
 from support.strings import varied_strings
 
 SPACE = "\u2581"
-COUNT = 10_000
+COUNT = cases.examples(10_000)
 
 
 def needed(variable, *places):
@@ -141,7 +142,7 @@ def streamed(ours, ids):
     return "".join(map(stream.push, ids)) + stream.finish()
 
 
-def test_ten_thousand_strings(case):
+def test_varied_strings(case):
     ours, library, _, special = case
     for text in varied_strings(COUNT, seed=51, special=special):
         ids = library.encode(text)

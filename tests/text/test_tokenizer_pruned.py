@@ -72,6 +72,7 @@ def library(spec):
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("merges", ["pairs", "texts"])
 @pytest.mark.parametrize("name", SPECS)
 def test_ids_of_varied_strings(name, merges):
